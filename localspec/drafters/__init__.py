@@ -1,0 +1,76 @@
+"""Drafters by name. A specification is written `name` or `name:setting=value,setting=value`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from localspec.drafters.draft_model import DraftModel
+from localspec.drafters.ngram import Ngram
+from localspec.drafters.nothing import Nothing
+from localspec.errors import SettingError, UnknownNameError, UsageError
+from localspec.protocols import Drafter, LanguageModel
+
+__all__ = ["AUTO", "DRAFTERS", "DraftModel", "DrafterSpec", "Ngram", "Nothing", "make_drafter"]
+
+DRAFTERS: dict[str, Callable[..., Drafter]] = {maker.name: maker for maker in (Nothing, DraftModel, Ngram)}
+"""Name -> class. Keyword arguments of the class are its settings on the command line."""
+
+AUTO = "auto"
+"""The pair's draft model when there is one, lookup otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterSpec:
+    """A parsed specification: the drafter's name and its settings as written."""
+
+    name: str
+    settings: dict[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> DrafterSpec:
+        """Raises UnknownNameError and SettingError, naming what is known."""
+        name, _, rest = text.strip().partition(":")
+        if name != AUTO and name not in DRAFTERS:
+            raise UnknownNameError.among("drafter", name, [AUTO, *DRAFTERS])
+        settings: dict[str, str] = {}
+        for item in filter(None, rest.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals or not value:
+                raise SettingError(f"drafter setting {item!r} is not name=value", fix="Write e.g. ngram:max=4,num=8.")
+            settings[key.strip()] = value.strip()
+        return cls(name, settings)
+
+    def resolved(self, draft: LanguageModel | None) -> DrafterSpec:
+        """The same with `auto` decided: the draft model where there is one, lookup otherwise."""
+        if self.name != AUTO:
+            return self
+        return DrafterSpec(DraftModel.name if draft is not None else Ngram.name, self.settings)
+
+
+def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | None) -> Drafter:
+    """Build a drafter for one session. draft: the pair's draft model, if it has one."""
+    parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(draft)
+    name, maker = parsed.name, DRAFTERS[parsed.name]
+    arguments = inspect.signature(maker).parameters
+    settings = {key: _convert(name, key, value, arguments) for key, value in parsed.settings.items()}
+    if "model" in arguments:
+        if draft is None:
+            raise UsageError(
+                f"drafter {name!r} needs a draft model", fix="Name one with --draft, or use --drafter ngram."
+            )
+        return maker(draft, **settings)
+    return maker(**settings)
+
+
+def _convert(name: str, key: str, value: str, arguments: Mapping[str, inspect.Parameter]) -> int | float:
+    """A setting's text as the type of its default."""
+    known = {setting: p.default for setting, p in arguments.items() if p.kind is p.KEYWORD_ONLY}
+    if key not in known:
+        raise UnknownNameError.among(f"setting of drafter {name}:", key, known)
+    kind: type[int] | type[float] = type(known[key])
+    try:
+        return kind(value)
+    except ValueError:
+        raise SettingError(f"drafter setting {name}:{key}", got=value, expected=f"a number ({kind.__name__})") from None

@@ -1,0 +1,25 @@
+"""The null drafter: plain decoding is this one in the same loop as all others."""
+
+from __future__ import annotations
+
+from localspec.context import Context
+from localspec.protocols import DraftRequest, Outcome, Proposal
+
+
+class Nothing:
+    """Guesses nothing, so every round emits the target's next token."""
+
+    name = "nothing"
+
+    def begin(self, context: Context) -> None:
+        """Nothing to prepare."""
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        """An empty proposal."""
+        return Proposal(self.name)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Nothing to learn."""
+
+    def close(self) -> None:
+        """Nothing to give back."""

@@ -1,0 +1,136 @@
+"""Every error localspec raises on purpose, in one tree.
+
+    LocalspecError
+    ├── UsageError                 the request itself is wrong: exit code 2
+    │   ├── SettingError           a value out of range, or a setting the backend does not have
+    │   ├── UnknownNameError       no drafter, backend or model of that name (nearest one suggested)
+    │   ├── PromptError            empty prompt, invalid UTF-8, longer than the context
+    │   └── PairMismatchError      target and drafter do not share a vocabulary
+    └── FailureError               the request was fine, carrying it out failed: exit code 1
+        ├── ModelNotFoundError     no such file or folder
+        ├── ModelFileError         truncated, corrupt, missing or misshapen tensors
+        ├── UnsupportedModelError  a readable model this backend cannot run, with the reason
+        ├── BackendMissingError    the runtime is not installed (with the command that installs it)
+        ├── BackendError           the runtime failed; its own message is quoted
+        │   └── OutOfMemoryError   weights or cache did not fit
+        ├── ContextFullError       the sequence has no room left
+        └── StaleScoresError       scores were read after the model moved on
+
+Each carries what was got, what was expected and what to do about it. Backends translate their
+runtime's errors at the border, so a caller needs to know this tree only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "BackendError",
+    "BackendMissingError",
+    "ContextFullError",
+    "FailureError",
+    "LocalspecError",
+    "ModelFileError",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
+    "PairMismatchError",
+    "PromptError",
+    "SettingError",
+    "StaleScoresError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "UsageError",
+]
+
+
+class LocalspecError(Exception):
+    """Base of the tree. `str()` gives one line: what was wrong, got, expected, what to do."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str = "") -> None:
+        self.what = what
+        self.got = got
+        self.expected = expected
+        self.fix = fix
+        super().__init__(self._line())
+
+    def _line(self) -> str:
+        details = []
+        if self.got is not None:
+            details.append(f"got {self.got}")
+        if self.expected is not None:
+            details.append(f"expected {self.expected}")
+        line = self.what
+        if details:
+            line += f" ({', '.join(details)})"
+        if self.fix:
+            line += f". {self.fix}"
+        return " ".join(line.split())
+
+
+class UsageError(LocalspecError):
+    """The request itself is wrong."""
+
+    exit_code = 2
+
+
+class SettingError(UsageError):
+    """A value out of range, or a setting that does not apply here."""
+
+
+class UnknownNameError(UsageError):
+    """No such name; suggests the nearest known one."""
+
+    @classmethod
+    def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+        """Build the error for `name` not being one of `known`."""
+        names = sorted(known)
+        near = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else ""
+        return cls(f"unknown {kind} {name!r}", expected=f"one of {', '.join(names)}", fix=hint)
+
+
+class PromptError(UsageError):
+    """The prompt cannot be used."""
+
+
+class PairMismatchError(UsageError):
+    """Target and drafter do not share a vocabulary."""
+
+
+class FailureError(LocalspecError):
+    """The request was fine; carrying it out failed."""
+
+
+class ModelNotFoundError(FailureError):
+    """No such file or folder."""
+
+
+class ModelFileError(FailureError):
+    """A model file is truncated, corrupt, or lacks tensors."""
+
+
+class UnsupportedModelError(FailureError):
+    """A readable model that this backend cannot run."""
+
+
+class BackendMissingError(FailureError):
+    """The runtime behind a backend is not installed."""
+
+
+class BackendError(FailureError):
+    """The runtime failed; its message is quoted."""
+
+
+class OutOfMemoryError(BackendError):
+    """Weights or cache did not fit into memory."""
+
+
+class ContextFullError(FailureError):
+    """The sequence has no room left."""
+
+
+class StaleScoresError(FailureError):
+    """Scores were read after the model's next forward pass replaced them."""

@@ -1,0 +1,430 @@
+"""The contracts: what a backend, a model's state, its scores, a tokenizer and a drafter must do.
+
+One `forward` serves prefill, plain decoding, chains, trees and many sequences at once:
+
+    state = model.open()
+    [scores] = model.forward([Step(state, (HostTokens(ids),), chain_parents(state, len(ids)))])
+    state.keep([0, 1, 2])            # commits one path of the pending nodes, drops the others
+
+Tokens given to `forward` become *pending nodes* of their sequence. Pending nodes are numbered from
+0 in the order in which they were given, over all forwards since the last `keep`; each names its
+parent by that number, or -1 for the last committed token. A node sees the committed tokens, its
+ancestors and itself, and stands at position `state.length + depth` (depth 0: child of -1). So a
+verifier sends a whole tree in one call and a drafter grows one level by level with the same call.
+
+`localspec/testing/reference.py` is the definition in slow numpy; `localspec/testing/conformance.py`
+is the suite that any implementation must pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from localspec.tree.mask import depths
+from localspec.tree.token_tree import TokenTree
+from localspec.types import Logits, NodeIndices, NoiseKeys, TokenIds
+
+if TYPE_CHECKING:
+    from localspec.context import Context
+    from localspec.sampling import Law, Sampler
+
+
+# ---------------------------------------------------------------- tokens and scores
+
+
+class Tokens(Protocol):
+    """[T] token ids that may still be on the device. Their number is known before their values."""
+
+    def __len__(self) -> int: ...
+
+    def numpy(self) -> TokenIds:
+        """[T] the ids on the host. The only call that may wait for the device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostTokens:
+    """Token ids that are already on the host."""
+
+    ids: TokenIds
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def numpy(self) -> TokenIds:
+        """[T] the ids."""
+        return self.ids
+
+
+class Scores(Protocol):
+    """The model's raw logits [N, V] for the N scored rows of one step, wherever they live.
+
+    Only what is asked for crosses to the host. Valid until the model's next `forward`, after which
+    every method raises `StaleScoresError` (or keeps answering correctly, if nothing was overwritten).
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        ...
+
+    def argmax(self) -> Tokens:
+        """[N] the best token of each row, the lowest id among equals."""
+        ...
+
+    def winners(self, temperature: float, keys: NoiseKeys) -> Tokens:
+        """[N] argmax_v of logits / temperature + Gumbel(keys[row], v); keys [N, 2] as in `noise.py`."""
+        ...
+
+    def top(self, k: int) -> tuple[TokenIds, Logits]:
+        """([N, k] ids, [N, k] logits) of the k best tokens per row, best first, ties by lower id."""
+        ...
+
+    def rows(self, indices: Sequence[int]) -> Logits:
+        """[len(indices), V] float32 logits on the host. Must not be written to."""
+        ...
+
+
+# ---------------------------------------------------------------- model and state
+
+
+class Rewind(Enum):
+    """What dropping tokens costs a model's state."""
+
+    FREE = "free"
+    REPLAY = "replay"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class WidthClass:
+    """Widths (tokens per forward) whose rows are bit-identical to each other, ends included.
+
+    Text is reproducible across schedules only while every target pass stays inside one class; the
+    engine pads narrower passes. `max_width` None: no upper end was found.
+    """
+
+    min_width: int = 1
+    max_width: int | None = None
+    evidence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Facts about a loaded model, asked once.
+
+    rewind: cost of `keep` and `truncate` that drop tokens.  trees: may a node have two children?
+    max_width: most tokens in one scored forward.  num_sequences: most states open at once.
+    host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice
+    beats deciding all rows at once.
+    """
+
+    rewind: Rewind
+    trees: bool
+    max_width: int
+    num_sequences: int
+    width_class: WidthClass
+    host_scores: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a loaded model is, for people and for statistics."""
+
+    name: str
+    path: Path
+    architecture: str
+    quantization: str
+    num_parameters: int
+    context_length: int  # tokens a sequence may hold here, pending nodes included
+    trained_context_length: int
+    device: str
+    backend: str
+    notes: tuple[str, ...] = ()  # what was worked around, and why
+
+
+class SequenceState(Protocol):
+    """One sequence's memory in a model: committed tokens, then a tree of pending nodes."""
+
+    @property
+    def length(self) -> int:
+        """Number of committed tokens."""
+        ...
+
+    @property
+    def num_pending(self) -> int:
+        """Number of pending nodes."""
+        ...
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Commit one path of pending nodes (first node a child of -1, each the parent of the next)
+        and drop all others. `keep(())` drops everything pending. Raises ValueError for a non-path."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Drop everything pending and all committed tokens from `length` on."""
+        ...
+
+    def fork(self) -> SequenceState:
+        """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back. Using a closed state raises ValueError; closing twice does nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """New tokens for one sequence.
+
+    tokens: segments, joined in order, T ids in all.  parents: [T] pending-node numbers, each smaller
+    than the node's own, or -1.  rows: which of these T tokens to score, ascending; None scores all,
+    an empty tuple none (prefill).
+    """
+
+    state: SequenceState
+    tokens: tuple[Tokens, ...]
+    parents: NodeIndices
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.parents)
+
+
+def chain_parents(state: SequenceState, num_tokens: int, parent: int | None = None) -> NodeIndices:
+    """[T] parents of tokens that follow one another, the first below `parent` (default: the newest
+    pending node, or the last committed token if none is pending)."""
+    first = state.num_pending
+    parents = np.arange(first - 1, first - 1 + num_tokens, dtype=np.int32)
+    if num_tokens and parent is not None:
+        parents[0] = parent
+    return parents
+
+
+class LanguageModel(Protocol):
+    """A loaded model. Not thread-safe; one forward at a time."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of a row of logits (padding included)."""
+        ...
+
+    def open(self) -> SequenceState:
+        """A new, empty sequence. Raises `BackendError` when all are in use."""
+        ...
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        """Run all steps as one batch (at most one step per state); scores in the order of the steps.
+
+        Raises `ContextFullError` before changing anything if a sequence would outgrow the context,
+        `BackendError` if the runtime fails, in which case no step has happened.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give all memory back. Closing twice does nothing."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and ids to bytes. Works in bytes: a token may be a part of a character."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the logical vocabulary (padding rows of the model excluded)."""
+        ...
+
+    @property
+    def bos(self) -> int | None:
+        """The token that must start every sequence, or None where the model wants none."""
+        ...
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source, or None."""
+        ...
+
+    @property
+    def template_tokens(self) -> Mapping[str, str]:
+        """Texts that templates ask for by name: bos_token, eos_token and the like."""
+        ...
+
+    def encode(self, text: str, *, special: bool) -> TokenIds:
+        """[T] ids, without a BOS. special: texts of special tokens become those tokens."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token adds to the output; of a special token, its text."""
+        ...
+
+    def is_special(self, token: int) -> bool:
+        """Control tokens, which are not part of the visible text."""
+        ...
+
+
+# ---------------------------------------------------------------- backends
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """How to load a model; None lets the backend decide. A backend refuses what it does not have.
+
+    context: tokens per sequence (None: as trained, at most 4096).  num_sequences: states open at once.
+    gpu_layers: layers on the GPU (None: all where there is one).  threads: CPU threads.
+    flash_attention, extra_buffers: llama.cpp options of those names.  dtype: MLX compute type.
+    """
+
+    context: int | None = None
+    num_sequences: int = 4
+    gpu_layers: int | None = None
+    threads: int | None = None
+    flash_attention: bool | None = None
+    extra_buffers: bool | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendReport:
+    """What `doctor` prints of a backend."""
+
+    name: str
+    installed: bool
+    version: str
+    devices: tuple[str, ...]
+    notes: tuple[str, ...]  # worked around, and why; what is missing, and the command that helps
+    install_command: str
+
+
+class Backend(Protocol):
+    """One runtime. Importing the module that defines it must not import the runtime."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def own_settings(self) -> frozenset[str]:
+        """The `LoadSettings` fields this backend uses beyond `context` and `num_sequences`."""
+        ...
+
+    def report(self) -> BackendReport:
+        """What is installed and what it can do here. Never raises."""
+        ...
+
+    def is_installed(self) -> bool:
+        """Cheap: looks for the package without importing it."""
+        ...
+
+    def accepts(self, path: Path) -> bool:
+        """Could `path` be a model of this backend, judged by name and first bytes?"""
+        ...
+
+    def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
+        """Open a model. Raises members of the error tree only."""
+        ...
+
+
+# ---------------------------------------------------------------- drafters
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """What the engine wants guessed: at most `max_nodes` nodes below the context's last token.
+
+    sampler: the target's sampling settings, so that a drafter can guess with the same noise.
+    needs_law: the acceptance rule needs the distribution that each token was drawn from, so tokens
+    must be *drawn* from it (rejection), not chosen.
+    """
+
+    context: Context
+    max_nodes: int
+    sampler: Sampler
+    stop_tokens: frozenset[int]
+    needs_law: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A guessed tree whose shape is known and whose tokens may still be on the device.
+
+    tokens: segments, N ids in all.  parents: [N] node numbers within the proposal, -1 for children of
+    the anchor, each smaller than the node's own.  laws: per node the distribution it was drawn from,
+    or None where tokens were chosen, not drawn.  log_q: [N] the drafter's log-probabilities, where it
+    knows them on the host.  source: who guessed.
+    """
+
+    source: str
+    tokens: tuple[Tokens, ...] = ()
+    parents: NodeIndices = field(default_factory=lambda: np.zeros(0, np.int32))
+    laws: tuple[Law, ...] | None = None
+    log_q: tuple[float, ...] | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return len(self.parents)
+
+    def depth(self) -> NodeIndices:
+        """[N] depth of each node; children of the anchor have depth 0."""
+        return depths(self.parents)
+
+    def tree(self) -> TokenTree:
+        """The tokens fetched to the host, as a tree. May wait for the device."""
+        parts = [segment.numpy() for segment in self.tokens]
+        ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        return TokenTree.from_parents(ids, self.parents, self.log_q)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a proposal. path: accepted nodes of `tree`, root side first.
+    tokens: what was emitted: the path's tokens, then the one the target adds."""
+
+    tree: TokenTree
+    path: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+class Drafter(Protocol):
+    """Anything that guesses. One object serves one session."""
+
+    @property
+    def name(self) -> str: ...
+
+    def begin(self, context: Context) -> None:
+        """A new turn starts; `context` may share a prefix with the last one or nothing at all."""
+        ...
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        """Guess. An empty proposal is fine: the round is then plain decoding."""
+        ...
+
+    def observe(self, outcome: Outcome) -> None:
+        """The last proposal's outcome. `context` (from `begin`) already holds the emitted tokens."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back."""
+        ...

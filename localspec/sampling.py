@@ -1,0 +1,314 @@
+"""From a row of logits to a token: settings, the law they define, and the choice made from it.
+
+Order of the settings (as in vLLM and transformers): logit bias, penalties, temperature, top-k,
+top-p, min-p. Repetition counts prompt and output; presence and frequency count the output only.
+Temperature 0 takes the best token after bias and penalties; the other settings cannot change it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localspec import noise
+from localspec.errors import SettingError, StaleScoresError
+from localspec.noise import Purpose
+from localspec.protocols import HostTokens
+from localspec.types import Logits, NoiseKeys, Probabilities, TokenIds
+
+if TYPE_CHECKING:
+    from localspec.context import Context
+
+_BLOCK = 64  # top-k looks at the best of each block first: 152k scores become 2.4k
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Settings of one request. The defaults decode greedily.
+
+    seed None draws one at random; the result reports it. top_k 0, top_p 1, min_p 0 and penalties of
+    1 (repetition) or 0 switch a setting off. logprobs: number of alternatives reported per token
+    (None: no log-probabilities). They are the model's own, before any setting.
+    Raises SettingError, naming the field, for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_tokens: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_k", self.top_k, 0, 2**31)
+        _check("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _check("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if self.seed is not None:
+            _check("seed", self.seed, 0, 2**64 - 1)
+        if self.max_tokens is not None:
+            _check("max_tokens", self.max_tokens, 1, 2**31)
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, 0, 1000)
+        for token, bias in self.logit_bias.items():
+            if token < 0 or math.isnan(bias):
+                raise SettingError(
+                    "logit_bias entry out of range", got=f"{token}: {bias}", expected="token id >= 0: number"
+                )
+        if any(not text for text in self.stop):
+            raise SettingError("a stop string is empty", fix="Leave it out.")
+
+
+def _check(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    inside = (low < value if low_open else low <= value) and value <= high
+    if not inside:  # NaN lands here too
+        bound = f"above {low:g}" if low_open else f"at least {low:g}"
+        raise SettingError(f"{name} out of range", got=value, expected=f"{bound} and at most {high:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """A distribution over K candidate tokens: ids [K] with probabilities [K] summing to one."""
+
+    ids: TokenIds
+    probs: Probabilities
+
+    def probability(self, token: int) -> float:
+        """Probability of one token; zero outside the candidates."""
+        hits = np.flatnonzero(self.ids == token)
+        return float(self.probs[hits[0]]) if len(hits) else 0.0
+
+
+class Sampler:
+    """Makes the choices of one request. Pure: the same row and context give the same token.
+
+    `is_plain` (greedy or temperature only) means that `Scores.winners` can choose on the device;
+    otherwise `choose` works on host rows with the context as it stands at that node.
+    """
+
+    def __init__(self, params: SamplingParams, seed: int) -> None:
+        self.params = params
+        self.seed = seed
+        p = params
+        self.uses_counts = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+        self.is_greedy = p.temperature == 0.0
+        self._truncates = not self.is_greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
+        self.is_plain = not (self.uses_counts or p.logit_bias or self._truncates)
+        self._bias_ids = np.fromiter(p.logit_bias.keys(), np.int32, len(p.logit_bias))
+        self._biases = np.fromiter(p.logit_bias.values(), np.float32, len(p.logit_bias))
+
+    def choose(self, row: Logits, context: Context) -> int:
+        """The token of this row at position `len(context)`: argmax of log p + noise."""
+        row = self._adjusted(row, context)
+        if self.is_greedy:
+            return int(row.argmax())
+        position_key = noise.key(self.seed, Purpose.TOKEN, len(context))
+        if not self._truncates:
+            return gumbel_argmax(row, self.params.temperature, position_key)
+        ids, logits = self._candidates(row)
+        return int(ids[_argmax_lowest_id(ids, logits + noise.gumbel(position_key, ids))])
+
+    def law(self, row: Logits, context: Context) -> Law:
+        """The distribution that this row and these settings define."""
+        row = self._adjusted(row, context)
+        if self.is_greedy:
+            return Law(np.array([row.argmax()], np.int32), np.ones(1))
+        if self._truncates:
+            ids, logits = self._candidates(row)
+        else:
+            ids, logits = np.arange(len(row), dtype=np.int32), row / np.float32(self.params.temperature)
+        weights = np.exp(logits.astype(np.float64) - float(logits.max()))
+        return Law(ids, weights / weights.sum())
+
+    def keys(self, positions: TokenIds) -> NoiseKeys:
+        """[N, 2] noise keys of the tokens at these positions, for `Scores.winners`."""
+        return noise.keys(self.seed, Purpose.TOKEN, positions)
+
+    def _adjusted(self, row: Logits, context: Context) -> Logits:
+        """The row after bias and penalties: a copy where anything changes."""
+        if not self.uses_counts and not len(self._bias_ids):
+            return row
+        row = row.copy()
+        if len(self._bias_ids):
+            if int(self._bias_ids.max()) >= len(row):
+                raise SettingError(
+                    "logit_bias names no token", got=int(self._bias_ids.max()), expected=f"below {len(row)}"
+                )
+            row[self._bias_ids] += self._biases
+        if self.uses_counts:
+            p = self.params
+            seen, _ = context.counts.seen()
+            if p.repetition_penalty != 1.0:
+                values = row[seen]
+                row[seen] = np.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+            produced, counts = context.output_counts.seen()
+            row[produced] -= p.presence_penalty + p.frequency_penalty * counts.astype(np.float32)
+        return row
+
+    def _candidates(self, row: Logits) -> tuple[TokenIds, Logits]:
+        """Tokens that survive truncation, best first, with their logits over temperature."""
+        p = self.params
+        temperature = np.float32(p.temperature)
+        keep = p.top_k if 0 < p.top_k < len(row) else 0
+        if not keep and p.top_p < 1.0:
+            return self._nucleus(row / temperature)
+        ids = top_ids(row, keep) if keep else _above(row, p.min_p, temperature)
+        logits = row[ids] / temperature
+        weights = np.exp((logits - logits[0]).astype(np.float64))
+        if p.top_p < 1.0:
+            cut = _nucleus_size(weights, weights.sum(), p.top_p)
+            ids, logits, weights = ids[:cut], logits[:cut], weights[:cut]
+        if p.min_p > 0.0:
+            cut = max(1, int(np.count_nonzero(weights >= p.min_p)))
+            ids, logits = ids[:cut], logits[:cut]
+        return ids, logits
+
+    def _nucleus(self, logits: Logits) -> tuple[TokenIds, Logits]:
+        """top-p without top-k: sort only as far as the mass requires."""
+        p = self.params
+        total = float(np.exp(logits - logits.max()).sum(dtype=np.float64))
+        size = 128
+        while True:
+            ids = top_ids(logits, size)
+            weights = np.exp((logits[ids] - logits[ids[0]]).astype(np.float64))
+            if len(ids) == len(logits) or weights.sum() >= p.top_p * total:
+                break
+            size *= 8
+        cut = _nucleus_size(weights, total, p.top_p)
+        if p.min_p > 0.0:
+            cut = max(1, min(cut, int(np.count_nonzero(weights >= p.min_p))))
+        return ids[:cut], logits[ids[:cut]]
+
+
+def _nucleus_size(weights: Probabilities, total: float, top_p: float) -> int:
+    """Fewest leading candidates whose mass reaches top_p of the total."""
+    return min(len(weights), int(np.searchsorted(np.cumsum(weights), top_p * total)) + 1)
+
+
+def _above(row: Logits, min_p: float, temperature: np.float32) -> TokenIds:
+    """Ids with p >= min_p * max p, best first."""
+    threshold = row.max() + np.float32(math.log(min_p)) * temperature if min_p > 0.0 else -np.inf
+    return _sorted_best_first(row, np.flatnonzero(row >= threshold))
+
+
+def _sorted_best_first(row: Logits, ids: np.ndarray[tuple[int], np.dtype[np.intp]]) -> TokenIds:
+    return ids[np.argsort(-row[ids], kind="stable")].astype(np.int32)
+
+
+def top_ids(row: Logits, k: int) -> TokenIds:
+    """[min(k, V)] ids of the best scores, best first, ties by lower id.
+
+    Ids are dealt into blocks; a token among the k best lies in one of the k blocks with the best
+    maxima (or ties with the last of them), so only those are sorted. Ten times `argpartition` at 152k.
+    """
+    size = len(row)
+    if k >= size:
+        return _sorted_best_first(row, np.arange(size))
+    if size < 4 * _BLOCK * k:
+        floor = np.partition(row, size - k)[size - k]
+        return _sorted_best_first(row, np.flatnonzero(row >= floor))[:k]
+    whole = size - size % _BLOCK
+    blocks = row[:whole].reshape(_BLOCK, -1)  # column b is a block: ids b, b + width, b + 2 width, ...
+    maxima = blocks.max(axis=0)
+    floor = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
+    chosen = np.flatnonzero(maxima >= floor)
+    part, column = np.nonzero(blocks[:, chosen] >= floor)
+    ids = np.concatenate([part * len(maxima) + chosen[column], whole + np.flatnonzero(row[whole:] >= floor)])
+    return _sorted_best_first(row, np.sort(ids))[:k]
+
+
+def gumbel_argmax(row: Logits, temperature: float, low_high: tuple[int, int]) -> int:
+    """argmax_v of row / temperature + g(key, v), the lowest id among equals.
+
+    The best token's sum is a floor under the winner's, and -log1p(-w) >= w, so a token can win only if
+    its w is at most exp(row / temperature - floor). Hardly any pass that test; only those are given a
+    Gumbel draw. Exact for every row.
+    """
+    inverse = np.float32(1.0 / temperature)
+    best = int(row.argmax())
+    floor = row[best] * inverse + noise.gumbel(low_high, np.array([best], np.int32))[0]
+    hopeful = []
+    for start in range(0, len(row), noise.CHUNK):  # pieces that stay in the cache
+        limit = row[start : start + noise.CHUNK] * inverse
+        limit -= floor - np.float32(1e-3)
+        np.exp(limit, out=limit)
+        hopeful.append(start + np.flatnonzero(noise.small_uniform(low_high, start, len(limit)) <= limit))
+    ids = np.concatenate(hopeful)
+    return int(ids[int((row[ids] * inverse + noise.gumbel(low_high, ids)).argmax())])
+
+
+def _argmax_lowest_id(ids: TokenIds, scores: Logits) -> int:
+    """Index of the best score; among equal scores the one with the lowest token id."""
+    best = np.flatnonzero(scores == scores.max())
+    return int(best[0]) if len(best) == 1 else int(best[ids[best].argmin()])
+
+
+def log_softmax_at(row: Logits, tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of some tokens under the model's own distribution."""
+    peak = float(row.max())
+    log_total = peak + math.log(float(np.exp(row - np.float32(peak)).sum(dtype=np.float64)))
+    return [float(row[token]) - log_total for token in tokens]
+
+
+class HostScores:
+    """`Scores` over logits [N, V] in host memory. Shared by every backend whose logits lie there.
+
+    `generation` is a one-element list that the model increments per forward: the buffer behind
+    `logits` is its, and is overwritten then.
+    """
+
+    __slots__ = ("_born", "_generation", "_logits")
+
+    def __init__(self, logits: Logits, generation: list[int] | None = None) -> None:
+        self._logits = logits
+        self._generation = generation if generation is not None else [0]
+        self._born = self._generation[0]
+
+    def _fresh(self) -> Logits:
+        if self._generation[0] != self._born:
+            raise StaleScoresError(
+                "scores were read after the model's next forward pass",
+                fix="Read what is needed before calling forward again.",
+            )
+        return self._logits
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self._logits)
+
+    def argmax(self) -> HostTokens:
+        """[N] best token of each row."""
+        return HostTokens(self._fresh().argmax(axis=1).astype(np.int32))
+
+    def winners(self, temperature: float, keys: NoiseKeys) -> HostTokens:
+        """[N] sampled token of each row."""
+        rows = self._fresh()
+        chosen = [gumbel_argmax(row, temperature, (int(k[0]), int(k[1]))) for row, k in zip(rows, keys, strict=True)]
+        return HostTokens(np.array(chosen, np.int32))
+
+    def top(self, k: int) -> tuple[TokenIds, Logits]:
+        """([N, k] ids, [N, k] logits), best first."""
+        rows = self._fresh()
+        ids = np.stack([top_ids(row, k) for row in rows]) if len(rows) else np.zeros((0, k), np.int32)
+        return ids, np.take_along_axis(rows, ids, axis=1)
+
+    def rows(self, indices: Sequence[int]) -> Logits:
+        """[len(indices), V]; a view where one row is asked."""
+        rows = self._fresh()
+        return rows[indices[0] : indices[0] + 1] if len(indices) == 1 else rows[list(indices)]

@@ -1,0 +1,69 @@
+"""What an acceptance rule is given and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from localspec.context import Context
+from localspec.protocols import Proposal, Scores
+from localspec.sampling import Sampler
+from localspec.tree.token_tree import TokenTree
+from localspec.types import Logits
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One verified proposal. scores: row 0 is the anchor's, row i + 1 that of node i.
+
+    host_scores: rows are free to read one by one (`Capabilities.host_scores`).
+    """
+
+    proposal: Proposal
+    scores: Scores
+    context: Context
+    sampler: Sampler
+    stop_tokens: frozenset[int]
+    host_scores: bool
+
+    def row_reader(self) -> Callable[[int], Logits]:
+        """From row number to logits [V]: views where they lie on the host, else one transfer of all."""
+        scores = self.scores
+        if self.host_scores:
+            return lambda row: scores.rows((row,))[0]
+        rows = scores.rows(range(scores.num_rows))
+        return lambda row: rows[row]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """path: accepted nodes, root side first.  tokens: theirs, then the one that the target adds.
+
+    A stop token ends the walk where it is chosen, so it is always the last token and never a node.
+    """
+
+    tree: TokenTree
+    path: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """[len(tokens)] the row that decided each token."""
+        return (0, *(node + 1 for node in self.path))
+
+
+class Acceptance(Protocol):
+    """A rule that turns a trial into a verdict."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_law(self) -> bool:
+        """Must drafters *draw* from a distribution they know?"""
+        ...
+
+    def accept(self, trial: Trial) -> Verdict:
+        """Decide. The trial's context is left as it was found."""
+        ...

@@ -1,0 +1,57 @@
+"""The walk: the target samples, the draft only guesses (`docs/exactness.md`).
+
+At each node the target's own token is x = argmax_v [log p(v) + g(seed, position, v)], which depends on
+nothing a drafter did; the walk steps into the child that carries x, if there is one. So the emitted
+text is that of plain decoding with the same seed for every tree. Source: ours, from the Gumbel-max
+trick; the coupling of guesses is that of Daliri, Musco and Suresh (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from localspec.verify.trial import Trial, Verdict
+
+
+class Walk:
+    """The default rule. Exact for any drafter, at any temperature, token for token."""
+
+    name = "walk"
+    needs_law = False
+
+    def accept(self, trial: Trial) -> Verdict:
+        """Follow the target's own tokens down the tree."""
+        choose = _chooser(trial)
+        tree, context = trial.proposal.tree(), trial.context
+        mark = len(context)
+        path: list[int] = []
+        tokens: list[int] = []
+        node: int | None = -1
+        try:
+            while node is not None:
+                token = choose(node + 1)
+                tokens.append(token)
+                node = None if token in trial.stop_tokens else tree.child(node, token)
+                if node is not None:
+                    path.append(node)
+                    context.append(token)
+        finally:
+            context.truncate(mark)
+        return Verdict(tree, tuple(path), tuple(tokens))
+
+
+def _chooser(trial: Trial) -> Callable[[int], int]:
+    """From row to the target's token. Asked before the tree is fetched: one wait then serves both."""
+    sampler, scores, context = trial.sampler, trial.scores, trial.context
+    if sampler.is_plain and not trial.host_scores:
+        if sampler.is_greedy:
+            winners = scores.argmax().numpy()
+        else:
+            depth = trial.proposal.depth()
+            positions = len(context) + np.concatenate([np.zeros(1, np.int32), depth + 1])
+            winners = scores.winners(sampler.params.temperature, sampler.keys(positions)).numpy()
+        return lambda row: int(winners[row])
+    read = trial.row_reader()
+    return lambda row: sampler.choose(read(row), context)

@@ -1,0 +1,52 @@
+"""Where test models come from, and what is skipped without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_MODELS = ROOT.parent / "shared" / "models"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A target and its draft model on disk."""
+
+    target: Path
+    draft: Path
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Skip tests marked `shared` where the development models are absent, and say which they are."""
+    if (SHARED_MODELS / "prompts.jsonl").is_file():
+        return
+    skip = pytest.mark.skip(reason="needs the development models (safetensors, prompts) in ../shared/models")
+    for item in items:
+        if item.get_closest_marker("shared"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_pair() -> Pair:
+    """The bundled pair. It is part of the repository, so its absence is a failure, not a skip."""
+    folder = ROOT / "models" / "tiny"
+    pair = Pair(folder / "target.gguf", folder / "draft.gguf")
+    assert pair.target.is_file(), f"{pair.target} is missing; see models/tiny/README.md"
+    assert pair.draft.is_file(), f"{pair.draft} is missing; see models/tiny/README.md"
+    return pair
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder of development models; only for tests marked `shared`."""
+    return SHARED_MODELS
