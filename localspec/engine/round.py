@@ -1,0 +1,145 @@
+"""The only loop body: propose, verify, accept, commit. Plain decoding is the null drafter in it.
+
+A round may carry several lanes (sequences); all are verified in one pass. The target is p, drafters
+are q; whatever the drafters do, the acceptance rule alone decides what is emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from localspec.context import Context
+from localspec.engine.stats import RoundRecord
+from localspec.engine.width import pad
+from localspec.protocols import (
+    Drafter,
+    DraftRequest,
+    HostTokens,
+    LanguageModel,
+    Outcome,
+    Proposal,
+    SequenceState,
+    Step,
+)
+from localspec.sampling import Sampler, log_softmax_at, top_ids
+from localspec.types import Logits
+from localspec.verify import Acceptance, Trial, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One sequence's part in a round. `state` holds the context but for its last token, the anchor."""
+
+    state: SequenceState
+    context: Context
+    drafter: Drafter
+    sampler: Sampler
+    acceptance: Acceptance
+    stop_tokens: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model's own distribution, and the best alternatives."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """What one lane got out of a round."""
+
+    verdict: Verdict
+    record: RoundRecord
+    logprobs: tuple[TokenLogprob, ...] | None
+
+
+def run_round(model: LanguageModel, lanes: Sequence[Lane], max_nodes: Sequence[int]) -> list[RoundResult]:
+    """One round of all lanes. max_nodes: per lane, how many nodes may be proposed at most.
+
+    If a pass or a rule raises, every lane is left as it was before the round.
+    """
+    started = perf_counter()
+    try:
+        proposals = [_propose(lane, limit) for lane, limit in zip(lanes, max_nodes, strict=True)]
+        drafted = perf_counter()
+        steps = _steps(model, lanes, proposals)
+        scores = model.forward(steps)
+        verified = perf_counter()
+        on_host = model.capabilities.host_scores
+        trials = [
+            Trial(proposal, rows, lane.context, lane.sampler, lane.stop_tokens, on_host)
+            for lane, proposal, rows in zip(lanes, proposals, scores, strict=True)
+        ]
+        verdicts = [lane.acceptance.accept(trial) for lane, trial in zip(lanes, trials, strict=True)]
+        if not on_host:  # a lazy device is waited for in `accept`
+            verified = perf_counter()
+        logprobs = [_logprobs(trial, verdict) for trial, verdict in zip(trials, verdicts, strict=True)]
+    except BaseException:
+        for lane in lanes:
+            lane.state.keep(())
+        raise
+    for lane, verdict in zip(lanes, verdicts, strict=True):
+        lane.state.keep([0, *(node + 1 for node in verdict.path)])
+        lane.context.extend(verdict.tokens)
+        lane.drafter.observe(Outcome(verdict.tree, verdict.path, verdict.tokens))
+    times = ((drafted - started) * 1e3, (verified - drafted) * 1e3, (perf_counter() - verified) * 1e3)
+    width = sum(step.num_tokens for step in steps)
+    return [
+        RoundResult(verdict, _record(proposal, verdict, width, times), numbers)
+        for proposal, verdict, numbers in zip(proposals, verdicts, logprobs, strict=True)
+    ]
+
+
+def _propose(lane: Lane, max_nodes: int) -> Proposal:
+    request = DraftRequest(lane.context, max_nodes, lane.sampler, lane.stop_tokens, lane.acceptance.needs_law)
+    return lane.drafter.propose(request)
+
+
+def _steps(model: LanguageModel, lanes: Sequence[Lane], proposals: Sequence[Proposal]) -> list[Step]:
+    """Anchor and nodes of each lane; the last lane is padded where the whole pass is too narrow."""
+    steps = []
+    for lane, proposal in zip(lanes, proposals, strict=True):
+        anchor = HostTokens(np.array([lane.context.anchor], np.int32))
+        parents = np.concatenate([np.array([-1], np.int32), proposal.parents + 1])
+        steps.append(Step(lane.state, (anchor, *proposal.tokens), parents))
+    width = sum(step.num_tokens for step in steps)
+    steps[-1] = pad(steps[-1], model.capabilities.width_class, width)
+    return steps
+
+
+def _logprobs(trial: Trial, verdict: Verdict) -> tuple[TokenLogprob, ...] | None:
+    count = trial.sampler.params.logprobs
+    if count is None:
+        return None
+    read = trial.row_reader()
+    return tuple(
+        _token_logprob(read(row), token, count) for row, token in zip(verdict.rows, verdict.tokens, strict=True)
+    )
+
+
+def _token_logprob(row: Logits, token: int, count: int) -> TokenLogprob:
+    best = [int(i) for i in top_ids(row, count)] if count else []
+    values = log_softmax_at(row, [token, *best])
+    return TokenLogprob(token, values[0], tuple(zip(best, values[1:], strict=True)))
+
+
+def _record(proposal: Proposal, verdict: Verdict, width: int, times: tuple[float, float, float]) -> RoundRecord:
+    return RoundRecord(
+        source=proposal.source,
+        num_nodes=proposal.num_nodes,
+        num_accepted=len(verdict.path),
+        num_emitted=len(verdict.tokens),
+        width=width,
+        draft_ms=times[0],
+        verify_ms=times[1],
+        host_ms=times[2],
+        drafted_depth=int(verdict.tree.depth.max(initial=-1)) + 1,
+        accepted_depth=len(verdict.path),
+    )

@@ -1,0 +1,363 @@
+"""One conversation's state with a target and a drafter: prompts in, a stream of text out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from localspec.context import Context, common_prefix
+from localspec.engine.detokenize import Detokenizer
+from localspec.engine.prefix import encode_prompt
+from localspec.engine.round import Lane, RoundResult, TokenLogprob, run_round
+from localspec.engine.stats import Stats
+from localspec.engine.stop import StopStrings
+from localspec.engine.width import pad
+from localspec.errors import PromptError
+from localspec.protocols import Drafter, HostTokens, LanguageModel, Step, chain_parents
+from localspec.sampling import Sampler, SamplingParams
+from localspec.types import TokenIds
+from localspec.verify import make_acceptance
+
+_PREFILL_CHUNK = 512
+TARGET = "target"
+"""Source of tokens that nobody guessed."""
+
+Progress = Callable[[int, int], None]
+"""Called with (prefilled tokens, tokens to prefill)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text of the stream and who guessed its tokens: a drafter's name, or TARGET."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished answer.
+
+    finish_reason: "stop" (stop token or string), "length" (max_tokens), "context" (no room left) or
+    "cancelled".  note: what a person should know about how it ended.  plain_because: why nothing was
+    speculated, if so.  width_class: the class every target pass ran in.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    sources: tuple[str, ...]
+    finish_reason: str
+    stop_string: str | None
+    note: str
+    seed: int
+    num_prompt_tokens: int
+    stats: Stats
+    logprobs: tuple[TokenLogprob, ...] | None
+    plain_because: str | None
+    width_class: str
+    acceptance: str
+    drafter: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        logprobs = None
+        if self.logprobs is not None:
+            logprobs = [
+                {"token": p.token, "logprob": p.logprob, "top": [list(t) for t in p.top]} for p in self.logprobs
+            ]
+        return {
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "sources": list(self.sources),
+            "finish_reason": self.finish_reason,
+            "stop_string": self.stop_string,
+            "note": self.note,
+            "seed": self.seed,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "drafter": self.drafter,
+            "acceptance": self.acceptance,
+            "plain_because": self.plain_because,
+            "width_class": self.width_class,
+            "logprobs": logprobs,
+            "stats": self.stats.as_dict(),
+        }
+
+
+@dataclass(slots=True)
+class _Answer:
+    """An answer in the making."""
+
+    sampler: Sampler
+    stop_tokens: frozenset[int]
+    num_prompt_tokens: int
+    detokenizer: Detokenizer
+    stops: StopStrings
+    stats: Stats = field(default_factory=Stats)
+    tokens: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    waiting: list[Piece] = field(default_factory=list)  # text held back by `stops`, with its sources
+    finish_reason: str | None = None
+    note: str = ""
+
+    def say(self, text: str, source: str) -> Iterator[Piece]:
+        """Pass text through the stop strings; yields what may be shown, split by source."""
+        if text:
+            self.waiting.append(Piece(text, source))
+        yield from self._release(len(self.stops.push(text)))
+
+    def finish(self, source: str) -> Iterator[Piece]:
+        """Show what was held back to the end."""
+        yield from self.say(self.detokenizer.finish(), source)
+        yield from self._release(len(self.stops.finish()))
+
+    def _release(self, count: int) -> Iterator[Piece]:
+        while count > 0:
+            piece = self.waiting.pop(0)
+            if len(piece.text) > count:
+                self.waiting.insert(0, replace(piece, text=piece.text[count:]))
+                piece = replace(piece, text=piece.text[:count])
+            count -= len(piece.text)
+            self.shown.append(piece.text)
+            yield piece
+
+
+class Stream:
+    """An answer as it is written. Iterate for its pieces; `result` is there once they are exhausted.
+
+    `cancel()` may be called from a signal handler or another thread: the answer ends after the round
+    in progress and the session stays usable.
+    """
+
+    def __init__(self, pieces: Callable[[Stream], Generator[Piece, None, None]]) -> None:
+        self.cancelled = False
+        self._result: Generation | None = None
+        self._pieces = pieces(self)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def cancel(self) -> None:
+        """End the answer after the round in progress."""
+        self.cancelled = True
+
+    def close(self) -> None:
+        """Stop reading: the answer ends where it is. Also what happens to a stream that is dropped."""
+        self._pieces.close()
+
+    def finish(self, result: Generation) -> None:
+        """Set the result (the session does)."""
+        self._result = result
+
+    @property
+    def result(self) -> Generation:
+        """The finished answer; reads the rest of the stream if need be."""
+        for _ in self._pieces:
+            pass
+        assert self._result is not None
+        return self._result
+
+
+class Session:
+    """A target's state, a drafter, and the tokens that both have seen.
+
+    acceptance: "walk" (text equals plain decoding) or "rejection" (equal in distribution).
+    """
+
+    def __init__(self, model: LanguageModel, drafter: Drafter, *, acceptance: str = "walk") -> None:
+        self.acceptance = make_acceptance(acceptance)
+        self.model = model
+        self.drafter = drafter
+        self._context = Context()
+        self._state = model.open()
+
+    @property
+    def tokens(self) -> TokenIds:
+        """[T] prompt and answers so far."""
+        return self._context.tokens
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        on_prefill: Progress | None = None,
+        on_result: Callable[[Generation], None] | None = None,
+    ) -> Stream:
+        """Answer a prompt (text, in which special tokens are recognised, or token ids).
+
+        The whole prompt is given each time; what the cache shares with it is not computed again.
+        on_result: called with the answer when it ends or is cancelled, not when it fails.
+        Raises PromptError for an empty prompt or one longer than the context.
+        """
+        params = params or SamplingParams()
+        ids = encode_prompt(self.model.tokenizer, prompt, self.tokens) if isinstance(prompt, str) else prompt
+        tokens = np.array(ids, np.int32)
+        self._check(tokens)
+        return Stream(lambda stream: self._answer(tokens, params, stream, on_prefill, on_result or _ignore))
+
+    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
+        """The whole answer at once."""
+        return self.stream(prompt, params).result
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._state.truncate(0)
+        self._context = Context()
+
+    def close(self) -> None:
+        """Give the caches back."""
+        self._state.close()
+        self.drafter.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ inside
+
+    def _check(self, tokens: TokenIds) -> None:
+        if not len(tokens):
+            raise PromptError("the prompt is empty", expected="at least one token")
+        limit = self.model.info.context_length - self.model.capabilities.width_class.min_width + 1
+        if len(tokens) > limit:
+            raise PromptError(
+                "prompt is too long for the context",
+                got=f"{len(tokens)} tokens",
+                expected=f"at most {limit}",
+                fix="Shorten it, or load the model with a larger --context.",
+            )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.model.vocab_size:
+            raise PromptError("token id outside the vocabulary", expected=f"0 to {self.model.vocab_size - 1}")
+
+    def _answer(
+        self,
+        tokens: TokenIds,
+        params: SamplingParams,
+        stream: Stream,
+        on_prefill: Progress | None,
+        on_result: Callable[[Generation], None],
+    ) -> Generator[Piece, None, None]:
+        seed = params.seed if params.seed is not None else secrets.randbits(32)
+        tokenizer = self.model.tokenizer
+        own_stops = frozenset() if params.ignore_eos else tokenizer.stop_tokens
+        answer = _Answer(
+            sampler=Sampler(params, seed),
+            stop_tokens=own_stops | params.stop_tokens,
+            num_prompt_tokens=len(tokens),
+            detokenizer=Detokenizer(tokenizer),
+            stops=StopStrings(params.stop),
+        )
+        ended = False
+        try:
+            self._prefill(tokens, answer, stream, on_prefill)
+            lane = Lane(self._state, self._context, self.drafter, answer.sampler, self.acceptance, answer.stop_tokens)
+            while answer.finish_reason is None:
+                room = self._room(answer, params, stream)
+                if room > 0:
+                    [result] = run_round(self.model, [lane], [self._widest(room)])
+                    yield from self._take(result, answer)
+            yield from answer.finish(answer.sources[-1] if answer.sources else TARGET)
+            ended = True
+        except GeneratorExit:  # the reader stopped reading: the answer ends here
+            ended = True
+            raise
+        finally:
+            generation = self._result(answer)
+            stream.finish(generation)
+            if ended:
+                on_result(generation)
+
+    def _prefill(self, tokens: TokenIds, answer: _Answer, stream: Stream, on_prefill: Progress | None) -> None:
+        """Bring the state to all of the prompt but its last token, the anchor."""
+        started = perf_counter()
+        last = len(tokens) - 1
+        same = min(common_prefix(self.tokens, tokens), last, self._state.length)
+        self._state.truncate(same)
+        self._context = Context(tokens)
+        while self._state.length < last and not stream.cancelled:
+            chunk = tokens[self._state.length : min(last, self._state.length + _PREFILL_CHUNK)]
+            step = Step(self._state, (HostTokens(chunk),), chain_parents(self._state, len(chunk)), ())
+            self.model.forward([pad(step, self.model.capabilities.width_class)])
+            self._state.keep(range(len(chunk)))
+            if on_prefill is not None:
+                on_prefill(self._state.length - same, last - same)
+        self.drafter.begin(self._context)
+        answer.stats.prefill_ms = (perf_counter() - started) * 1e3
+        answer.stats.num_reused, answer.stats.num_prefilled = same, self._state.length - same
+
+    def _room(self, answer: _Answer, params: SamplingParams, stream: Stream) -> int:
+        """How many tokens may still be emitted; sets the finish reason where none may."""
+        min_width = self.model.capabilities.width_class.min_width
+        length = self.model.info.context_length
+        in_context = length - min_width + 2 - len(self._context)
+        in_answer = in_context if params.max_tokens is None else params.max_tokens - len(answer.tokens)
+        if stream.cancelled:
+            answer.finish_reason = "cancelled"
+        elif in_answer <= 0 and params.max_tokens is not None:
+            answer.finish_reason = "length"
+        elif in_context <= 0:
+            answer.finish_reason = "context"
+            answer.note = f"the context of {length} tokens is full: start over, or load with a larger --context"
+        return 0 if answer.finish_reason else min(in_context, in_answer)
+
+    def _widest(self, room: int) -> int:
+        """Most nodes a round may have: it may emit one token more than that."""
+        capabilities = self.model.capabilities
+        width = min(capabilities.max_width, capabilities.width_class.max_width or capabilities.max_width)
+        return min(room, width) - 1
+
+    def _take(self, result: RoundResult, answer: _Answer) -> Iterator[Piece]:
+        """Turn a round's tokens into text, up to a stop."""
+        answer.stats.add(result.record)
+        emitted = result.verdict.tokens
+        for index, token in enumerate(emitted):
+            source = result.record.source if index < len(result.verdict.path) else TARGET
+            answer.tokens.append(token)
+            answer.sources.append(source)
+            if result.logprobs is not None:
+                answer.logprobs.append(result.logprobs[index])
+            if token in answer.stop_tokens:
+                answer.finish_reason = "stop"
+                return
+            yield from answer.say(answer.detokenizer.push(token), source)
+            if answer.stops.matched is not None:
+                answer.finish_reason = "stop"
+                self._cut(len(self._context) - (len(emitted) - index - 1))
+                return
+
+    def _cut(self, length: int) -> None:
+        """Forget tokens that were emitted behind a stop string."""
+        self._context.truncate(length)
+        self._state.truncate(min(self._state.length, length - 1))
+
+    def _result(self, answer: _Answer) -> Generation:
+        classes = self.model.capabilities.width_class
+        return Generation(
+            text="".join(answer.shown),
+            tokens=tuple(answer.tokens),
+            sources=tuple(answer.sources),
+            finish_reason=answer.finish_reason or "cancelled",
+            stop_string=answer.stops.matched,
+            note=answer.note,
+            seed=answer.sampler.seed,
+            num_prompt_tokens=answer.num_prompt_tokens,
+            stats=answer.stats,
+            logprobs=tuple(answer.logprobs) if answer.sampler.params.logprobs is not None else None,
+            plain_because=None if answer.stats.num_drafted else f"the drafter {self.drafter.name!r} proposed nothing",
+            width_class=f"{classes.min_width} to {classes.max_width or 'any'}",
+            acceptance=self.acceptance.name,
+            drafter=self.drafter.name,
+        )
+
+
+def _ignore(_: Generation) -> None:
+    pass

@@ -1,0 +1,115 @@
+"""What a run did, round by round: the numbers behind every claim that is printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One round. Times in milliseconds; on a device that works lazily, waiting is counted as verify."""
+
+    source: str
+    num_nodes: int
+    num_accepted: int
+    num_emitted: int
+    width: int
+    draft_ms: float
+    verify_ms: float
+    host_ms: float
+    drafted_depth: int
+    accepted_depth: int
+
+
+@dataclass(slots=True)
+class Stats:
+    """Sums over the rounds of one answer."""
+
+    num_rounds: int = 0
+    num_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    host_ms: float = 0.0
+    prefill_ms: float = 0.0
+    num_prefilled: int = 0
+    num_reused: int = 0
+    drafted_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    drafted_by_source: dict[str, int] = field(default_factory=dict)
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
+    widths: dict[int, int] = field(default_factory=dict)
+
+    def add(self, record: RoundRecord) -> None:
+        """Count one round."""
+        self.num_rounds += 1
+        self.num_tokens += record.num_emitted
+        self.num_drafted += record.num_nodes
+        self.num_accepted += record.num_accepted
+        self.draft_ms += record.draft_ms
+        self.verify_ms += record.verify_ms
+        self.host_ms += record.host_ms
+        self.widths[record.width] = self.widths.get(record.width, 0) + 1
+        for counts, depth in (
+            (self.drafted_by_depth, record.drafted_depth),
+            (self.accepted_by_depth, record.accepted_depth),
+        ):
+            counts.extend([0] * (depth - len(counts)))
+            for level in range(depth):
+                counts[level] += 1
+        if record.num_nodes:
+            for by_source, amount in (
+                (self.drafted_by_source, record.num_nodes),
+                (self.accepted_by_source, record.num_accepted),
+            ):
+                by_source[record.source] = by_source.get(record.source, 0) + amount
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens emitted per round, the target's own (bonus) token counted."""
+        return self.num_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of drafted tokens that were accepted."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def decode_ms(self) -> float:
+        """Time spent in rounds."""
+        return self.draft_ms + self.verify_ms + self.host_ms
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, prefill excluded."""
+        return 1e3 * self.num_tokens / self.decode_ms if self.decode_ms else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Share of rounds that drafted to this depth in which the node at it was accepted."""
+        pairs = zip(self.drafted_by_depth, self.accepted_by_depth + [0] * len(self.drafted_by_depth), strict=False)
+        return [accepted / drafted for drafted, accepted in pairs]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "num_rounds": self.num_rounds,
+            "num_tokens": self.num_tokens,
+            "accepted_length": round(self.accepted_length, 4),
+            "num_drafted": self.num_drafted,
+            "num_accepted": self.num_accepted,
+            "acceptance_rate": round(self.acceptance_rate, 4),
+            "acceptance_by_depth": [round(rate, 4) for rate in self.acceptance_by_depth],
+            "drafted_by_source": self.drafted_by_source,
+            "accepted_by_source": self.accepted_by_source,
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "prefill_ms": round(self.prefill_ms, 3),
+            "num_prefilled": self.num_prefilled,
+            "num_reused": self.num_reused,
+            "draft_ms": round(self.draft_ms, 3),
+            "verify_ms": round(self.verify_ms, 3),
+            "host_ms": round(self.host_ms, 3),
+            "widths": {str(width): count for width, count in sorted(self.widths.items())},
+        }

@@ -1,0 +1,30 @@
+"""Keeping every target pass inside one width class.
+
+Kernels change with the number of tokens in a pass, and with them the last bits of the logits. A pass
+narrower than the class is widened by throw-away nodes below its last token; nobody reads their rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from localspec.protocols import HostTokens, Step, WidthClass
+
+
+def pad(step: Step, width_class: WidthClass, width: int | None = None) -> Step:
+    """The step widened to `width_class.min_width`, given that the whole pass has `width` tokens.
+
+    Padding copies token 0 in a chain below the last new token, so a chain stays a chain. Which rows
+    are scored does not change.
+    """
+    total = step.num_tokens if width is None else width
+    missing = width_class.min_width - total
+    if missing <= 0 or step.num_tokens == 0:
+        return step
+    rows = tuple(range(step.num_tokens)) if step.rows is None else step.rows
+    last = step.state.num_pending + step.num_tokens - 1
+    parents = np.concatenate([step.parents, np.arange(last, last + missing, dtype=np.int32)])
+    padding = HostTokens(np.zeros(missing, np.int32))
+    return replace(step, tokens=(*step.tokens, padding), parents=parents, rows=rows)

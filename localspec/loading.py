@@ -1,0 +1,228 @@
+"""Finding backends, telling names from paths, and opening a pair. The only file that knows how
+backends are found: ours lie in the folder `backends/` beside this package (loaded by location, so a
+user's own folder of that name cannot shadow them), others register in the entry-point group
+`localspec.backends`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import re
+import sys
+from dataclasses import fields, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+from localspec.drafters import AUTO, DrafterSpec, make_drafter
+from localspec.engine.session import Session
+from localspec.errors import (
+    BackendMissingError,
+    ModelNotFoundError,
+    PairMismatchError,
+    SettingError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from localspec.protocols import Backend, LanguageModel, LoadSettings, Tokenizer
+
+_HOME = Path(__file__).resolve().parent.parent
+_APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
+_PREFERENCE = ("mlx", "llamacpp") if _APPLE_SILICON else ("llamacpp", "mlx")
+_COMMON_SETTINGS = frozenset({"context", "num_sequences"})
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+BUNDLED = "tiny"
+"""Name of the pair that comes with localspec."""
+
+
+# ---------------------------------------------------------------- backends
+
+
+def backend_names() -> list[str]:
+    """Every known backend, best first on this machine; installed or not."""
+    own = {path.parent.name for path in (_HOME / "backends").glob("*/__init__.py")}
+    others = {entry.name for entry in entry_points(group="localspec.backends")} - own
+    return [name for name in _PREFERENCE if name in own] + sorted((own - set(_PREFERENCE)) | others)
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name. Does not import its runtime. Raises UnknownNameError."""
+    folder = _HOME / "backends" / name
+    if (folder / "__init__.py").is_file():
+        return cast(Backend, _load_package(f"localspec_backend_{name}", folder).BACKEND)
+    for entry in entry_points(group="localspec.backends", name=name):
+        return cast(Backend, entry.load())
+    raise UnknownNameError.among("backend", name, backend_names())
+
+
+def _load_package(module_name: str, folder: Path) -> ModuleType:
+    """Import a package from a folder under a name of our own."""
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(
+        module_name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def choose_backend(name: str, path: Path) -> Backend:
+    """The backend asked for, or with "auto" the best installed one that takes the file.
+
+    Raises BackendMissingError (with the command that installs it) and UnsupportedModelError.
+    """
+    candidates = [get_backend(known) for known in (backend_names() if name == AUTO else [name])]
+    accepting = [backend for backend in candidates if backend.accepts(path)]
+    if not accepting:
+        raise UnsupportedModelError(
+            f"{path.name} is not a model that {'any backend' if name == AUTO else name} reads",
+            expected="a .gguf file, or for MLX also a folder with config.json and .safetensors files",
+        )
+    installed = [backend for backend in accepting if backend.is_installed()]
+    if not installed:
+        commands = " or ".join(f"`{backend.report().install_command}`" for backend in accepting)
+        names = " or ".join(backend.name for backend in accepting)
+        raise BackendMissingError(f"backend {names} is not installed", fix=f"Install it with {commands}.")
+    return installed[0]
+
+
+# ---------------------------------------------------------------- models and pairs
+
+
+def bundled_names() -> list[str]:
+    """Names of the pairs that come with localspec."""
+    return sorted(path.parent.name for path in (_HOME / "models").glob("*/target.gguf"))
+
+
+def bundled_path(name: str, role: str) -> Path:
+    """File of a bundled pair; role is "target" or "draft"."""
+    return _HOME / "models" / name / f"{role}.gguf"
+
+
+def resolve_model(text: str, role: str = "target") -> Path:
+    """A path, a bundled name or a Hub id, told apart.
+
+    What exists on disk is a path. A bundled name means that pair's file for `role`. Anything else is
+    refused with what it looked like. Raises ModelNotFoundError and UnknownNameError.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if text in bundled_names():
+        return bundled_path(text, role)
+    if path.suffix in (".gguf", ".safetensors") or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ModelNotFoundError(f"no such file or folder: {text}", fix="Check the path.")
+    if _HUB_ID.fullmatch(text):
+        raise ModelNotFoundError(
+            f"{text} looks like a Hub id, and there is no such folder here",
+            fix=f"localspec does not pull models yet: `hf download {text.partition(':')[0]} --local-dir DIR`, then give DIR.",
+        )
+    raise UnknownNameError.among("model", text, bundled_names())
+
+
+class Pair:
+    """A target with its draft model (if any), opened and checked. Close it, or use it with `with`."""
+
+    def __init__(self, target: LanguageModel, draft: LanguageModel | None) -> None:
+        self.target = target
+        self.draft = draft
+
+    def session(self, drafter: str | DrafterSpec = AUTO, *, acceptance: str = "walk") -> Session:
+        """A new conversation. drafter: a name with settings, e.g. "ngram:max=4"; "nothing" is plain."""
+        return Session(self.target, make_drafter(drafter, self.draft), acceptance=acceptance)
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self.target.close()
+        if self.draft is not None:
+            self.draft.close()
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_pair(
+    target: str | None = None,
+    draft: str | None = None,
+    *,
+    backend: str = AUTO,
+    settings: LoadSettings | None = None,
+) -> Pair:
+    """Open a target and, if one is named, its draft model; with no target the bundled pair.
+
+    The draft model gets the target's context length. Raises members of the error tree; what was
+    opened before an error is closed again.
+    """
+    settings = settings or LoadSettings()
+    if target is None:
+        target = BUNDLED
+    if draft is None and target in bundled_names() and not Path(target).exists():
+        draft = target
+    target_path = resolve_model(target, "target")
+    draft_path = resolve_model(draft, "draft") if draft is not None else None
+    model = load_model(target_path, backend, settings)
+    try:
+        if draft_path is None:
+            return Pair(model, None)
+        helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length))
+        try:
+            check_same_vocabulary(model.tokenizer, helper.tokenizer)
+        except BaseException:
+            helper.close()
+            raise
+        return Pair(model, helper)
+    except BaseException:
+        model.close()
+        raise
+
+
+def load_model(path: Path, backend: str = AUTO, settings: LoadSettings | None = None) -> LanguageModel:
+    """Open one model. Settings that the chosen backend does not have are refused, not dropped."""
+    settings = settings or LoadSettings()
+    chosen = choose_backend(backend, path)
+    given = {field.name for field in fields(settings) if getattr(settings, field.name) != field.default}
+    foreign = given - chosen.own_settings - _COMMON_SETTINGS
+    if foreign:
+        raise SettingError(
+            f"backend {chosen.name} has no setting {', '.join(sorted(foreign))}",
+            expected=", ".join(sorted(chosen.own_settings | _COMMON_SETTINGS)),
+        )
+    return chosen.load(path, settings)
+
+
+def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
+    """Raise PairMismatchError, with the first difference, unless the same id means the same bytes."""
+    pointer = (
+        "A drafter with another tokenizer needs cross-tokenizer drafting (see docs/exactness.md), which this "
+        "version does not have; choose a draft model of the target's family, or --drafter ngram."
+    )
+    shared = min(target.num_tokens, draft.num_tokens)
+    for token in range(shared):
+        mine, other = target.token_bytes(token), draft.token_bytes(token)
+        if mine != other:
+            raise PairMismatchError(
+                f"target and draft model do not share a vocabulary: token {token} differs",
+                got=f"{other!r} in the draft model",
+                expected=repr(mine),
+                fix=pointer,
+            )
+    if target.num_tokens != draft.num_tokens:
+        raise PairMismatchError(
+            "target and draft model do not share a vocabulary: sizes differ",
+            got=f"{draft.num_tokens} tokens in the draft model",
+            expected=target.num_tokens,
+            fix=pointer,
+        )

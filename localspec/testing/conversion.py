@@ -1,0 +1,253 @@
+"""Writes a GGUF file from what a Hugging Face folder holds: configuration, weights, tokenizer.
+
+Covers the dense llama, qwen2 and qwen3 families, which is what the bundled pair and the tests need;
+for anything else llama.cpp's own converter is the tool. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localspec.errors import ModelFileError, SettingError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+__all__ = ["QUANTIZATIONS", "Checkpoint", "read_safetensors", "write_gguf_file"]
+
+QUANTIZATIONS = ("Q4_0", "Q8_0", "F16", "F32")
+"""Types a matrix may be stored in. Norms and biases are always F32."""
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+_OUTER_TENSORS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+_LAYER_MODULES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+# How a tokenizer splits text before merging, by the pattern in its tokenizer.json; the values are
+# llama.cpp's names for the same splits.
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT_PATTERNS = {_LETTERS + "{1,3}" + _REST: "llama-bpe", _LETTERS + _REST: "qwen2"}
+
+_SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model as a Hugging Face folder holds it.
+
+    config: `config.json`.  weights: float32, by Hugging Face name.  tokenizer: `tokenizer.json`.
+    tokenizer_config: `tokenizer_config.json`.
+    """
+
+    config: Mapping[str, Any]
+    weights: Mapping[str, NDArray[np.float32]]
+    tokenizer: Mapping[str, Any]
+    tokenizer_config: Mapping[str, Any]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Checkpoint:
+        """Read a folder with `config.json`, `model.safetensors`, `tokenizer.json` and its config."""
+
+        def parsed(name: str) -> dict[str, Any]:
+            content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return content
+
+        return cls(
+            config=parsed("config.json"),
+            weights=read_safetensors(folder / "model.safetensors"),
+            tokenizer=parsed("tokenizer.json"),
+            tokenizer_config=parsed("tokenizer_config.json"),
+        )
+
+
+def read_safetensors(path: Path) -> dict[str, NDArray[np.float32]]:
+    """Every tensor as float32, by name. Written out here because numpy has no bfloat16."""
+    content = path.read_bytes()
+    header_size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_size])
+    header.pop("__metadata__", None)
+    body = memoryview(content)[8 + header_size :]
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            known = ", ".join(_SAFETENSORS_TYPES)
+            raise ModelFileError(f"tensor {name} of {path.name} cannot be read", got=entry["dtype"], expected=known)
+        start, end = entry["data_offsets"]
+        stored = np.frombuffer(body[start:end], _SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            tensors[name] = (stored.astype(np.uint32) << 16).view(np.float32)
+        else:
+            tensors[name] = stored.astype(np.float32)
+    return tensors
+
+
+def write_gguf_file(
+    path: Path, checkpoint: Checkpoint, quantization: str, *, name: str, licence: str = "", description: str = ""
+) -> None:
+    """Write `checkpoint` to `path`, all matrices in `quantization`, all vectors in float32."""
+    from gguf import GGUFWriter
+
+    if quantization not in QUANTIZATIONS:
+        raise SettingError("unknown quantization", got=quantization, expected=f"one of {', '.join(QUANTIZATIONS)}")
+    architecture = checkpoint.config["model_type"]
+    if architecture not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            "this converter does not know the architecture", got=architecture, expected=", ".join(_ARCHITECTURES)
+        )
+    writer = GGUFWriter(path, architecture)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_description(description)
+    writer.add_license(licence)
+    _add_shape(writer, checkpoint.config, quantization)
+    _add_tokenizer(writer, checkpoint)
+    _add_tensors(writer, checkpoint, quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_shape(writer: GGUFWriter, config: Mapping[str, Any], quantization: str) -> None:
+    from gguf import LlamaFileType
+
+    file_types = {
+        "F32": LlamaFileType.ALL_F32,
+        "F16": LlamaFileType.MOSTLY_F16,
+        "Q4_0": LlamaFileType.MOSTLY_Q4_0,
+        "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+    }
+    head_size = _head_size(config)
+    writer.add_file_type(file_types[quantization])
+    writer.add_quantization_version(2)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+
+
+def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    from gguf import TokenType
+
+    tokenizer, settings = checkpoint.tokenizer, checkpoint.tokenizer_config
+    size = checkpoint.config["vocab_size"]
+    tokens = [f"[PAD{index}]" for index in range(size)]
+    types = [TokenType.UNUSED] * size
+    for text, index in tokenizer["model"]["vocab"].items():
+        tokens[index], types[index] = text, TokenType.NORMAL
+    for entry in tokenizer["added_tokens"]:
+        kind = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
+        tokens[entry["id"]], types[entry["id"]] = entry["content"], kind
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_split_name(tokenizer["pre_tokenizer"]))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    if settings.get("bos_token"):
+        writer.add_bos_token_id(tokens.index(settings["bos_token"]))
+    writer.add_eos_token_id(tokens.index(settings["eos_token"]))
+    if settings.get("pad_token"):
+        writer.add_pad_token_id(tokens.index(settings["pad_token"]))
+    writer.add_add_bos_token(bool(settings.get("add_bos_token", False)))
+    if settings.get("chat_template"):
+        writer.add_chat_template(settings["chat_template"])
+
+
+def _split_name(pre_tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the split that `tokenizer.json` describes."""
+    if pre_tokenizer["type"] == "ByteLevel" and pre_tokenizer["use_regex"]:
+        return "gpt-2"
+    for part in pre_tokenizer.get("pretokenizers", ()):
+        pattern = part.get("pattern", {}).get("Regex")
+        if part["type"] == "Split" and pattern in _SPLIT_PATTERNS:
+            return _SPLIT_PATTERNS[pattern]
+    raise UnsupportedModelError(
+        "this converter does not know how the tokenizer splits text",
+        got=json.dumps(pre_tokenizer),
+        expected="the split of GPT-2, Llama 3 or Qwen 2",
+    )
+
+
+def _add_tensors(writer: GGUFWriter, checkpoint: Checkpoint, quantization: str) -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    config = checkpoint.config
+    for name in sorted(checkpoint.weights, key=_reading_order):
+        weight = checkpoint.weights[name]
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue  # the same matrix as the embedding, which llama.cpp then uses twice
+        if config["model_type"] == "llama" and ".q_proj." in name:
+            weight = _interleave_halves(weight, config["num_attention_heads"])
+        if config["model_type"] == "llama" and ".k_proj." in name:
+            weight = _interleave_halves(weight, config["num_key_value_heads"])
+        kind = GGMLQuantizationType[quantization if weight.ndim == 2 else "F32"]
+        writer.add_tensor(_gguf_name(name), quantize(weight, kind), raw_dtype=kind)
+
+
+def _gguf_name(name: str) -> str:
+    if name in _OUTER_TENSORS:
+        return _OUTER_TENSORS[name]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None or match[2] not in _LAYER_MODULES:
+        raise UnsupportedModelError("this converter does not know the tensor", got=name)
+    return f"blk.{match[1]}.{_LAYER_MODULES[match[2]]}.{match[3]}"
+
+
+def _reading_order(name: str) -> tuple[int, int, str]:
+    """Embedding, layers by number, then the rest: the order in which a forward pass reads them."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    if match:
+        return (1, int(match[1]), name)
+    return (0 if "embed_tokens" in name else 2, 0, name)
+
+
+def _interleave_halves(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+    """Reorder each head's rows (a1 a2 .. b1 b2 ..) to (a1 b1 a2 b2 ..).
+
+    Hugging Face rotates a head's first half with its second, llama.cpp's `llama` architecture
+    rotates neighbours (its qwen architectures do not).
+    """
+    halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _head_size(config: Mapping[str, Any]) -> int:
+    size: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return size

@@ -1,0 +1,222 @@
+"""Every drafter passes the suite; their own promises on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from localspec.context import Context
+from localspec.drafters import AUTO, DRAFTERS, DrafterSpec, DraftModel, Ngram, Nothing, make_drafter
+from localspec.engine.session import Session
+from localspec.errors import SettingError, UnknownNameError, UsageError
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, Step
+from localspec.sampling import Sampler, SamplingParams
+from localspec.testing.drafters import DrafterConformance
+from localspec.testing.reference import ReferenceModel, random_tree
+
+
+class TestNothing(DrafterConformance):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return Nothing()
+
+
+class TestNgram(DrafterConformance):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return Ngram(num=6, max=3, min=1)
+
+
+class TestGoodDraftModel(DrafterConformance):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(0.2), num=4)
+
+
+class TestBadDraftModel(DrafterConformance):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(5.0), num=3)
+
+
+class TestDraftModelThatStopsEarly(DrafterConformance):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(0.2), num=8, min_prob=0.3)
+
+
+class TestDraftModelOnADevice(DrafterConformance):
+    """Scores that do not lie on the host: guesses are chained without being read."""
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        draft = target.perturbed(0.2)
+        draft.capabilities = replace(draft.capabilities, host_scores=False)
+        return DraftModel(draft, num=4)
+
+    def target(self) -> ReferenceModel:
+        model = super().target()
+        model.capabilities = replace(model.capabilities, host_scores=False)
+        return model
+
+
+class Adversary:
+    """Guesses a random bush of any tokens: the worst drafter the engine must survive."""
+
+    name = "adversary"
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(3)
+
+    def begin(self, context: Context) -> None:
+        pass
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        size = min(request.max_nodes, 9)
+        tokens = self.rng.integers(0, 48, max(size, 0)).astype(np.int32)
+        return Proposal(self.name, (HostTokens(tokens),), random_tree(self.rng, max(size, 0)))
+
+    def observe(self, outcome: Outcome) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class TestAdversary(DrafterConformance):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return Adversary()
+
+
+def request(tokens: list[int], budget: int, params: SamplingParams | None = None) -> DraftRequest:
+    return DraftRequest(Context(tokens), budget, Sampler(params or SamplingParams(), 0), frozenset())
+
+
+def proposed(drafter: Drafter, tokens: list[int], budget: int = 16) -> list[int]:
+    ask = request(tokens, budget)
+    drafter.begin(ask.context)
+    return [int(token) for token in drafter.propose(ask).tree().token]
+
+
+# ---------------------------------------------------------------- ngram
+
+
+def test_lookup_takes_the_longest_match_and_among_those_the_latest() -> None:
+    drafter = Ngram(num=2, max=3, min=1)
+    assert proposed(drafter, [1, 2, 3, 50, 9, 2, 3, 60, 8, 3, 70, 1, 2, 3]) == [50, 9]  # 1 2 3 beats 2 3
+    assert proposed(drafter, [5, 6, 10, 5, 6, 11, 5, 6]) == [11, 5]
+
+
+def test_lookup_proposes_nothing_without_a_match_of_the_least_size() -> None:
+    assert proposed(Ngram(min=2), [1, 2, 3, 4, 5, 3]) == []
+    assert proposed(Ngram(), [1]) == []
+
+
+def test_the_index_equals_a_new_one_after_any_history() -> None:
+    """Incremental updates and take-backs leave exactly the index of the context."""
+    rng = np.random.default_rng(0)
+    drafter, tokens = Ngram(num=5, max=4, min=1), [0]
+    for _ in range(200):
+        if rng.random() < 0.3:
+            tokens = tokens[: int(rng.integers(1, len(tokens) + 1))]
+        tokens += rng.integers(0, 4, int(rng.integers(0, 6))).tolist()
+        assert proposed(drafter, tokens) == proposed(Ngram(num=5, max=4, min=1), tokens)
+    fresh = Ngram(num=5, max=4, min=1)
+    proposed(fresh, tokens)
+    assert drafter._ends == fresh._ends
+
+
+# ---------------------------------------------------------------- draft model
+
+
+class CountingModel(ReferenceModel):
+    """Counts the tokens it is given."""
+
+    num_tokens = 0
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        self.num_tokens += sum(step.num_tokens for step in steps)
+        return super().forward(steps)
+
+
+def test_the_draft_cache_is_kept_in_step_with_acceptance() -> None:
+    """Each token goes through the draft model once, plus the guesses that were wrong."""
+    target = ReferenceModel(48, seed=5)
+    draft = CountingModel(48, seed=5)  # the same weights: every guess is right
+    with Session(target, DraftModel(draft, num=3)) as session:
+        result = session.generate([1, 2, 3, 4], SamplingParams(max_tokens=40, ignore_eos=True))
+    assert result.stats.acceptance_rate == 1.0
+    assert result.stats.accepted_length == 4.0
+    # 4 prompt tokens and all 40 emitted ones but the last round's tail, which nobody asked about
+    assert draft.num_tokens <= 44
+
+
+def test_a_perfect_drafter_is_right_at_any_temperature() -> None:
+    """Coupled guessing: with q = p the guess is the sample."""
+    target, draft = ReferenceModel(48, seed=5), ReferenceModel(48, seed=5)
+    for params in (
+        SamplingParams(temperature=1.5),
+        SamplingParams(temperature=1.0, top_p=0.9),
+        SamplingParams(temperature=1.0, frequency_penalty=0.5),
+    ):
+        with Session(target, DraftModel(draft, num=3)) as session:
+            result = session.generate([1, 2], replace(params, seed=1, max_tokens=24, ignore_eos=True))
+        assert result.stats.acceptance_rate == 1.0
+
+
+def test_a_long_prompt_is_fed_in_pieces() -> None:
+    draft = ReferenceModel(48, seed=5, context_length=2000)
+    drafter = DraftModel(draft, num=2)
+    tokens = np.random.default_rng(0).integers(0, 48, 700).tolist()
+    short = DraftModel(ReferenceModel(48, seed=5, context_length=2000), num=2)
+    assert proposed(drafter, tokens) == proposed(short, tokens)
+    assert drafter._state.length == 512
+
+
+def test_a_drafter_with_a_shorter_context_falls_silent_instead_of_failing() -> None:
+    target, draft = ReferenceModel(48, seed=5, context_length=120), ReferenceModel(48, seed=5, context_length=30)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    with Session(target, DraftModel(draft, num=4)) as session, Session(target, Nothing()) as plain:
+        assert session.generate([1, 2, 3], params).tokens == plain.generate([1, 2, 3], params).tokens
+
+
+# ---------------------------------------------------------------- specifications
+
+
+def test_specifications_carry_settings() -> None:
+    drafter = make_drafter("ngram:max=5,min=3,num=7", None)
+    assert isinstance(drafter, Ngram) and drafter.num == 7 and list(drafter.sizes) == [5, 4, 3]
+    model = make_drafter("draft_model:num=2,min_prob=0.5", ReferenceModel(8))
+    assert isinstance(model, DraftModel) and (model.num, model.min_prob) == (2, 0.5)
+
+
+def test_auto_takes_the_draft_model_where_there_is_one() -> None:
+    assert isinstance(make_drafter(AUTO, ReferenceModel(8)), DraftModel)
+    assert isinstance(make_drafter(AUTO, None), Ngram)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("ngrma", UnknownNameError, "Did you mean 'ngram'"),
+        ("ngram:mx=3", UnknownNameError, "Did you mean 'max'"),
+        ("ngram:max", SettingError, "name=value"),
+        ("ngram:max=three", SettingError, "a number"),
+        ("ngram:min=5,max=2", SettingError, "min <= max"),
+        ("ngram:num=0", SettingError, "1 to 256"),
+        ("draft_model:num=99", SettingError, "1 to 64"),
+        ("draft_model:min_prob=1", SettingError, "below 1"),
+        ("nothing:num=2", UnknownNameError, "setting of drafter nothing"),
+    ],
+)
+def test_wrong_specifications_are_explained(text: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        make_drafter(text, ReferenceModel(8))
+    assert words in str(caught.value)
+
+
+def test_a_draft_model_drafter_without_a_draft_model_is_refused() -> None:
+    with pytest.raises(UsageError, match="--draft"):
+        make_drafter("draft_model", None)
+
+
+def test_the_registry_names_are_the_drafters_own() -> None:
+    assert set(DRAFTERS) == {"nothing", "draft_model", "ngram"}
+    assert all(DrafterSpec.parse(name).name == name for name in DRAFTERS)
