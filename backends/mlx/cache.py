@@ -1,0 +1,94 @@
+"""A layer's keys and values: committed rows, then one row per pending node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from .layout import Layout
+
+
+class Pass:
+    """What the caches and the grafts of a model need to know of the forward pass in progress."""
+
+    def __init__(self) -> None:
+        self.layout: Layout | None = None
+        self.positions: mx.array | None = None  # [T], where they are not the row numbers
+        self.rows: mx.array | None = None  # [R] rows whose logits are wanted; None: all
+        self.shift = 0  # added to the offset that models see; only ever set by the self-check
+
+    def begin(self, layout: Layout, rows: tuple[int, ...] | None) -> None:
+        """Set everything for one pass."""
+        positions = layout.positions
+        self.layout = layout
+        self.positions = None if positions is None else mx.array(positions)
+        self.rows = None if rows is None else mx.array(rows, mx.int32)
+
+    def end(self) -> None:
+        """Forget the pass, so that nothing of it is kept alive."""
+        self.layout = self.positions = self.rows = None
+
+
+class TreeCache(KVCache):
+    """mlx-lm's plain cache, with a mask that knows about trees and windows.
+
+    Sliding-window layers get one too, at full length: a ring buffer cannot give dropped rows back.
+    window: tokens that a row of this layer sees, where the model does not say so in its call.
+    """
+
+    def __init__(self, current: Pass, window: int | None = None) -> None:
+        self._current = current
+        self._window = window
+        self.num_rows = 0
+        super().__init__()
+
+    @property
+    def offset(self) -> int:
+        """Where models believe the new rows begin: the number of rows before them."""
+        return self.num_rows + self._current.shift
+
+    @offset.setter
+    def offset(self, value: int) -> None:
+        self.num_rows = value
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Append rows; all rows. mlx-lm's own, which must not see a shifted offset."""
+        shift, self._current.shift = self._current.shift, 0
+        try:
+            return super().update_and_fetch(keys, values)
+        finally:
+            self._current.shift = shift
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:  # noqa: N803 - as models call it
+        """The mask of the N new rows."""
+        layout = self._current.layout
+        if layout is None or layout.num_new != N:
+            raise ValueError(f"the model asked for a mask of {N} rows in a pass of {layout and layout.num_new}")
+        return layout.mask(window_size or self._window, return_array)
+
+    def keep_rows(self, start: int, rows: mx.array | None, count: int) -> None:
+        """Make `rows` (None: those that are there) the `count` rows from `start` on, and the last."""
+        if rows is not None:
+            for cells in self.arrays():
+                cells[..., start : start + count, :] = mx.take(cells, rows, axis=2)
+        self.num_rows = start + count
+
+    def copy(self) -> TreeCache:
+        """The same rows. Shares memory until either is written to: arrays are values in MLX."""
+        other = TreeCache(self._current, self._window)
+        other.num_rows = self.num_rows
+        if self.keys is not None:
+            other.keys, other.values = (mx.array(cells) for cells in self.arrays())
+        return other
+
+    def arrays(self) -> list[mx.array]:
+        """What must be computed for this layer's rows to exist."""
+        cells: Any = (self.keys, self.values)
+        return [] if self.keys is None else list(cells)
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        self.keys = self.values = None
+        self.num_rows = 0

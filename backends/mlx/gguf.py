@@ -1,0 +1,182 @@
+"""Reads a GGUF header with every count checked against the file's size, so that no file can crash us.
+
+Nothing here knows MLX; `gguf_model.py` does.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localspec.errors import ModelFileError, UnsupportedModelError
+
+Value: TypeAlias = "int | float | bool | str | list[str] | NDArray[np.generic]"
+
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "|b1",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
+
+# type number: (name, weights in a block, bytes of a block), as in ggml.h
+TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """shape: as numpy would have it (rows first).  offset: from the file's start."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """Everything in the file but the weights."""
+
+    metadata: dict[str, Value]
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Raises ModelFileError for a file that is truncated, corrupt or not GGUF, UnsupportedModelError for
+    versions and tensor types that are not known."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _Reader(content, path.name).header()
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise ModelFileError(f"{path.name} cannot be read", got=error) from error
+
+
+class _Reader:
+    """A cursor that never leaves the file."""
+
+    def __init__(self, content: mmap.mmap, name: str) -> None:
+        self._content = content
+        self._name = name
+        self._size = len(content)
+        self._at = 0
+
+    def header(self) -> GgufHeader:
+        if self._bytes(4) != b"GGUF":
+            raise ModelFileError(f"{self._name} is no GGUF file", got=self._content[:4], expected=b"GGUF")
+        version = self._integer("<I")
+        if version not in (2, 3):
+            raise UnsupportedModelError(f"{self._name} has an unknown GGUF version", got=version, expected="2 or 3")
+        num_tensors, num_values = self._integer("<Q"), self._integer("<Q")
+        metadata: dict[str, Value] = {}
+        for _ in range(self._count(num_values, 13)):
+            key = self._string()
+            if key in metadata:
+                raise self._corrupt(f"{key} occurs twice")
+            metadata[key] = self._value(key)
+        tensors = [self._tensor() for _ in range(self._count(num_tensors, 24))]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+            raise self._corrupt(f"alignment {alignment}")
+        return GgufHeader(metadata, self._placed(tensors, -(-self._at // alignment) * alignment))
+
+    def _placed(self, tensors: list[TensorInfo], start: int) -> dict[str, TensorInfo]:
+        """Tensors by name, with offsets from the file's start, all inside the file."""
+        placed = {}
+        for t in tensors:
+            if t.name in placed:
+                raise self._corrupt(f"tensor {t.name} occurs twice")
+            end = start + t.offset + t.num_bytes
+            if end > self._size:
+                raise ModelFileError(
+                    f"{self._name} is truncated: tensor {t.name} lies beyond its end",
+                    got=f"{self._size} bytes",
+                    expected=end,
+                )
+            placed[t.name] = TensorInfo(t.name, t.kind, t.shape, start + t.offset, t.num_bytes)
+        return placed
+
+    def _tensor(self) -> TensorInfo:
+        name = self._string()
+        num_dimensions = self._integer("<I")
+        if not 0 < num_dimensions <= _MAX_DIMENSIONS:
+            raise self._corrupt(f"tensor {name} has {num_dimensions} dimensions")
+        sizes = [self._integer("<Q") for _ in range(num_dimensions)]
+        number, offset = self._integer("<I"), self._integer("<Q")
+        if number not in TENSOR_TYPES:
+            raise UnsupportedModelError(f"tensor {name} has an unknown type", got=number)
+        kind, block, num_bytes = TENSOR_TYPES[number]
+        if 0 in sizes or sizes[0] % block:
+            raise self._corrupt(f"tensor {name} of type {kind} has sizes {sizes}")
+        return TensorInfo(name, kind, tuple(reversed(sizes)), offset, math.prod(sizes) // block * num_bytes)
+
+    def _value(self, key: str) -> Value:
+        kind = self._integer("<I")
+        if kind == _STRING:
+            return self._string()
+        if kind == _ARRAY:
+            return self._array(key)
+        if kind not in _SCALARS:
+            raise self._corrupt(f"{key} has type {kind}")
+        return self._numbers(kind, 1)[0].item()  # type: ignore[no-any-return]
+
+    def _array(self, key: str) -> Value:
+        kind, count = self._integer("<I"), self._integer("<Q")
+        if kind == _STRING:
+            return [self._string() for _ in range(self._count(count, 8))]
+        if kind not in _SCALARS:
+            raise self._corrupt(f"{key} is an array of type {kind}")
+        return self._numbers(kind, count)
+
+    def _numbers(self, kind: int, count: int) -> NDArray[np.generic]:
+        dtype = np.dtype(_SCALARS[kind])
+        return np.frombuffer(self._bytes(self._count(count, dtype.itemsize) * dtype.itemsize), dtype)
+
+    def _string(self) -> str:
+        raw = self._bytes(self._integer("<Q"))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self._corrupt(f"a text is not UTF-8: {raw[:40]!r}") from error
+
+    def _integer(self, form: str) -> int:
+        value: int = struct.unpack(form, self._bytes(struct.calcsize(form)))[0]
+        return value
+
+    def _count(self, count: int, min_bytes: int) -> int:
+        """`count` items of at least `min_bytes` each must fit into what is left."""
+        if count * min_bytes > self._size - self._at:
+            raise self._corrupt(f"{count} items do not fit into the file")
+        return count
+
+    def _bytes(self, count: int) -> bytes:
+        self._count(count, 1)
+        self._at += count
+        return self._content[self._at - count : self._at]
+
+    def _corrupt(self, what: str) -> ModelFileError:
+        return ModelFileError(f"{self._name} is truncated or corrupt", got=what)

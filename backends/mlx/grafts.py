@@ -1,0 +1,78 @@
+"""Two small modules set into mlx-lm's own, so that its model files stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import Pass
+
+_ROPE_NAMES = ("rope", "rotary_emb")
+_BODY_PATHS = (("model",), ("language_model", "model"))
+
+
+class PlacedRope(nn.Module):
+    """A rotary embedding that turns each row of a tree by the row's own position.
+
+    mx.fast.rope takes one offset per batch row, so rows are moved to the batch axis for it.
+    """
+
+    def __init__(self, inner: Any, current: Pass) -> None:
+        super().__init__()
+        self.inner = inner
+        self._current = current
+
+    def __call__(self, x: mx.array, offset: Any = 0, *args: Any, **kwargs: Any) -> mx.array:
+        """[B, H, T, D] turned; `offset` stands where the rows are a chain."""
+        positions = self._current.positions
+        if positions is None:
+            return self.inner(x, offset, *args, **kwargs)  # type: ignore[no-any-return]
+        if x.ndim != 4 or x.shape[2] != positions.shape[0]:
+            raise ValueError(f"cannot place {x.shape} at {positions.shape[0]} positions")
+        turned = self.inner(x.transpose(2, 1, 0, 3), *args, offset=positions, **kwargs)
+        return turned.transpose(2, 1, 0, 3)  # type: ignore[no-any-return]
+
+
+class Body(nn.Module):
+    """A model without its head, that hands on only the rows whose logits are wanted."""
+
+    def __init__(self, inner: Any, current: Pass) -> None:
+        super().__init__()
+        self.inner = inner
+        self._current = current
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """[B, R, hidden]."""
+        hidden = self.inner(*args, **kwargs)
+        rows = self._current.rows
+        return hidden if rows is None else mx.take(hidden, rows, axis=1)
+
+    def __getattr__(self, name: str) -> Any:
+        """Heads reach into the body, for tied embeddings."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def place_ropes(model: nn.Module, current: Pass) -> None:
+    """Wrap every rotary embedding that an attention calls as a child module of its own."""
+    for module in model.modules():
+        for name in _ROPE_NAMES:
+            child = module.get(name)
+            if isinstance(child, nn.Module) and not isinstance(child, PlacedRope):
+                module[name] = PlacedRope(child, current)
+
+
+def wrap_body(model: nn.Module, current: Pass) -> tuple[nn.Module, str] | None:
+    """Wrap the part before the head; (owner, name) to undo it with, or None if it was not found."""
+    for *above, name in _BODY_PATHS:
+        owner: Any = model
+        for step in above:
+            owner = owner.get(step) if isinstance(owner, nn.Module) else None
+        if isinstance(owner, nn.Module) and isinstance(owner.get(name), nn.Module):
+            owner[name] = Body(owner[name], current)
+            return owner, name
+    return None

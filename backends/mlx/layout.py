@@ -1,0 +1,72 @@
+"""Where the rows of one pass stand in their sequence, and which cells each may see."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+
+from localspec.tree.mask import ancestor_mask, depths, is_chain
+from localspec.types import BoolMask, NodeIndices, Positions
+
+
+class Layout:
+    """One pass over the last `num_new` of a sequence's pending nodes.
+
+    The cache holds the committed tokens, then one row per pending node in the order in which they
+    were given; so a chain's row number is its position, and a tree's is not.
+    """
+
+    def __init__(self, num_committed: int, parents: NodeIndices, num_new: int) -> None:
+        self.num_committed = num_committed
+        self.num_new = num_new
+        self._parents = parents
+        self._masks: dict[int | None, mx.array] = {}
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Do all pending nodes follow one another?"""
+        return is_chain(self._parents)
+
+    @cached_property
+    def _places(self) -> Positions:
+        """[P] position of every pending node."""
+        return self.num_committed + depths(self._parents)
+
+    @property
+    def positions(self) -> Positions | None:
+        """[T] positions of the new rows, or None where they are simply the row numbers."""
+        return None if self.is_chain else self._places[len(self._parents) - self.num_new :]
+
+    def mask(self, window: int | None, as_array: bool) -> mx.array | str | None:
+        """[T, cells] true where a new row may see a cell, in the forms mlx-lm's attention takes:
+        "causal", or None where a single row sees everything."""
+        num_cells = self.num_committed + len(self._parents)
+        if window is not None and num_cells <= window:
+            window = None
+        if self.is_chain and window is None:
+            if self.num_new == 1:
+                return None
+            if not as_array:
+                return "causal"
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
+
+    def _mask(self, window: int | None) -> mx.array:
+        seen = self._ancestors()
+        if window is None:  # the committed part is all ones: made on the device, not sent there
+            everything = mx.ones((self.num_new, self.num_committed), mx.bool_)
+            return mx.concatenate([everything, mx.array(seen)], axis=1)
+        places = np.concatenate([np.arange(self.num_committed, dtype=np.int32), self._places])
+        near = places[len(places) - self.num_new :, None] - places[None] < window
+        near[:, self.num_committed :] &= seen
+        return mx.array(near)
+
+    def _ancestors(self) -> BoolMask:
+        """[T, P] true where the column is the new row's ancestor or itself."""
+        size = len(self._parents)
+        if self.is_chain:
+            return np.tri(self.num_new, size, size - self.num_new, dtype=np.bool_)
+        return ancestor_mask(self._parents)[size - self.num_new :]

@@ -1,0 +1,166 @@
+"""`LanguageModel` over one mlx-lm model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from localspec.errors import BackendError, ContextFullError
+from localspec.protocols import Capabilities, ModelInfo, Rewind, Scores, Step
+from localspec.types import NodeIndices
+
+from .border import translated
+from .device import width_class
+from .network import Network
+from .scores import DeviceScores, DeviceTokens, Ledger
+from .state import MlxState
+from .tokenizer import MlxTokenizer
+
+_CHUNK = 512  # tokens per pass; a longer step is cut, which bounds the memory of its activations
+
+
+class MlxModel:
+    """Steps run one after the other; passes are started at once and waited for only when read."""
+
+    def __init__(
+        self, network: Network, info: ModelInfo, tokenizer: MlxTokenizer, num_sequences: int, ledger: Ledger
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.vocab_size = network.vocab_size
+        self.capabilities = Capabilities(
+            rewind=Rewind.FREE,
+            trees=network.trees,
+            max_width=min(_CHUNK, info.context_length),
+            num_sequences=num_sequences,
+            width_class=width_class(network.width_one_differs),
+            host_scores=False,
+        )
+        self._network: Network | None = network
+        self._ledger = ledger
+        self._open: set[MlxState] = set()
+
+    @property
+    def num_syncs(self) -> int:
+        """How often the host has waited for the device, over all models of this backend."""
+        return self._ledger.num_syncs
+
+    def _running(self) -> Network:
+        if self._network is None:
+            raise ValueError("this model is closed")
+        return self._network
+
+    # ------------------------------------------------------------ states
+
+    def open(self) -> MlxState:
+        """A new, empty sequence. Raises BackendError when all are in use."""
+        network = self._running()
+        if len(self._open) >= self.capabilities.num_sequences:
+            limit = self.capabilities.num_sequences
+            raise BackendError("too many open sequences", got=limit + 1, expected=f"at most {limit}")
+        state = MlxState(network.caches(), self, self._fork, lambda: self._open.discard(state))
+        self._open.add(state)
+        return state
+
+    def _fork(self, state: MlxState) -> MlxState:
+        copy = self.open()
+        copy.copy_from(state)
+        return copy
+
+    def close(self) -> None:
+        """Close all states and give the weights back."""
+        for state in tuple(self._open):
+            state.close()
+        if self._network is not None:
+            self._network = None
+            mx.clear_cache()
+
+    # ------------------------------------------------------------ forward
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        """Run all steps; lazy scores in their order.
+
+        Raises ContextFullError before anything changes, BackendError if the runtime fails (all
+        sequences are then as before), ValueError for malformed steps.
+        """
+        network = self._running()
+        states = [self._own(step) for step in steps]
+        if len(set(states)) != len(states):
+            raise ValueError("two steps for one sequence in one forward")
+        for step, state in zip(steps, states, strict=True):
+            self._check(step, state)
+        before = [state.num_pending for state in states]
+        try:
+            with translated("the forward pass"):
+                return [self._run(network, step, state) for step, state in zip(steps, states, strict=True)]
+        except Exception:
+            for state, num_pending in zip(states, before, strict=True):
+                state.forget(num_pending)
+            raise
+
+    def _run(self, network: Network, step: Step, state: MlxState) -> Scores:
+        """One step, in chunks; the rows that are wanted of each chunk, joined."""
+        ids = _joined(step)
+        wanted = range(step.num_tokens) if step.rows is None else step.rows
+        parts = []
+        for start in range(0, step.num_tokens, _CHUNK):
+            end = min(start + _CHUNK, step.num_tokens)
+            rows = tuple(row - start for row in wanted if start <= row < end)
+            every = len(rows) == end - start
+            layout = state.add(step.parents[start:end])
+            logits = network.run(ids[start:end], state.caches, layout, None if every or not rows else rows)
+            if rows:
+                parts.append(logits)
+            if end < step.num_tokens:
+                self._ledger.fetch(*state.arrays(), *parts)
+        # Started now, so that the device works while the host prepares the next pass. Caches are
+        # part of it: an unread pass must not pile up as an unevaluated graph.
+        mx.async_eval(*state.arrays(), *parts)
+        scores = mx.concatenate(parts) if len(parts) > 1 else parts[0] if parts else mx.zeros((0, self.vocab_size))
+        return cast("Scores", DeviceScores(scores, self._ledger))
+
+    def _own(self, step: Step) -> MlxState:
+        state = step.state
+        if not isinstance(state, MlxState) or state.owner is not self:
+            raise ValueError("a state of another model was given")
+        state.check_open()
+        return state
+
+    def _check(self, step: Step, state: MlxState) -> None:
+        """Everything that must hold before anything changes."""
+        num_tokens = sum(len(segment) for segment in step.tokens)
+        if num_tokens != step.num_tokens:
+            raise ValueError(f"{num_tokens} tokens with {step.num_tokens} parents")
+        _check_parents(step.parents, state.num_pending)
+        rows = step.rows or ()
+        if any(b <= a for a, b in pairwise(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < num_tokens):
+            raise ValueError(f"rows {rows} of {num_tokens} tokens: not ascending, or out of range")
+        for segment in step.tokens:
+            if not isinstance(segment, DeviceTokens):
+                ids = segment.numpy()
+                if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+                    raise ValueError(f"token ids outside 0..{self.vocab_size - 1}: {int(ids.min())}..{int(ids.max())}")
+        room = self.info.context_length - state.length - state.num_pending
+        if num_tokens > room:
+            raise ContextFullError("context full", got=f"{num_tokens} more tokens", expected=f"at most {room}")
+
+
+def _check_parents(parents: NodeIndices, num_pending: int) -> None:
+    numbers = np.arange(num_pending, num_pending + len(parents))
+    if np.any(parents < -1) or np.any(parents >= numbers):
+        raise ValueError(f"parents {parents.tolist()}: each must be -1 or smaller than the node's own number")
+
+
+def _joined(step: Step) -> mx.array:
+    """[T] ids on the device; those that are there already stay there."""
+    parts = [
+        segment.array if isinstance(segment, DeviceTokens) else mx.array(np.asarray(segment.numpy(), np.int32))
+        for segment in step.tokens
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return mx.concatenate(parts) if parts else mx.zeros(0, mx.int32)

@@ -1,0 +1,182 @@
+"""Scores and tokens on the device, and the count of how often the host waited for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakSet
+
+import mlx.core as mx
+import numpy as np
+
+from localspec.types import Logits, NoiseKeys, TokenIds
+
+from .border import translated
+
+_TIE_ROOM = 32  # extra candidates of `top`, so that ties at its edge seldom need whole rows
+
+
+class Ledger:
+    """The tokens that are still on the device, in the order in which they were made.
+
+    Work on the device runs in order, so whoever waits for one token can have all earlier ones for
+    nothing: one wait fetches them together. `num_syncs` counts the waits.
+    """
+
+    def __init__(self) -> None:
+        self.num_syncs = 0
+        self._num_made = 0
+        self._pending: WeakSet[DeviceTokens] = WeakSet()
+
+    def tokens(self, array: mx.array) -> DeviceTokens:
+        """[T] tokens from an array of ids."""
+        self._num_made += 1
+        made = DeviceTokens(array.astype(mx.int32), self, self._num_made)
+        self._pending.add(made)
+        return made
+
+    def fetch(self, *arrays: mx.array, order: int | None = None) -> None:
+        """Wait once, for `arrays` and all tokens made up to `order` (None: up to now)."""
+        limit = self._num_made if order is None else order
+        earlier = [token for token in self._pending if token.order <= limit]
+        self.num_syncs += 1
+        with translated("computing"):
+            mx.eval(*arrays, *(token.array for token in earlier))
+        for token in earlier:
+            token.settle()
+            self._pending.discard(token)
+
+
+class DeviceTokens:
+    """[T] token ids on the device; `numpy` waits for them unless an earlier wait brought them along."""
+
+    __slots__ = ("__weakref__", "_ids", "_ledger", "array", "order")
+
+    def __init__(self, array: mx.array, ledger: Ledger, order: int) -> None:
+        self.array = array
+        self.order = order
+        self._ledger = ledger
+        self._ids: TokenIds | None = None
+
+    def __len__(self) -> int:
+        return int(self.array.shape[0])
+
+    def settle(self) -> None:
+        """Copy the computed ids to the host."""
+        self._ids = np.array(self.array, np.int32)
+
+    def numpy(self) -> TokenIds:
+        """[T] the ids."""
+        if self._ids is None:
+            self._ledger.fetch(self.array, order=self.order)
+        if self._ids is None:
+            self.settle()
+        assert self._ids is not None
+        return self._ids
+
+
+class DeviceScores:
+    """Logits [N, V] on the device. Never stale: arrays are values in MLX, so a later pass makes new ones."""
+
+    def __init__(self, logits: mx.array, ledger: Ledger) -> None:
+        self._logits = logits
+        self._ledger = ledger
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return int(self._logits.shape[0])
+
+    def _float32(self) -> mx.array:
+        return self._logits.astype(mx.float32)
+
+    def argmax(self) -> DeviceTokens:
+        """[N] best token of each row. Does not wait."""
+        if not self.num_rows:
+            return self._ledger.tokens(mx.zeros(0, mx.int32))
+        return self._ledger.tokens(mx.argmax(self._logits, axis=-1))
+
+    def winners(self, temperature: float, keys: NoiseKeys) -> DeviceTokens:
+        """[N] sampled token of each row. Does not wait. Raises ValueError unless temperature > 0."""
+        if not temperature > 0.0:
+            raise ValueError(f"winners needs a temperature above 0, not {temperature}")
+        if len(keys) != self.num_rows:
+            raise ValueError(f"{len(keys)} keys for {self.num_rows} rows")
+        if not self.num_rows:
+            return self.argmax()
+        inverse = mx.array(1.0 / temperature, mx.float32)
+        return self._ledger.tokens(_noisy_best(self._logits, mx.array(np.ascontiguousarray(keys, np.uint32)), inverse))
+
+    def top(self, k: int) -> tuple[TokenIds, Logits]:
+        """([N, k] ids, [N, k] logits), best first, ties by lower id. Waits."""
+        logits = self._float32()
+        num_rows, size = logits.shape
+        k = min(k, size)
+        if not num_rows or not k:
+            return np.zeros((num_rows, k), np.int32), np.zeros((num_rows, k), np.float32)
+        room = min(size, k + _TIE_ROOM)
+        ids = mx.argpartition(-logits, kth=room - 1, axis=-1)[:, :room].astype(mx.int32)
+        values = mx.take_along_axis(logits, ids, axis=-1)
+        edge = mx.sort(values, axis=-1)[:, room - k : room - k + 1]
+        num_at_least = mx.sum(logits >= edge, axis=-1)
+        self._ledger.fetch(ids, values, num_at_least)
+        top_ids, top_values = _best_first(np.array(ids), np.array(values), k)
+        crowded = np.flatnonzero(np.array(num_at_least) > room)
+        if len(crowded):  # more ties at the edge than candidates: decide these rows on the host
+            rows = self.rows(crowded.tolist())
+            everything = np.broadcast_to(np.arange(size, dtype=np.int32), rows.shape)
+            top_ids[crowded], top_values[crowded] = _best_first(everything, rows, k)
+        return top_ids, top_values
+
+    def rows(self, indices: Sequence[int]) -> Logits:
+        """[len(indices), V] on the host. Waits."""
+        wanted = list(indices)
+        if not wanted:
+            return np.zeros((0, self._logits.shape[-1]), np.float32)
+        whole = wanted == list(range(self.num_rows))
+        logits = self._float32() if whole else mx.take(self._logits, mx.array(wanted), axis=0).astype(mx.float32)
+        self._ledger.fetch(logits)
+        return np.asarray(logits)
+
+
+def _best_first(ids: TokenIds, values: Logits, k: int) -> tuple[TokenIds, Logits]:
+    """The k best of each row's candidates, ties by lower id."""
+    order = np.lexsort((ids, -values), axis=-1)[:, :k]
+    return np.take_along_axis(ids, order, axis=-1).astype(np.int32), np.take_along_axis(values, order, axis=-1)
+
+
+# ---------------------------------------------------------------- noise, as `localspec.noise` defines it
+
+
+def _mix(x: mx.array) -> mx.array:
+    """32-bit arithmetic wraps on the device as it does in numpy."""
+    x = x ^ (x >> _U16)
+    x = x * _MIX_1
+    x = x ^ (x >> _U15)
+    x = x * _MIX_2
+    return x ^ (x >> _U16)
+
+
+def noise_bits(keys: mx.array, num_tokens: int) -> mx.array:
+    """[N, V] uint32: `noise.bits` of each key [N, 2] and every token."""
+    spread = mx.arange(num_tokens, dtype=mx.uint32) * _GOLDEN
+    low, high = keys[:, 0:1], keys[:, 1:2]
+    return _mix(_mix(spread[None] ^ low) + high)
+
+
+def gumbel(keys: mx.array, num_tokens: int) -> mx.array:
+    """[N, V] float32 Gumbel noise of each key [N, 2] and every token."""
+    w = mx.minimum(noise_bits(keys, num_tokens).astype(mx.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24)
+    return -mx.log(-mx.log1p(-w))
+
+
+@mx.compile
+def _noisy_best(logits: mx.array, keys: mx.array, inverse: mx.array) -> mx.array:
+    """[N] argmax of logits * inverse + noise; compiled, so that a GPU runs it as a few fused kernels."""
+    return mx.argmax(logits.astype(mx.float32) * inverse + gumbel(keys, logits.shape[-1]), axis=-1)
+
+
+def _u32(value: int) -> mx.array:
+    return mx.array(value, mx.uint32)
+
+
+_U15, _U16, _GOLDEN, _MIX_1, _MIX_2 = (_u32(v) for v in (15, 16, 0x9E3779B9, 0x7FEB352D, 0x846CA68B))
