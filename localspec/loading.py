@@ -125,7 +125,8 @@ def resolve_model(text: str, role: str = "target") -> Path:
     if _HUB_ID.fullmatch(text):
         raise ModelNotFoundError(
             f"{text} looks like a Hub id, and there is no such folder here",
-            fix=f"localspec does not pull models yet: `hf download {text.partition(':')[0]} --local-dir DIR`, then give DIR.",
+            fix=f"localspec does not pull models yet: run `hf download {text.partition(':')[0]} --local-dir DIR`, "
+            "then give DIR.",
         )
     raise UnknownNameError.among("model", text, bundled_names())
 

@@ -58,10 +58,10 @@ class DraftModel:
         self._context = Context()
 
     def begin(self, context: Context) -> None:
-        """Keep what the cache shares with the new context."""
+        """Keep what the cache shares with the new context, but for the anchor: its row starts the guessing."""
         self._context = context
         same = common_prefix(np.array(self._committed, np.int32), context.tokens)
-        self._reset_to(same)
+        self._reset_to(min(same, len(context) - 1))
 
     def propose(self, request: DraftRequest) -> Proposal:
         """Guess token by token; the shape is known before the tokens are."""

@@ -1,0 +1,442 @@
+"""The command line: parse, call, print. Everything else is imported when a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from localspec.drafters import DrafterSpec
+    from localspec.engine.session import Generation
+    from localspec.loading import Pair
+    from localspec.sampling import SamplingParams
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# llama.cpp's names of methods -> ours
+_SPEC_TYPES = {
+    "none": "nothing",
+    "draft-simple": "draft_model",
+    "ngram-simple": "ngram",
+    "ngram-map-k": "ngram",
+    "ngram-mod": "ngram",
+}
+
+
+class Commands(click.Group):
+    """Turns errors of our own tree into one line and an exit code; shows tracebacks with --debug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Usage errors exit with 2, failures with 1."""
+        from localspec.errors import LocalspecError
+
+        try:
+            return super().invoke(ctx)
+        except (LocalspecError, MemoryError) as error:
+            if ctx.params.get("debug"):
+                raise
+            message = str(error) or "out of memory. Choose a smaller model or a shorter --context."
+            click.echo(click.style("error: ", fg="red", bold=True, reset=True) + message, err=True)
+            ctx.exit(error.exit_code if isinstance(error, LocalspecError) else 1)
+        except KeyboardInterrupt:
+            if ctx.params.get("debug"):
+                raise
+            click.echo("stopped", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks, and the log of localspec and its runtimes.")
+@click.version_option(package_name="localspec", prog_name="localspec")
+def main(debug: bool) -> None:
+    """Run local language models faster, without changing a word of what they say.
+
+    `localspec chat` works at once, offline, on a small bundled pair.
+    """
+    import logging
+
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(name)s: %(message)s")
+
+
+def model_options(command: F) -> F:
+    """What to load and how to draft."""
+    options = [
+        click.option(
+            "--target", "-m", "--model", metavar="MODEL", help="Path or bundled name [default: the bundled pair]."
+        ),
+        click.option(
+            "--draft",
+            "-md",
+            "--draft-model",
+            "--model-draft",
+            "--spec-draft-model",
+            metavar="MODEL",
+            help="Draft model of the same tokenizer.",
+        ),
+        click.option(
+            "--drafter",
+            default="auto",
+            show_default=True,
+            metavar="NAME[:SETTING=VALUE,...]",
+            help="auto, draft_model, ngram or nothing; e.g. ngram:max=4,num=8.",
+        ),
+        click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),
+        click.option(
+            "--num-draft",
+            "--num-draft-tokens",
+            "--spec-draft-n-max",
+            "--draft-max",
+            "num_draft",
+            type=int,
+            metavar="N",
+            help="Tokens guessed per round (the drafter's `num`).",
+        ),
+        click.option(
+            "--draft-min-prob",
+            "--spec-draft-p-min",
+            "--draft-p-min",
+            "draft_min_prob",
+            type=float,
+            metavar="P",
+            help="Stop a guess below this probability (the draft model's `min_prob`).",
+        ),
+        click.option("--plain", is_flag=True, help="Decode without speculation, in the same width class."),
+        click.option(
+            "--acceptance",
+            default="walk",
+            show_default=True,
+            metavar="RULE",
+            help="walk (text equals --plain) or rejection (equal in distribution).",
+        ),
+        click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, llamacpp or mlx."),
+        click.option(
+            "--context", "-c", "--ctx-size", type=click.IntRange(min=8), metavar="N", help="Tokens of context."
+        ),
+        click.option("--threads", "-t", type=click.IntRange(min=1), metavar="N", help="CPU threads (llama.cpp)."),
+        click.option(
+            "--gpu-layers",
+            "-ngl",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Layers on the GPU (llama.cpp) [default: all].",
+        ),
+        click.option("--flash-attention/--no-flash-attention", default=None, help="Flash attention (llama.cpp)."),
+        click.option("--extra-buffers/--no-extra-buffers", default=None, help="Repacked CPU weights (llama.cpp)."),
+        click.option("--dtype", metavar="TYPE", help="Compute type (MLX): float32, float16 or bfloat16."),
+    ]
+    return _apply(options, command)
+
+
+def sampling_options(command: F) -> F:
+    """How the target samples."""
+    options = [
+        click.option("--temperature", "--temp", type=float, metavar="T", help="0 takes the best token."),
+        click.option("--top-k", type=int, default=0, metavar="N", help="Keep the N best tokens; 0 keeps all."),
+        click.option("--top-p", type=float, default=1.0, metavar="P", help="Keep the best tokens up to this mass."),
+        click.option(
+            "--min-p",
+            type=float,
+            default=0.0,
+            metavar="P",
+            help="Keep tokens of at least P times the best one's probability.",
+        ),
+        click.option("--repetition-penalty", "--repeat-penalty", type=float, default=1.0, metavar="X"),
+        click.option("--presence-penalty", type=float, default=0.0, metavar="X"),
+        click.option("--frequency-penalty", type=float, default=0.0, metavar="X"),
+        click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add to a token's logit. Repeatable."),
+        click.option("--seed", "-s", type=int, metavar="N", help="Same seed, same text [default: random, printed]."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable."),
+        click.option("--max-tokens", "-n", "--n-predict", type=int, metavar="N", help="Longest answer."),
+        click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end."),
+    ]
+    return _apply(options, command)
+
+
+def _apply(options: Sequence[Callable[[Any], Any]], command: F) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@model_options
+@sampling_options
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--show-drafts", is_flag=True, help="Colour the tokens that were guessed ahead.")
+def chat(system: str | None, show_drafts: bool, **options: Any) -> None:
+    """Talk to a model. With no options: the bundled pair, offline."""
+    from localspec.terminal import ChatProgram
+
+    params = _sampling(options, default_temperature=0.7)
+    spec = _drafter_spec(options)
+    with _open(options) as pair:
+        program = ChatProgram(
+            pair, spec, params, acceptance=options["acceptance"], system=system, show_drafts=show_drafts
+        )
+        program.run()
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@click.option("--file", "-f", type=click.Path(path_type=Path, dir_okay=False), help="Read the prompt from a file.")
+@click.option("--raw", is_flag=True, help="Continue the text as it stands, without the chat template.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and all statistics.")
+@click.option(
+    "--logprobs", type=int, metavar="N", help="With --json: log-probabilities, with N alternatives per token."
+)
+@click.option("--show-drafts", is_flag=True, help="Colour the tokens that were guessed ahead.")
+@model_options
+@sampling_options
+def generate(
+    prompt: str | None,
+    file: Path | None,
+    raw: bool,
+    system: str | None,
+    as_json: bool,
+    logprobs: int | None,
+    show_drafts: bool,
+    **options: Any,
+) -> None:
+    """Answer one PROMPT (argument, --file, or standard input)."""
+    from dataclasses import replace
+
+    from localspec.engine.template import render
+    from localspec.errors import SettingError
+    from localspec.terminal import print_stream, summary
+
+    if logprobs is not None and not as_json:
+        raise SettingError("--logprobs is printed with --json only", fix="Add --json.")
+    text = _read_prompt(prompt, file)
+    params = replace(_sampling(options, default_temperature=0.0), logprobs=logprobs)
+    spec = _drafter_spec(options)
+    with _open(options, quiet=as_json) as pair, pair.session(spec, acceptance=options["acceptance"]) as session:
+        if not raw and pair.target.tokenizer.chat_template is not None:
+            messages = [{"role": "system", "content": system}] if system else []
+            text = render(pair.target.tokenizer, [*messages, {"role": "user", "content": text}])
+        elif system:
+            raise SettingError(
+                "--system needs a chat template", fix="Leave --raw out, or put the text into the prompt."
+            )
+        if as_json:
+            click.echo(json.dumps(_report(pair, session.generate(text, params)), indent=2, ensure_ascii=False))
+            return
+        result = print_stream(session.stream(text, params), show_drafts=show_drafts)
+        click.echo(click.style(summary(result), dim=True), err=True)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Say what is installed, what each backend can do here, and what was worked around."""
+    from localspec.doctor import examine
+    from localspec.terminal import print_doctor
+
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        print_doctor(report)
+
+
+@main.group()
+def bench() -> None:
+    """Measure: speed against plain decoding, equality with it, the core's own time."""
+
+
+def bench_options(command: F) -> F:
+    """Which prompts, how many, how long."""
+    options = [
+        click.option(
+            "--prompts",
+            type=click.Path(path_type=Path, exists=True),
+            help="JSON lines [default: bundled held-out prompts].",
+        ),
+        click.option("--domain", "domains", multiple=True, help="chat, code or prose [default: all]."),
+        click.option("--per-domain", type=click.IntRange(min=1), default=40, show_default=True),
+        click.option("--tokens", type=click.IntRange(min=1), default=96, show_default=True, help="Longest answer."),
+        click.option(
+            "--at",
+            "temperatures",
+            multiple=True,
+            type=float,
+            default=(0.0, 0.8),
+            show_default=True,
+            help="Temperatures.",
+        ),
+        click.option(
+            "--with", "drafters", multiple=True, default=("draft_model", "ngram"), show_default=True, help="Drafters."
+        ),
+        click.option("--output", type=click.Path(path_type=Path), help="Also write every measurement as JSON."),
+    ]
+    return _apply(options, command)
+
+
+_MODEL_ONLY = ("drafter", "spec_type", "num_draft", "draft_min_prob", "plain", "acceptance")
+
+
+@bench.command()
+@bench_options
+@model_options
+def equality(output: Path | None, **options: Any) -> None:
+    """Compare text under speculation with plain decoding, token for token."""
+    from localspec.bench.equality import compare, table
+
+    with _open(options) as pair:
+        report = compare(pair, _workload(options), options["drafters"], options["temperatures"], options["tokens"])
+    _finish_bench(table(report), report.as_dict(), output)
+    sys.exit(1 if report.num_different else 0)
+
+
+@bench.command()
+@bench_options
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+@model_options
+def speed(output: Path | None, repeats: int, **options: Any) -> None:
+    """Time each drafter against plain decoding, side by side in one run."""
+    from localspec.bench.speed import measure, table
+
+    with _open(options) as pair:
+        report = measure(
+            pair, _workload(options), options["drafters"], options["temperatures"], options["tokens"], repeats
+        )
+    _finish_bench(table(report), report.as_dict(), output)
+
+
+@bench.command()
+@click.option("--vocabulary", type=click.IntRange(min=100), default=151_936, show_default=True)
+@click.option("--nodes", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=200, show_default=True)
+def core(vocabulary: int, nodes: int, rounds: int) -> None:
+    """Time the core's own work per round, outside model calls."""
+    from localspec.bench.core_time import measure, table
+
+    click.echo(table(measure(vocabulary, nodes, rounds)))
+
+
+def _workload(options: dict[str, Any]) -> list[Any]:
+    from localspec.bench.prompts import load_prompts
+
+    return load_prompts(options["prompts"], options["domains"], options["per_domain"])
+
+
+def _finish_bench(text: str, data: dict[str, Any], output: Path | None) -> None:
+    click.echo(text)
+    if output is not None:
+        output.write_text(json.dumps(data, indent=1))
+
+
+def _open(options: dict[str, Any], *, quiet: bool = False) -> Pair:
+    """Load the pair that the options name, with a sign of life on the terminal."""
+    from localspec.loading import open_pair
+    from localspec.protocols import LoadSettings
+    from localspec.terminal import loading
+
+    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
+    settings = LoadSettings(**{name: options[name] for name in names})
+    with loading(quiet=quiet):
+        return open_pair(options["target"], options["draft"], backend=options["backend"], settings=settings)
+
+
+def _drafter_spec(options: dict[str, Any]) -> DrafterSpec:
+    """Fold --plain and the spellings of other programs into one specification."""
+    from localspec.drafters import DrafterSpec
+    from localspec.errors import SettingError
+
+    spec = DrafterSpec.parse(options["drafter"])
+    if options["spec_type"] is not None:
+        if options["drafter"] != "auto":
+            raise SettingError("--spec-type and --drafter both name a drafter", fix="Give one of them.")
+        spec = DrafterSpec.parse(_SPEC_TYPES[options["spec_type"]])
+    extra = {"num": options["num_draft"], "min_prob": options["draft_min_prob"]}
+    given = {name: str(value) for name, value in extra.items() if value is not None}
+    if options["plain"]:
+        if given or options["drafter"] != "auto" or options["spec_type"] is not None:
+            raise SettingError("--plain leaves nothing to draft", fix="Leave out --plain, or the drafter's options.")
+        return DrafterSpec.parse("nothing")
+    return DrafterSpec(spec.name, {**spec.settings, **given})
+
+
+def _sampling(options: dict[str, Any], *, default_temperature: float) -> SamplingParams:
+    from localspec.errors import SettingError
+    from localspec.sampling import SamplingParams
+
+    bias = {}
+    for item in options["logit_bias"]:
+        token, _, value = item.partition("=")
+        try:
+            bias[int(token)] = float(value)
+        except ValueError:
+            raise SettingError("--logit-bias", got=item, expected="TOKEN_ID=NUMBER") from None
+    names = (
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
+        "max_tokens",
+        "ignore_eos",
+    )
+    temperature = options["temperature"] if options["temperature"] is not None else default_temperature
+    return SamplingParams(
+        temperature=temperature, logit_bias=bias, stop=tuple(options["stop"]), **{name: options[name] for name in names}
+    )
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from wherever it was given; must be valid UTF-8 and not empty."""
+    from localspec.errors import ModelNotFoundError, PromptError, SettingError
+
+    if prompt is not None and file is not None:
+        raise SettingError("a prompt was given twice", fix="Give either PROMPT or --file.")
+    if file is not None:
+        if not file.is_file():
+            raise ModelNotFoundError(f"no such file: {file}", fix="Check the path.")
+        raw = file.read_bytes()
+    elif prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            raise PromptError("no prompt", fix="Give it as an argument, with --file, or on standard input.")
+        raw = sys.stdin.buffer.read()
+    else:
+        raw = os.fsencode(prompt)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            "the prompt is not valid UTF-8",
+            got=f"byte 0x{raw[error.start]:02x} at offset {error.start}",
+            fix="Convert it to UTF-8.",
+        ) from None
+    if not text.strip():
+        raise PromptError("the prompt is empty", expected="some text")
+    return text
+
+
+def _report(pair: Pair, result: Generation) -> dict[str, Any]:
+    models = {"target": pair.target.info, "draft": pair.draft.info if pair.draft else None}
+    described = {
+        role: info
+        and {
+            "path": str(info.path),
+            "architecture": info.architecture,
+            "quantization": info.quantization,
+            "backend": info.backend,
+            "device": info.device,
+            "context_length": info.context_length,
+            "notes": list(info.notes),
+        }
+        for role, info in models.items()
+    }
+    return {**result.as_dict(), **described}
+
+
+if __name__ == "__main__":
+    main()

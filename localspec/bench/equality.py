@@ -1,0 +1,151 @@
+"""Is text under speculation the text of plain decoding? Compared token for token, differences with margin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from localspec.bench.prompts import Prompt
+from localspec.engine.width import pad
+from localspec.loading import Pair
+from localspec.protocols import HostTokens, Step, chain_parents
+from localspec.sampling import SamplingParams, top_ids
+from localspec.types import TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where two texts part: the first differing token, and how close the target's decision was.
+
+    margin: difference of the two best raw logits at that place, as decoded plainly.
+    """
+
+    prompt: str
+    drafter: str
+    temperature: float
+    index: int
+    plain_token: int
+    other_token: int
+    margin: float
+
+
+@dataclass(slots=True)
+class Row:
+    """Counts of one drafter at one temperature."""
+
+    drafter: str
+    temperature: float
+    domain: str
+    num_prompts: int = 0
+    num_equal: int = 0
+    num_tokens: int = 0
+    num_rounds: int = 0
+
+
+@dataclass(slots=True)
+class Report:
+    """All rows and every difference."""
+
+    target: str
+    width_class: str
+    rows: list[Row] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def num_different(self) -> int:
+        """Runs whose text was not that of plain decoding."""
+        return len(self.differences)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def compare(
+    pair: Pair, prompts: Sequence[Prompt], drafters: Sequence[str], temperatures: Sequence[float], max_tokens: int
+) -> Report:
+    """Run every prompt plainly and with each drafter, same seed; the seed differs per prompt."""
+    info = pair.target.info
+    classes = pair.target.capabilities.width_class
+    width = f"{classes.min_width} to {classes.max_width or 'any'}"
+    report = Report(f"{info.name} {info.quantization} on {info.backend}, {info.device}", width)
+    rows: dict[tuple[str, float, str], Row] = {}
+    with pair.session("nothing") as plain:
+        sessions = {name: pair.session(name) for name in drafters}
+        for number, prompt in enumerate(prompts):
+            tokens = prompt.encode(pair.target.tokenizer)
+            for temperature in temperatures:
+                params = SamplingParams(temperature=temperature, seed=1000 + number, max_tokens=max_tokens)
+                want = plain.generate(tokens.tolist(), params).tokens
+                for name, session in sessions.items():
+                    result = session.generate(tokens.tolist(), params)
+                    key = (name, temperature, prompt.domain)
+                    row = rows.setdefault(key, Row(*key))
+                    row.num_prompts += 1
+                    row.num_equal += result.tokens == want
+                    row.num_tokens += result.stats.num_tokens
+                    row.num_rounds += result.stats.num_rounds
+                    if result.tokens != want:
+                        part = _first_difference(want, result.tokens)
+                        report.differences.append(
+                            Difference(
+                                prompt.id,
+                                name,
+                                temperature,
+                                part,
+                                want[part] if part < len(want) else -1,
+                                result.tokens[part] if part < len(result.tokens) else -1,
+                                _margin(pair, np.concatenate([tokens, np.array(want[:part], np.int32)])),
+                            )
+                        )
+        for session in sessions.values():
+            session.close()
+    report.rows = [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1]))]
+    return report
+
+
+def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def _margin(pair: Pair, tokens: TokenIds) -> float:
+    """Best minus second-best raw logit after these tokens."""
+    state = pair.target.open()
+    try:
+        step = Step(state, (HostTokens(tokens),), chain_parents(state, len(tokens)), (len(tokens) - 1,))
+        [scores] = pair.target.forward([pad(step, pair.target.capabilities.width_class)])
+        row = scores.rows((0,))[0]
+        best, second = top_ids(row, 2)
+        return float(row[best] - row[second])
+    finally:
+        state.close()
+
+
+def table(report: Report) -> str:
+    """Markdown."""
+    lines = [
+        f"target: {report.target}; width class: {report.width_class}",
+        "",
+        "| drafter | T | domain | prompts | text equals plain | tokens per round (bonus counted) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        length = row.num_tokens / row.num_rounds if row.num_rounds else 0.0
+        equal = f"{row.num_equal} of {row.num_prompts}"
+        lines.append(
+            f"| {row.drafter} | {row.temperature:g} | {row.domain} | {row.num_prompts} | {equal} | {length:.2f} |"
+        )
+    total, equal_runs = sum(r.num_prompts for r in report.rows), sum(r.num_equal for r in report.rows)
+    lines += ["", f"{equal_runs} of {total} runs equal plain decoding token for token."]
+    for d in report.differences:
+        lines.append(
+            f"different: {d.prompt}, {d.drafter}, T = {d.temperature:g}, token {d.index}: plain {d.plain_token}, "
+            f"speculative {d.other_token}, margin of the two best logits {d.margin:.4f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""The prompts that benchmarks run on: 120 held-out ones come with localspec, others can be given.
+
+A file holds one JSON object per line: {"id", "domain", "text"} to be continued, or {"id", "domain",
+"messages"} to be answered through the chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from localspec.engine.prefix import encode_prompt
+from localspec.engine.template import Message, render
+from localspec.errors import PromptError, UnknownNameError
+from localspec.protocols import Tokenizer
+from localspec.types import TokenIds
+
+_BUNDLED = Path(__file__).with_name("prompts.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a workload."""
+
+    id: str
+    domain: str
+    text: str | None
+    messages: tuple[Message, ...] | None
+
+    def encode(self, tokenizer: Tokenizer) -> TokenIds:
+        """[T] tokens, through the chat template where the prompt is a conversation."""
+        text = self.text if self.messages is None else render(tokenizer, self.messages)
+        assert text is not None
+        return encode_prompt(tokenizer, text)
+
+
+def load_prompts(path: Path | None = None, domains: Sequence[str] = (), per_domain: int = 40) -> list[Prompt]:
+    """The first `per_domain` prompts of each domain. Raises PromptError, UnknownNameError."""
+    prompts: list[Prompt] = []
+    for number, line in enumerate((path or _BUNDLED).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            item = json.loads(line)
+            messages = tuple(item["messages"]) if "messages" in item else None
+            prompts.append(Prompt(item["id"], item["domain"], item.get("text"), messages))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PromptError(f"line {number} of {path} is not a prompt: {error}") from None
+        if messages is None and prompts[-1].text is None:
+            raise PromptError(f"line {number} of {path} has neither text nor messages")
+    known = list(dict.fromkeys(prompt.domain for prompt in prompts))
+    for domain in domains:
+        if domain not in known:
+            raise UnknownNameError.among("domain", domain, known)
+    chosen: list[Prompt] = []
+    for domain in domains or known:
+        chosen += [prompt for prompt in prompts if prompt.domain == domain][:per_domain]
+    return chosen

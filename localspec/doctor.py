@@ -1,0 +1,71 @@
+"""What is installed here, what each backend can do, and what was worked around."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from localspec import __version__
+from localspec.errors import LocalspecError
+from localspec.loading import BUNDLED, backend_names, bundled_path, choose_backend, get_backend
+from localspec.protocols import BackendReport
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `localspec doctor` prints."""
+
+    version: str
+    python: str
+    platform: str
+    processor: str
+    num_cores: int
+    memory_gib: float
+    backends: tuple[BackendReport, ...]
+    bundled: str
+    choice: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def examine() -> Report:
+    """Look at this machine. Opens no model of the user's; backends may run a short self-test."""
+    target = bundled_path(BUNDLED, "target")
+    try:
+        choice = f"{choose_backend('auto', target).name} for the bundled pair"
+    except LocalspecError as error:
+        choice = str(error)
+    size = sum(bundled_path(BUNDLED, role).stat().st_size for role in ("target", "draft")) if target.is_file() else 0
+    return Report(
+        version=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=_processor(),
+        num_cores=os.cpu_count() or 1,
+        memory_gib=_memory_gib(),
+        backends=tuple(get_backend(name).report() for name in backend_names()),
+        bundled=f"{BUNDLED}, {size / 1e6:.0f} MB" if size else "missing: reinstall localspec",
+        choice=choice,
+    )
+
+
+def _processor() -> str:
+    """The model name where Linux tells it, else what Python knows."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return 0.0

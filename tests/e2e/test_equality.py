@@ -1,0 +1,76 @@
+"""The promise itself, on the bundled pair: text under speculation equals plain decoding.
+
+A sample of what `localspec bench equality` runs over all held-out prompts.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from localspec.bench.equality import compare
+from localspec.bench.prompts import load_prompts
+from localspec.loading import Pair, get_backend, open_pair
+from localspec.protocols import LoadSettings
+from localspec.sampling import SamplingParams
+
+pytestmark = pytest.mark.real
+
+
+@cache
+def pair_on(backend: str) -> Pair:
+    """The bundled pair, opened once per backend."""
+    if not get_backend(backend).is_installed():
+        pytest.skip(f"needs {backend}: {get_backend(backend).report().install_command}")
+    return open_pair(backend=backend, settings=LoadSettings(context=1024))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "per_domain", "tokens"), [("llamacpp", 3, 48), ("mlx", 1, 16)])
+def test_text_equals_plain_decoding_on_held_out_prompts(backend: str, per_domain: int, tokens: int) -> None:
+    prompts = load_prompts(per_domain=per_domain)
+    report = compare(pair_on(backend), prompts, ["draft_model", "ngram:min=1"], [0.0, 0.8], tokens)
+    assert report.differences == []
+    assert sum(row.num_prompts for row in report.rows) == 4 * len(prompts)
+    guessed = [row for row in report.rows if row.drafter == "draft_model"]
+    assert sum(row.num_tokens for row in guessed) > 1.3 * sum(row.num_rounds for row in guessed)
+
+
+HARD = {
+    "truncated": SamplingParams(temperature=1.0, top_k=40, top_p=0.95, min_p=0.02),
+    "penalties": SamplingParams(temperature=0.7, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2),
+    "greedy with penalties": SamplingParams(repetition_penalty=1.3),
+    "hot": SamplingParams(temperature=1.5),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["llamacpp", "mlx"])
+@pytest.mark.parametrize("name", HARD)
+def test_every_sampling_setting_works_under_speculation(backend: str, name: str) -> None:
+    from dataclasses import replace
+
+    pair = pair_on(backend)
+    params = replace(HARD[name], seed=11, max_tokens=24 if backend == "llamacpp" else 12, ignore_eos=True, logprobs=2)
+    prompt = load_prompts(domains=["code"], per_domain=1)[0].encode(pair.target.tokenizer).tolist()
+    answers = []
+    for drafter in ("nothing", "draft_model", "ngram:min=1"):
+        with pair.session(drafter) as session:
+            answers.append(session.generate(prompt, params))
+    assert answers[0].tokens == answers[1].tokens == answers[2].tokens
+    assert answers[0].logprobs == answers[1].logprobs == answers[2].logprobs
+
+
+def test_a_conversation_prefills_only_what_is_new() -> None:
+    from localspec.engine.chat import Chat
+
+    pair = pair_on("llamacpp")
+    with pair.session() as session:
+        chat = Chat(session)
+        params = SamplingParams(max_tokens=24, seed=1)
+        first = chat.say("What is 4 * 78?", params).result
+        second = chat.say("And 5 * 78?", params).result
+    known = first.num_prompt_tokens + len(first.tokens) - 1
+    assert second.stats.num_reused == known
+    assert second.num_prompt_tokens == second.stats.num_reused + second.stats.num_prefilled + 1

@@ -1,0 +1,154 @@
+"""Names, paths and Hub ids are told apart; backends are found; pairs are checked."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import localspec
+from localspec import loading
+from localspec.errors import (
+    BackendMissingError,
+    ModelNotFoundError,
+    PairMismatchError,
+    SettingError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from localspec.protocols import BackendReport, LanguageModel, LoadSettings
+from localspec.testing.reference import ByteTokenizer, ReferenceModel
+
+
+def test_importing_localspec_imports_nothing_else() -> None:
+    import subprocess
+
+    code = "import localspec, sys; assert not {'numpy', 'click'} & set(sys.modules); localspec.SamplingParams"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_everything_exported_exists() -> None:
+    for name in localspec.__all__:
+        assert getattr(localspec, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        localspec.no_such_name  # noqa: B018 - the access is what is tested
+
+
+def test_our_backends_are_found_without_importing_their_runtimes() -> None:
+    assert {"llamacpp", "mlx"} <= set(loading.backend_names())
+    for name in ("llamacpp", "mlx"):
+        assert loading.get_backend(name).name == name
+
+
+def test_unknown_backends_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'mlx'"):
+        loading.get_backend("mxl")
+
+
+def test_paths_names_and_hub_ids_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.gguf").write_bytes(b"")
+    assert loading.resolve_model("mine.gguf") == Path("mine.gguf")
+    assert loading.resolve_model("tiny", "draft").name == "draft.gguf"
+    for text, error, words in (
+        ("gone.gguf", ModelNotFoundError, "no such file"),
+        ("./gone", ModelNotFoundError, "no such file"),
+        ("a/b/c", ModelNotFoundError, "no such file"),
+        ("org/model", ModelNotFoundError, "Hub id"),
+        ("org/model:Q4_K_M", ModelNotFoundError, "Hub id"),
+        ("tinny", UnknownNameError, "Did you mean 'tiny'"),
+    ):
+        with pytest.raises(error, match=words):
+            loading.resolve_model(text)
+    Path("tiny").mkdir()
+    assert loading.resolve_model("tiny") == Path("tiny"), "what exists on disk comes first"
+
+
+@dataclass
+class FakeBackend:
+    """Stands for a runtime that is, or is not, installed."""
+
+    name: str
+    installed: bool
+    own_settings: frozenset[str] = frozenset({"threads"})
+
+    def report(self) -> BackendReport:
+        return BackendReport(self.name, self.installed, "1", (), (), f"pip install {self.name}")
+
+    def is_installed(self) -> bool:
+        return self.installed
+
+    def accepts(self, path: Path) -> bool:
+        return path.suffix == ".gguf"
+
+    def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
+        return ReferenceModel(16)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeBackend]:
+    backends = {"one": FakeBackend("one", False), "two": FakeBackend("two", False)}
+    monkeypatch.setattr(loading, "backend_names", lambda: list(backends))
+    monkeypatch.setattr(loading, "get_backend", lambda name: backends[name])
+    return backends
+
+
+def test_a_missing_runtime_is_refused_with_the_command_that_installs_it(fakes: dict[str, FakeBackend]) -> None:
+    with pytest.raises(BackendMissingError, match=r"pip install one.*pip install two"):
+        loading.choose_backend("auto", Path("x.gguf"))
+    with pytest.raises(BackendMissingError, match="pip install two"):
+        loading.choose_backend("two", Path("x.gguf"))
+    fakes["two"].installed = True
+    assert loading.choose_backend("auto", Path("x.gguf")).name == "two"
+
+
+def test_files_no_backend_reads_are_refused(fakes: dict[str, FakeBackend]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"\.gguf"):
+        loading.choose_backend("auto", Path("x.onnx"))
+
+
+def test_settings_a_backend_does_not_have_are_refused_not_dropped(fakes: dict[str, FakeBackend]) -> None:
+    fakes["one"].installed = True
+    loading.load_model(Path("x.gguf"), "one", LoadSettings(threads=2, context=64))
+    with pytest.raises(SettingError, match="dtype"):
+        loading.load_model(Path("x.gguf"), "one", LoadSettings(dtype="float16"))
+
+
+class Renamed(ByteTokenizer):
+    """One token's bytes differ."""
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"other" if token == 7 else super().token_bytes(token)
+
+
+def test_pairs_with_different_vocabularies_are_refused_with_the_first_difference() -> None:
+    loading.check_same_vocabulary(ByteTokenizer(257), ByteTokenizer(257))
+    with pytest.raises(PairMismatchError, match=r"token 7 differs .*cross-tokenizer"):
+        loading.check_same_vocabulary(ByteTokenizer(257), Renamed(257))
+    with pytest.raises(PairMismatchError, match=r"sizes differ|token"):
+        loading.check_same_vocabulary(ByteTokenizer(257), ByteTokenizer(100))
+
+
+def test_what_was_opened_before_an_error_is_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    class Model(ReferenceModel):
+        def close(self) -> None:
+            closed.append(self.info.name)
+
+    monkeypatch.setattr(loading, "load_model", lambda path, *_: Model(257 if path.name == "target.gguf" else 100))
+    with pytest.raises(PairMismatchError):
+        loading.open_pair("tiny")
+    assert closed == ["reference", "reference"]
+
+
+def test_a_target_alone_makes_a_pair_without_a_draft_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "some.gguf"
+    path.write_bytes(b"")
+    monkeypatch.setattr(loading, "load_model", lambda *_: ReferenceModel(257))
+    with loading.open_pair(str(path)) as pair, pair.session() as session:
+        assert pair.draft is None and session.drafter.name == "ngram"
+        assert np.array_equal(session.tokens, [])
