@@ -288,7 +288,8 @@ def equality(output: Path | None, **options: Any) -> None:
     """Compare text under speculation with plain decoding, token for token."""
     from localspec.bench.equality import compare, table
 
-    with _open(options) as pair:
+    # plain decoding, each drafter, and one to look at differences
+    with _open(options, num_sequences=len(options["drafters"]) + 2) as pair:
         report = compare(pair, _workload(options), options["drafters"], options["temperatures"], options["tokens"])
     _finish_bench(table(report), report.as_dict(), output)
     sys.exit(1 if report.num_different else 0)
@@ -302,7 +303,7 @@ def speed(output: Path | None, repeats: int, **options: Any) -> None:
     """Time each drafter against plain decoding, side by side in one run."""
     from localspec.bench.speed import measure, table
 
-    with _open(options) as pair:
+    with _open(options, num_sequences=len(options["drafters"]) + 1) as pair:
         report = measure(
             pair, _workload(options), options["drafters"], options["temperatures"], options["tokens"], repeats
         )
@@ -332,14 +333,14 @@ def _finish_bench(text: str, data: dict[str, Any], output: Path | None) -> None:
         output.write_text(json.dumps(data, indent=1))
 
 
-def _open(options: dict[str, Any], *, quiet: bool = False) -> Pair:
+def _open(options: dict[str, Any], *, quiet: bool = False, num_sequences: int = 1) -> Pair:
     """Load the pair that the options name, with a sign of life on the terminal."""
     from localspec.loading import open_pair
     from localspec.protocols import LoadSettings
     from localspec.terminal import loading
 
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
-    settings = LoadSettings(**{name: options[name] for name in names})
+    settings = LoadSettings(num_sequences=num_sequences, **{name: options[name] for name in names})
     with loading(quiet=quiet):
         return open_pair(options["target"], options["draft"], backend=options["backend"], settings=settings)
 

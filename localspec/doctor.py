@@ -48,10 +48,17 @@ def examine() -> Report:
         processor=_processor(),
         num_cores=os.cpu_count() or 1,
         memory_gib=_memory_gib(),
-        backends=tuple(get_backend(name).report() for name in backend_names()),
+        backends=tuple(_report(name) for name in backend_names()),
         bundled=f"{BUNDLED}, {size / 1e6:.0f} MB" if size else "missing: reinstall localspec",
         choice=choice,
     )
+
+
+def _report(name: str) -> BackendReport:
+    try:
+        return get_backend(name).report()
+    except LocalspecError as error:
+        return BackendReport(name, False, "", (), (str(error),), "")
 
 
 def _processor() -> str:

@@ -7,9 +7,11 @@ user's own folder of that name cannot shadow them), others register in the entry
 from __future__ import annotations
 
 import importlib.util
+import logging
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import cast
 from localspec.drafters import AUTO, DrafterSpec, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import (
+    BackendError,
     BackendMissingError,
     ModelNotFoundError,
     PairMismatchError,
@@ -26,8 +29,9 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from localspec.protocols import Backend, LanguageModel, LoadSettings, Tokenizer
+from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, Tokenizer
 
+_log = logging.getLogger("localspec.loading")
 _HOME = Path(__file__).resolve().parent.parent
 _APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 _PREFERENCE = ("mlx", "llamacpp") if _APPLE_SILICON else ("llamacpp", "mlx")
@@ -54,7 +58,12 @@ def get_backend(name: str) -> Backend:
     if (folder / "__init__.py").is_file():
         return cast(Backend, _load_package(f"localspec_backend_{name}", folder).BACKEND)
     for entry in entry_points(group="localspec.backends", name=name):
-        return cast(Backend, entry.load())
+        try:
+            return cast(Backend, entry.load())
+        except Exception as error:  # somebody else's package: whatever it raises, name it
+            raise BackendError(
+                f"backend {name!r} does not load ({entry.value}): {error}", fix="Repair or uninstall its package."
+            ) from error
     raise UnknownNameError.among("backend", name, backend_names())
 
 
@@ -81,11 +90,11 @@ def choose_backend(name: str, path: Path) -> Backend:
 
     Raises BackendMissingError (with the command that installs it) and UnsupportedModelError.
     """
-    candidates = [get_backend(known) for known in (backend_names() if name == AUTO else [name])]
+    candidates = _loadable(backend_names()) if name == AUTO else [get_backend(name)]
     accepting = [backend for backend in candidates if backend.accepts(path)]
     if not accepting:
         raise UnsupportedModelError(
-            f"{path.name} is not a model that {'any backend' if name == AUTO else name} reads",
+            f"{path} is not a model that backend {' or '.join(backend.name for backend in candidates)} reads",
             expected="a .gguf file, or for MLX also a folder with config.json and .safetensors files",
         )
     installed = [backend for backend in accepting if backend.is_installed()]
@@ -94,6 +103,17 @@ def choose_backend(name: str, path: Path) -> Backend:
         names = " or ".join(backend.name for backend in accepting)
         raise BackendMissingError(f"backend {names} is not installed", fix=f"Install it with {commands}.")
     return installed[0]
+
+
+def _loadable(names: Sequence[str]) -> list[Backend]:
+    """Those that load; a broken one of somebody else's must not stop ours."""
+    backends = []
+    for name in names:
+        try:
+            backends.append(get_backend(name))
+        except BackendError as error:
+            _log.warning("left out: %s", error)
+    return backends
 
 
 # ---------------------------------------------------------------- models and pairs
@@ -138,9 +158,13 @@ class Pair:
         self.target = target
         self.draft = draft
 
-    def session(self, drafter: str | DrafterSpec = AUTO, *, acceptance: str = "walk") -> Session:
-        """A new conversation. drafter: a name with settings, e.g. "ngram:max=4"; "nothing" is plain."""
-        return Session(self.target, make_drafter(drafter, self.draft), acceptance=acceptance)
+    def session(self, drafter: str | DrafterSpec | Drafter = AUTO, *, acceptance: str = "walk") -> Session:
+        """A new conversation. drafter: a name with settings, e.g. "ngram:max=4" ("nothing" is plain
+        decoding), or a drafter of your own; the session closes it. Sessions that are open at the same
+        time each need a sequence: see `LoadSettings.num_sequences`."""
+        if isinstance(drafter, str | DrafterSpec):
+            drafter = make_drafter(drafter, self.draft)
+        return Session(self.target, drafter, acceptance=acceptance)
 
     def close(self) -> None:
         """Give all memory back."""

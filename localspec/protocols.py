@@ -44,7 +44,8 @@ class Tokens(Protocol):
     def __len__(self) -> int: ...
 
     def numpy(self) -> TokenIds:
-        """[T] the ids on the host. The only call that may wait for the device."""
+        """[T] the ids on the host. May wait for the device; tokens made earlier are then there too, so
+        whoever wants several reads the newest first."""
         ...
 
 
@@ -79,7 +80,8 @@ class Scores(Protocol):
         ...
 
     def winners(self, temperature: float, keys: NoiseKeys) -> Tokens:
-        """[N] argmax_v of logits / temperature + Gumbel(keys[row], v); keys [N, 2] as in `noise.py`."""
+        """[N] argmax_v of logits / temperature + Gumbel(keys[row], v); temperature > 0, keys [N, 2] as in
+        `noise.py`."""
         ...
 
     def top(self, k: int) -> tuple[TokenIds, Logits]:
@@ -235,7 +237,8 @@ class LanguageModel(Protocol):
         """Run all steps as one batch (at most one step per state); scores in the order of the steps.
 
         Raises `ContextFullError` before changing anything if a sequence would outgrow the context,
-        `BackendError` if the runtime fails, in which case no step has happened.
+        `BackendError` if the runtime fails, in which case no step has happened, and ValueError for
+        steps that are malformed (parents, rows, ids, a foreign state or the same one twice).
         """
         ...
 
@@ -277,7 +280,7 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token adds to the output; of a special token, its text."""
+        """The bytes a token adds to the output; of a special token, its text; none beyond the vocabulary."""
         ...
 
     def is_special(self, token: int) -> bool:
@@ -354,6 +357,7 @@ class DraftRequest:
     """What the engine wants guessed: at most `max_nodes` nodes below the context's last token.
 
     sampler: the target's sampling settings, so that a drafter can guess with the same noise.
+    trees: the target can verify nodes with several children; otherwise propose a chain.
     needs_law: the acceptance rule needs the distribution that each token was drawn from, so tokens
     must be *drawn* from it (rejection), not chosen.
     """
@@ -362,6 +366,7 @@ class DraftRequest:
     max_nodes: int
     sampler: Sampler
     stop_tokens: frozenset[int]
+    trees: bool = True
     needs_law: bool = False
 
 

@@ -12,6 +12,7 @@ import pytest
 import localspec
 from localspec import loading
 from localspec.errors import (
+    BackendError,
     BackendMissingError,
     ModelNotFoundError,
     PairMismatchError,
@@ -115,6 +116,28 @@ def test_settings_a_backend_does_not_have_are_refused_not_dropped(fakes: dict[st
     loading.load_model(Path("x.gguf"), "one", LoadSettings(threads=2, context=64))
     with pytest.raises(SettingError, match="dtype"):
         loading.load_model(Path("x.gguf"), "one", LoadSettings(dtype="float16"))
+
+
+class BrokenEntry:
+    """An entry point whose package is damaged."""
+
+    name, value = "broken", "their_package:BACKEND"
+
+    def load(self) -> object:
+        raise ModuleNotFoundError("No module named 'their_dependency'")
+
+
+def test_a_broken_backend_of_somebody_else_is_named_and_does_not_stop_ours(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        loading, "entry_points", lambda group, name="broken": [BrokenEntry()] if name == "broken" else []
+    )
+    assert "broken" in loading.backend_names()
+    with pytest.raises(BackendError, match="their_package"):
+        loading.get_backend("broken")
+    assert loading.choose_backend("auto", loading.bundled_path("tiny", "target")).name in ("llamacpp", "mlx")
+    assert "their_package" in caplog.text
 
 
 class Renamed(ByteTokenizer):

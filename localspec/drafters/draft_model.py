@@ -36,9 +36,10 @@ _PREFILL_CHUNK = 512
 class DraftModel:
     """A chain of up to `num` guesses from `model`.
 
-    min_prob: stop the chain at a guess whose own probability (of the raw model) is lower; 0 never
-    stops. Where logits live on a device, min_prob > 0 costs one wait per guess; without it a greedy
-    or plain-temperature chain is built lazily and costs none.
+    min_prob: end the chain at a guess whose own probability (of the raw model) is lower (it is left
+    out, unless it is the first or was drawn for the rejection rule); 0 never ends it. Where logits
+    live on a device, min_prob > 0 costs one wait per guess; without it a greedy or plain-temperature
+    chain is built lazily and costs none.
     The state commits accepted guesses and nothing else, so it is always a prefix of the context.
     """
 
@@ -130,12 +131,14 @@ class DraftModel:
             guess, law = self._guess(scores, request)
             if on_host or request.needs_law:
                 token = int(guess.numpy()[0])
-                # the first guess is free: the verify pass is padded to two tokens anyway
-                if index and self._is_unlikely(scores, token):
+                unlikely = self._is_unlikely(scores, token)
+                # The first guess is free: the verify pass is padded to two tokens anyway. A token that
+                # was drawn from a law must not be taken back: that would be another law.
+                if unlikely and index and not request.needs_law:
                     return
                 request.context.append(token)
                 yield guess, law
-                if token in request.stop_tokens:
+                if unlikely or token in request.stop_tokens:
                     return
             else:
                 yield guess, law

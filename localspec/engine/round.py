@@ -26,6 +26,7 @@ from localspec.protocols import (
     Step,
 )
 from localspec.sampling import Sampler, log_softmax_at, top_ids
+from localspec.tree.mask import is_chain
 from localspec.types import Logits
 from localspec.verify import Acceptance, Trial, Verdict
 
@@ -67,7 +68,8 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], max_nodes: Sequence[i
     """
     started = perf_counter()
     try:
-        proposals = [_propose(lane, limit) for lane, limit in zip(lanes, max_nodes, strict=True)]
+        trees = model.capabilities.trees
+        proposals = [_propose(lane, limit, trees) for lane, limit in zip(lanes, max_nodes, strict=True)]
         drafted = perf_counter()
         steps = _steps(model, lanes, proposals)
         scores = model.forward(steps)
@@ -97,9 +99,19 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], max_nodes: Sequence[i
     ]
 
 
-def _propose(lane: Lane, max_nodes: int) -> Proposal:
-    request = DraftRequest(lane.context, max_nodes, lane.sampler, lane.stop_tokens, lane.acceptance.needs_law)
-    return lane.drafter.propose(request)
+def _propose(lane: Lane, max_nodes: int, trees: bool) -> Proposal:
+    """The drafter's proposal, held to the request: no drafter may widen a pass or draw in secret."""
+    request = DraftRequest(lane.context, max_nodes, lane.sampler, lane.stop_tokens, trees, lane.acceptance.needs_law)
+    proposal = lane.drafter.propose(request)
+    if proposal.num_nodes > max_nodes:
+        raise ValueError(f"drafter {proposal.source!r} proposed {proposal.num_nodes} nodes, at most {max_nodes} fit")
+    if sum(len(segment) for segment in proposal.tokens) != proposal.num_nodes:
+        raise ValueError(f"drafter {proposal.source!r} proposed tokens and parents of different number")
+    if not (trees or is_chain(proposal.parents)):
+        raise ValueError(f"drafter {proposal.source!r} proposed a tree, and this target verifies chains only")
+    if proposal.laws is not None and len(proposal.laws) != proposal.num_nodes:
+        raise ValueError(f"drafter {proposal.source!r} gave {len(proposal.laws)} laws for {proposal.num_nodes} nodes")
+    return proposal
 
 
 def _steps(model: LanguageModel, lanes: Sequence[Lane], proposals: Sequence[Proposal]) -> list[Step]:

@@ -421,9 +421,12 @@ class BackendConformance:
                 self.model().open().close()
             except BackendError:
                 pass
-            for state in states:
-                state.close()
-                state.close()
+            else:
+                raise AssertionError(f"{count + 1} states were opened, {count} are promised")
+            finally:
+                for state in states:
+                    state.close()
+                    state.close()
         state = self.model().open()
         state.close()
         for use in (lambda: state.keep(()), lambda: state.truncate(0), state.fork):

@@ -13,7 +13,7 @@ from localspec.drafters import AUTO, DRAFTERS, DrafterSpec, DraftModel, Ngram, N
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, Step
-from localspec.sampling import Sampler, SamplingParams
+from localspec.sampling import Law, Sampler, SamplingParams
 from localspec.testing.drafters import DrafterConformance
 from localspec.testing.reference import ReferenceModel, random_tree
 
@@ -161,6 +161,16 @@ def test_a_perfect_drafter_is_right_at_any_temperature() -> None:
         assert result.stats.acceptance_rate == 1.0
 
 
+def test_a_turn_may_start_inside_what_the_draft_cache_already_holds() -> None:
+    """The anchor's row is needed even where the anchor itself is cached."""
+    drafter = DraftModel(ReferenceModel(48, seed=5), num=2)
+    with Session(ReferenceModel(48, seed=5), drafter) as session:
+        tokens = session.generate([1, 2, 3], SamplingParams(max_tokens=12, ignore_eos=True)).tokens
+        session.reset()
+        again = session.generate([1, 2, 3, *tokens[:4]], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert again.tokens == tokens[4:9]
+
+
 def test_a_long_prompt_is_fed_in_pieces() -> None:
     draft = ReferenceModel(48, seed=5, context_length=2000)
     drafter = DraftModel(draft, num=2)
@@ -175,6 +185,40 @@ def test_a_drafter_with_a_shorter_context_falls_silent_instead_of_failing() -> N
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     with Session(target, DraftModel(draft, num=4)) as session, Session(target, Nothing()) as plain:
         assert session.generate([1, 2, 3], params).tokens == plain.generate([1, 2, 3], params).tokens
+
+
+class Greedy(Adversary):
+    """Proposes what it likes, whatever was asked."""
+
+    def __init__(self, proposal: Proposal) -> None:
+        self.proposal = proposal
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        return self.proposal
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "parents", "num_laws", "words"),
+    [
+        (30, range(-1, 29), None, "at most"),
+        (2, [-1], None, "different number"),
+        (1, [-1], 3, "3 laws"),
+        (2, [-1, -1], None, "chains"),
+    ],
+)
+def test_the_engine_holds_proposals_to_the_request(
+    num_tokens: int, parents: Sequence[int], num_laws: int | None, words: str
+) -> None:
+    law = Law(np.array([1], np.int32), np.ones(1))
+    tokens = (HostTokens(np.ones(num_tokens, np.int32)),)
+    laws = None if num_laws is None else (law,) * num_laws
+    target = ReferenceModel(48)
+    target.capabilities = replace(target.capabilities, trees=False)
+    with Session(target, Greedy(Proposal("greedy", tokens, np.array(parents, np.int32), laws))) as session:
+        with pytest.raises(ValueError, match=words):
+            session.generate([1, 2], SamplingParams(max_tokens=12))
+        session.drafter = Nothing()
+        assert len(session.generate([1, 2], SamplingParams(max_tokens=12, ignore_eos=True)).tokens) == 12
 
 
 # ---------------------------------------------------------------- specifications

@@ -1,0 +1,70 @@
+"""llama.cpp as a localspec backend: GGUF models on CPU, CUDA and Metal.
+
+    native      ctypes: library, log, context and batch        weights    a model's facts
+    state       trees and rewinding by sequence ids            tokenizer  in bytes
+    model       forward                                        loading    checks and choices
+    probe       do the extra CPU buffers survive here?         processors how many threads
+
+Importing this package imports neither llama.cpp nor its binding.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from localspec.errors import LocalspecError
+from localspec.protocols import Backend, BackendReport, LanguageModel, LoadSettings
+
+from . import loading, native, probe
+
+__all__ = ["BACKEND"]
+
+
+class LlamaCppBackend:
+    """`Backend` for GGUF files."""
+
+    name = loading.NAME
+    own_settings = loading.OWN_SETTINGS
+
+    def is_installed(self) -> bool:
+        """Looks for llama_cpp without importing it."""
+        return native.is_installed()
+
+    def accepts(self, path: Path) -> bool:
+        """A GGUF file, by name or first bytes."""
+        return loading.is_model_file(path)
+
+    def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
+        """Open a model. Raises members of the error tree only."""
+        return loading.load(path, settings)
+
+    def report(self) -> BackendReport:
+        """Version, devices, and what had to be worked around. Never raises."""
+        if not self.is_installed():
+            return self._report(False, (), ("not installed",))
+        try:
+            devices, note = native.devices(), probe.examine().note
+        except LocalspecError as error:
+            return self._report(True, (), (str(error),))
+        return self._report(True, devices, (note,) if note else ())
+
+    def _report(self, installed: bool, devices: tuple[str, ...], notes: tuple[str, ...]) -> BackendReport:
+        return BackendReport(
+            name=self.name,
+            installed=installed,
+            version=native.version() if installed else "",
+            devices=devices,
+            notes=notes,
+            install_command=_install_command(),
+        )
+
+
+def _install_command() -> str:
+    """The wheel's build picks Metal by itself on a Mac; CUDA must be asked for."""
+    if sys.platform == "darwin":
+        return native.INSTALL_COMMAND
+    return f"{native.INSTALL_COMMAND}   (NVIDIA: CMAKE_ARGS=-DGGML_CUDA=on {native.INSTALL_COMMAND})"
+
+
+BACKEND: Backend = LlamaCppBackend()

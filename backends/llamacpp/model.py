@@ -1,0 +1,203 @@
+"""A GGUF model behind the contract: what `forward` does with steps, plans and passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localspec.errors import BackendError, ContextFullError
+from localspec.protocols import Capabilities, ModelInfo, Scores, Step
+from localspec.sampling import HostScores
+from localspec.types import Logits, Positions, TokenIds
+
+from . import native
+from .native import Context
+from .state import LlamaState, Memory, Plan
+from .tokenizer import LlamaTokenizer
+from .weights import Weights
+
+_NO_ROOM = 1
+
+
+@dataclass(slots=True)
+class _Pass:
+    """All tokens of one forward, in the order of its steps."""
+
+    tokens: TokenIds
+    positions: Positions
+    ids: list[list[int]] | int
+    outputs: NDArray[np.int8]
+
+
+class LlamaModel:
+    """`LanguageModel` over llama.cpp. Owns the weights and all contexts."""
+
+    def __init__(self, weights: Weights, memory: Memory, info: ModelInfo, capabilities: Capabilities) -> None:
+        self._weights, self._memory = weights, memory
+        self.info, self.capabilities = info, capabilities
+        self.vocab_size = weights.vocab_size
+        self.tokenizer = LlamaTokenizer(weights)
+        self._closed = False
+        self._generation = [0]
+        self._min_outputs = capabilities.width_class.min_width
+
+    def open(self) -> LlamaState:
+        """A new, empty sequence. Raises BackendError when all are in use."""
+        if self._closed:
+            raise ValueError("this model is closed")
+        return self._memory.open()
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        """Run all steps as one batch.
+
+        Raises ContextFullError if a sequence would outgrow the context or the shared cells are used
+        up, BackendError if llama.cpp fails, ValueError for steps that break the contract; in each case
+        no step has happened.
+        """
+        states = [self._own(step) for step in steps]
+        if len(states) > 1 and len({id(state) for state in states}) < len(states):
+            raise ValueError("a state may have one step per forward")
+        plans: list[Plan] = []
+        try:
+            for state, step in zip(states, steps, strict=True):
+                plans.append(state.plan(step.parents))
+            self._generation[0] += 1
+            rows = self._run(states, steps, plans)
+        except BaseException:
+            for state, plan in zip(states, plans, strict=False):
+                state.undo(plan)
+            raise
+        for state, plan in zip(states, plans, strict=True):
+            state.commit(plan)
+        return [HostScores(part, self._generation) for part in rows]
+
+    def _own(self, step: Step) -> LlamaState:
+        """The step's state, checked. Raises ContextFullError, ValueError."""
+        state = step.state
+        if not isinstance(state, LlamaState) or state.cache.memory is not self._memory:
+            raise ValueError("this state belongs to another model")
+        state.check_open()
+        room = self.info.context_length - state.length - state.num_pending
+        if step.num_tokens > room:
+            raise ContextFullError(
+                "the context is full",
+                got=f"{step.num_tokens} more tokens",
+                expected=f"at most {room} of {self.info.context_length}",
+                fix="Load the model with a larger context, or start a new conversation.",
+            )
+        return state
+
+    # ------------------------------------------------------------ one pass
+
+    def _run(self, states: list[LlamaState], steps: Sequence[Step], plans: list[Plan]) -> list[Logits]:
+        """[N, V] scored rows of each step, views where one decode was enough."""
+        for state, plan in zip(states, plans, strict=True):
+            state.prepare(plan)
+        if len(steps) == 1 or not self._memory.shared:
+            return [
+                self._in_one_context(state.cache.context, _joined([step], [plan]))
+                for state, step, plan in zip(states, steps, plans, strict=True)
+            ]
+        if not steps:
+            return []
+        rows = self._in_one_context(states[0].cache.context, _joined(steps, plans))
+        counts = [step.num_tokens if step.rows is None else len(step.rows) for step in steps]
+        ends = np.cumsum(counts)
+        return [rows[end - count : end] for count, end in zip(counts, ends, strict=True)]
+
+    def _in_one_context(self, context: Context, whole: _Pass) -> Logits:
+        """[N, V] scored rows of a pass, cut into as many decodes as it takes."""
+        cuts = _cuts(whole.outputs, context.max_batch, self.capabilities.max_width)
+        parts: list[Logits] = []
+        for start, end in cuts:
+            part = self._decode(context, whole, start, end)
+            parts.append(part.copy() if len(cuts) > 1 else part)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.zeros((0, self.vocab_size), np.float32)
+
+    def _decode(self, context: Context, whole: _Pass, start: int, end: int) -> Logits:
+        """[N', V] scored rows among tokens start to end."""
+        outputs = whole.outputs[start:end]
+        count = int(np.count_nonzero(outputs))
+        extra = self._widen(outputs) if count == 1 else None
+        ids = whole.ids if isinstance(whole.ids, int) else whole.ids[start:end]
+        native.forget_errors()
+        code = context.decode(whole.tokens[start:end], whole.positions[start:end], ids, outputs)
+        if code == _NO_ROOM:
+            raise ContextFullError(
+                "the cells that all sequences of this model share are used up",
+                got=f"{end - start} more tokens",
+                fix="Close sequences, or load the model with a larger context.",
+            )
+        if code:
+            if not np.all((whole.tokens >= 0) & (whole.tokens < self.vocab_size)):  # looked at only once it failed
+                raise ValueError(f"token ids outside 0 to {self.vocab_size - 1}")
+            raise BackendError(f"llama.cpp could not run the pass: {native.complaint()}", got=f"code {code}")
+        if extra is None:
+            return context.logits(count)
+        return context.logits(2)[1 - extra : 2 - extra]
+
+    def _widen(self, outputs: NDArray[np.int8]) -> int | None:
+        """Score a second token where only one is wanted; 1 if it comes after that one, 0 if before.
+
+        The last layer runs on scored tokens only: a single one would leave the width class there,
+        however wide the pass is.
+        """
+        if self._min_outputs < 2 or len(outputs) < 2:
+            return None
+        only = int(outputs.argmax())
+        comes_after = only + 1 < len(outputs)
+        outputs[only + 1 if comes_after else only - 1] = 1
+        return int(comes_after)
+
+    def close(self) -> None:
+        """Free context and weights. Twice does nothing."""
+        self._closed = True
+        self._generation[0] += 1
+        self._memory.close()
+        self._weights.close()
+
+
+def _joined(steps: Sequence[Step], plans: Sequence[Plan]) -> _Pass:
+    """Tokens, places and wanted rows of all steps, one after another. Raises ValueError for misfits."""
+    segments = [segment.numpy() for step in steps for segment in step.tokens]
+    tokens = segments[0] if len(segments) == 1 else np.concatenate([np.zeros(0, np.int32), *segments])
+    total = sum(step.num_tokens for step in steps)
+    if len(tokens) != total:
+        raise ValueError(f"steps have {len(tokens)} tokens but {total} parents")
+    outputs = np.zeros(total, np.int8)
+    start = 0
+    for step in steps:
+        end = start + step.num_tokens
+        if step.rows is None:
+            outputs[start:end] = 1
+        elif step.rows:
+            ascending = all(one < other for one, other in pairwise(step.rows))
+            if not ascending or step.rows[0] < 0 or step.rows[-1] >= step.num_tokens:
+                raise ValueError(f"rows {step.rows} of {step.num_tokens} tokens")
+            outputs[start:end][list(step.rows)] = 1
+        start = end
+    if len(plans) == 1:
+        return _Pass(tokens, plans[0].positions, plans[0].ids, outputs)
+    ids = [one for plan in plans for one in _listed(plan)]
+    return _Pass(tokens, np.concatenate([np.zeros(0, np.int32), *(plan.positions for plan in plans)]), ids, outputs)
+
+
+def _listed(plan: Plan) -> list[list[int]]:
+    return [[plan.ids]] * len(plan.parents) if isinstance(plan.ids, int) else plan.ids
+
+
+def _cuts(outputs: NDArray[np.int8], max_batch: int, max_outputs: int) -> list[tuple[int, int]]:
+    """(start, end) of the decodes that make up a pass: as few as possible and of equal size, for a
+    short last one could fall out of the width class."""
+    total = len(outputs)
+    if total <= max_outputs:
+        return [(0, total)] if total else []
+    largest = max_batch if int(outputs.sum()) <= max_outputs else max_outputs
+    count = -(-total // largest)
+    return [(total * part // count, total * (part + 1) // count) for part in range(count)]

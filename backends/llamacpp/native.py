@@ -1,0 +1,260 @@
+"""The border to llama.cpp: its library, its log, one context with its batch. `Any` lives here only.
+
+llama.cpp reports what went wrong in its log and returns NULL or a number, so the log is kept and
+quoted. Everything above this file sees ints, bytes, numpy arrays and the error tree.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localspec.errors import BackendError, BackendMissingError
+from localspec.types import Logits, Positions, TokenIds
+
+INSTALL_COMMAND = "pip install llama-cpp-python"
+
+_SPIN_COUNT = "1000"
+_LEVEL_WARNING, _LEVEL_ERROR, _LEVEL_CONTINUED = 3, 4, 5
+_LOG_LEVELS = {_LEVEL_WARNING: logging.INFO, _LEVEL_ERROR: logging.INFO}  # the rest is for debugging
+
+_logger = logging.getLogger("localspec.llamacpp")
+
+
+# ---------------------------------------------------------------- the package
+
+
+def is_installed() -> bool:
+    """Cheap: looks for the package without importing it."""
+    return util.find_spec("llama_cpp") is not None
+
+
+def package_folder() -> Path:
+    """Where llama_cpp is installed. Raises BackendMissingError."""
+    spec = util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise BackendMissingError("llama-cpp-python is not installed", fix=f"Install it with: {INSTALL_COMMAND}")
+    return Path(spec.origin).parent
+
+
+def version() -> str:
+    """Version of llama-cpp-python, or an empty string."""
+    try:
+        return metadata.version("llama_cpp_python")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The low-level binding, imported and initialised once. Raises BackendMissingError, BackendError."""
+    package_folder()
+    # Between passes idle OpenMP threads would spin for milliseconds and take the core that the other
+    # model, or Python, needs. A short spin still bridges the gaps inside a pass. libgomp reads this
+    # when it is loaded, so it must stand before the import; a user's own choice is left alone.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    try:
+        binding: Any = importlib.import_module("llama_cpp.llama_cpp")
+    except Exception as error:  # the binding raises RuntimeError, OSError or AttributeError as it fits
+        raise BackendError(
+            f"llama.cpp's library does not load: {error}", fix=f"Reinstall it: {INSTALL_COMMAND}"
+        ) from error
+    _install_log(binding)
+    binding.llama_backend_init()
+    return binding
+
+
+def devices() -> tuple[str, ...]:
+    """Descriptions of the processors that this build can use."""
+    library()
+    ggml: Any = importlib.import_module("llama_cpp._ggml").libggml
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    describe = ggml.ggml_backend_dev_description
+    describe.argtypes, describe.restype = [ctypes.c_void_p], ctypes.c_char_p
+    handles = [ggml.ggml_backend_dev_get(index) for index in range(ggml.ggml_backend_dev_count())]
+    return tuple(str(describe(handle).decode(errors="replace")) for handle in handles)
+
+
+# ---------------------------------------------------------------- the log
+
+
+class _Log:
+    """Turns llama.cpp's pieces of text into lines; remembers the last lines that matter."""
+
+    def __init__(self) -> None:
+        self.recent: deque[str] = deque(maxlen=20)
+        self._piece = ""
+        self._level = logging.DEBUG
+        self._is_error = False
+        self._lock = threading.Lock()
+
+    def receive(self, level: int, text: bytes | None, _data: object) -> None:
+        """llama.cpp calls this, from any of its threads. Nothing may be raised into C."""
+        try:
+            with self._lock:
+                if level != _LEVEL_CONTINUED:
+                    self._level, self._is_error = _LOG_LEVELS.get(level, logging.DEBUG), level == _LEVEL_ERROR
+                self._piece += (text or b"").decode(errors="replace")
+                *lines, self._piece = self._piece.split("\n")
+                for line in filter(None, map(str.strip, lines)):
+                    if self._is_error:
+                        self.recent.append(line)
+                    _logger.log(self._level, "%s", line)
+        except Exception:  # a broken logging handler must not take the process down
+            self._piece = ""
+
+
+_log = _Log()
+_callback: Any = None  # llama.cpp keeps a bare pointer to it, so it must never be collected
+
+
+def _install_log(binding: Any) -> None:
+    global _callback
+    _callback = binding.llama_log_callback(_log.receive)
+    binding.llama_log_set(_callback, None)
+    # Destructors of the library may log after the interpreter is gone. This C function exists until
+    # the very end and takes no notice of its arguments.
+    harmless = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, binding.llama_log_callback)
+    atexit.register(binding.llama_log_set, harmless, None)
+
+
+def forget_errors() -> None:
+    """What llama.cpp complains of from here on is what `complaint` quotes."""
+    _log.recent.clear()
+
+
+def complaint() -> str:
+    """The error lines that llama.cpp logged, or words for none."""
+    return " / ".join(dict.fromkeys(_log.recent)) or "no reason given"
+
+
+# ---------------------------------------------------------------- one context and its batch
+
+
+def _address(array: NDArray[Any]) -> int:
+    """Where an array's data lie."""
+    return int(array.ctypes.data)
+
+
+class Context:
+    """A llama_context and its batch: decode, and move cache cells between sequence ids.
+
+    max_batch: tokens per decode.  max_ids: sequence ids 0 to max_ids - 1 exist.
+    """
+
+    def __init__(self, model: Any, params: Any, vocab_size: int) -> None:
+        self._lib = library()
+        self.max_batch, self.max_ids = int(params.n_batch), int(params.n_seq_max)
+        self._vocab_size = vocab_size
+        self._pointer = self._lib.llama_init_from_model(model, params)
+        if not self._pointer:
+            raise BackendError("llama.cpp could not create a context")
+        self._memory = self._lib.llama_get_memory(self._pointer)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """numpy arrays that llama_batch points into: filling them needs no loop."""
+        size = self.max_batch
+        self._tokens, self._positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self._num_ids, self._outputs = np.ones(size, np.int32), np.zeros(size, np.int8)
+        self._ids = np.zeros(size * self.max_ids, np.int32)
+        self._id_pointers = np.zeros(size + 1, np.uintp)
+        self._one_each = np.arange(size, dtype=np.uintp) * np.uintp(self._ids.itemsize) + np.uintp(
+            self._ids.ctypes.data
+        )
+        batch = self._lib.llama_batch()
+        fields = dict(self._lib.llama_batch._fields_)
+        arrays: dict[str, NDArray[Any]] = {
+            "token": self._tokens,
+            "pos": self._positions,
+            "n_seq_id": self._num_ids,
+            "seq_id": self._id_pointers,
+            "logits": self._outputs,
+        }
+        for name, array in arrays.items():
+            setattr(batch, name, ctypes.cast(ctypes.c_void_p(_address(array)), fields[name]))
+        self._batch = batch
+
+    def decode(
+        self, tokens: TokenIds, positions: Positions, ids: Sequence[Sequence[int]] | int, outputs: NDArray[np.int8]
+    ) -> int:
+        """Run [T] tokens; 0 on success, 1 if the cache has no room, else an error.
+
+        ids: the sequence ids of each token, or the one id that all tokens have.
+        """
+        size = len(tokens)
+        self._tokens[:size], self._positions[:size], self._outputs[:size] = tokens, positions, outputs
+        if isinstance(ids, int):
+            self._ids[:size], self._num_ids[:size] = ids, 1
+            self._id_pointers[:size] = self._one_each[:size]
+        else:
+            self._fill_ids(ids)
+        self._batch.n_tokens = size
+        return int(self._lib.llama_decode(self._pointer, self._batch))
+
+    def _fill_ids(self, ids: Sequence[Sequence[int]]) -> None:
+        counts = np.fromiter(map(len, ids), np.int32, len(ids))
+        starts = np.cumsum(counts) - counts
+        flat = np.fromiter((one for several in ids for one in several), np.int32, int(counts.sum()))
+        self._ids[: len(flat)], self._num_ids[: len(ids)] = flat, counts
+        np.add(starts.astype(np.uintp) * np.uintp(4), np.uintp(_address(self._ids)), out=self._id_pointers[: len(ids)])
+
+    def logits(self, num_rows: int) -> Logits:
+        """[num_rows, V] view of llama.cpp's own buffer, which the next decode overwrites."""
+        if num_rows == 0:
+            return np.zeros((0, self._vocab_size), np.float32)
+        first = self._lib.llama_get_logits(self._pointer)
+        if not first:
+            raise BackendError("llama.cpp returned no logits")
+        buffer: Any = (ctypes.c_float * (num_rows * self._vocab_size)).from_address(ctypes.addressof(first.contents))
+        rows: Logits = np.ndarray((num_rows, self._vocab_size), np.float32, buffer)
+        return rows
+
+    def remove(self, sequence: int, start: int = 0) -> None:
+        """Forget an id's cells from position `start` on. Raises BackendError if llama.cpp cannot."""
+        if not self._lib.llama_memory_seq_rm(self._memory, sequence, start, -1):
+            raise BackendError("llama.cpp cannot drop tokens of this model's cache", got=f"position {start}")
+
+    def share(self, source: int, target: int, end: int, start: int = 0) -> None:
+        """Give `target` the cells of `source` at positions `start` to `end`. No data is copied."""
+        if end > start:
+            self._lib.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def save(self, sequence: int) -> Any:
+        """A copy of an id's cells, for `restore` into this or a like context."""
+        size = int(self._lib.llama_state_seq_get_size(self._pointer, sequence))
+        buffer = (ctypes.c_uint8 * size)()
+        if self._lib.llama_state_seq_get_data(self._pointer, buffer, size, sequence) != size:
+            raise BackendError("llama.cpp could not copy a sequence out of its cache")
+        return buffer
+
+    def restore(self, sequence: int, saved: Any) -> None:
+        """Put saved cells, now side by side and in order, into an empty id."""
+        if not self._lib.llama_state_seq_set_data(self._pointer, saved, len(saved), sequence):
+            raise BackendError("llama.cpp could not put a sequence into its cache")
+
+    @property
+    def is_closed(self) -> bool:
+        """Has the context been freed?"""
+        return self._pointer is None
+
+    def close(self) -> None:
+        """Free the context. Twice does nothing."""
+        if self._pointer:
+            self._lib.llama_free(self._pointer)
+            self._pointer = None

@@ -1,0 +1,281 @@
+"""One sequence in llama.cpp's cache, its pending tree included, by means of sequence ids.
+
+A cell of the cache (one token's keys and values) belongs to any number of ids; a token sees the cells
+that share an id with it. So each leaf of a tree has an id of its own, every node carries the ids of
+all leaves below it, and no attention mask is needed. The first child of a node goes on with the
+parent's id, further children borrow one. After `keep` the winning leaf's id simply becomes the
+sequence's own and the others are emptied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from localspec.errors import BackendError
+from localspec.types import NodeIndices, Positions
+
+from .native import Context
+
+
+class Cache:
+    """The cells of one context and the sequence ids in it that are free."""
+
+    def __init__(self, memory: Memory, context: Context) -> None:
+        self.memory, self.context = memory, context
+        self._free = list(range(context.max_ids - 1, -1, -1))
+
+    def take(self) -> int:
+        """A free id. Raises BackendError when none is left."""
+        if not self._free:
+            raise BackendError(
+                "llama.cpp has no sequence id left for another branch", fix="Use trees with fewer leaves."
+            )
+        return self._free.pop()
+
+    def empty(self, ids: Sequence[int]) -> None:
+        """Forget the cells of these ids and take the ids back."""
+        for one in ids:
+            self.context.remove(one)
+        self._free.extend(ids)
+
+    def give_back(self, ids: Sequence[int]) -> None:
+        """Take back ids that own no cells."""
+        self._free.extend(ids)
+
+
+class Memory:
+    """All caches of a model: one that its sequences share, or one for each, made when first needed."""
+
+    def __init__(self, make_context: Callable[[], Context], num_sequences: int, *, shared: bool) -> None:
+        self.shared = shared
+        self._make_context = make_context
+        self._num_sequences = num_sequences
+        self._num_open = 0
+        self._caches = [Cache(self, make_context())]  # the first at once: memory may be too small
+        self._idle = list(self._caches)
+
+    def open(self) -> LlamaState:
+        """A new, empty sequence. Raises BackendError when all are in use, OutOfMemoryError."""
+        if self._num_open >= self._num_sequences:
+            raise BackendError(
+                "too many open sequences",
+                got=self._num_open + 1,
+                expected=f"at most {self._num_sequences}",
+                fix="Close one, or load the model with a larger num_sequences.",
+            )
+        state = LlamaState(self._cache())
+        self._num_open += 1
+        return state
+
+    def _cache(self) -> Cache:
+        if self.shared:
+            return self._caches[0]
+        if not self._idle:
+            self._caches.append(Cache(self, self._make_context()))
+            self._idle.append(self._caches[-1])
+        return self._idle.pop()
+
+    def release(self, cache: Cache) -> None:
+        """A sequence was closed; its cache serves the next one."""
+        self._num_open -= 1
+        self._idle.append(cache)
+
+    def close(self) -> None:
+        """Free all contexts."""
+        for cache in self._caches:
+            cache.context.close()
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one step will do to a state, decided before anything happens.
+
+    ids: of each new token, or the one id of them all.  lines: per new node the id that runs through it.
+    copies: (source, target, end) cells to share first.  borrowed: ids taken from the pool.
+    """
+
+    parents: list[int]
+    depths: list[int]
+    positions: Positions
+    ids: list[list[int]] | int
+    lines: list[int]
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    borrowed: list[int] = field(default_factory=list)
+
+
+class LlamaState:
+    """`SequenceState` over one context. Pending node i: parents[i], depths[i], and lines[i], an id through it."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._id = cache.take()
+        self._length = 0
+        self._parents: list[int] = []
+        self._depths: list[int] = []
+        self._lines: list[int] = []
+        self._borrowed: list[int] = []
+        self.closed = False
+
+    @property
+    def length(self) -> int:
+        """Number of committed tokens."""
+        return self._length
+
+    @property
+    def num_pending(self) -> int:
+        """Number of pending nodes."""
+        return len(self._parents)
+
+    def check_open(self) -> None:
+        """Raise ValueError once the state or its model is closed."""
+        if self.closed or self.cache.context.is_closed:
+            raise ValueError("this state is closed")
+
+    # ------------------------------------------------------------ growing
+
+    def plan(self, parents: NodeIndices) -> Plan:
+        """How new nodes with these parents [T] will lie in the cache. Raises ValueError for a bad parent."""
+        first, count = len(self._parents), len(parents)
+        wanted = parents.tolist()
+        if wanted == list(range(first - 1, first - 1 + count)):  # a chain below the newest node: its id goes on
+            line = self._lines[-1] if first else self._id
+            depth = self._depths[-1] + 1 if first else 0
+            depths = list(range(depth, depth + count))
+            start = self._length + depth
+            return Plan(wanted, depths, np.arange(start, start + count, dtype=np.int32), line, [line] * count)
+        return self._plan_tree(wanted)
+
+    def _plan_tree(self, wanted: list[int]) -> Plan:
+        first = len(self._parents)
+        parents, depths, lines = self._parents + wanted, list(self._depths), list(self._lines)
+        has_child = set(self._parents)
+        ids: list[list[int]] = []
+        plan = Plan(wanted, [], np.zeros(0, np.int32), ids, [])
+        for number, parent in enumerate(wanted, first):
+            if not -1 <= parent < number:
+                self.cache.give_back(plan.borrowed)
+                raise ValueError(f"node {number} cannot have parent {parent}")
+            if parent in has_child:
+                line = self._branch(plan, parents, depths, lines, parent)
+            else:
+                line = lines[parent] if parent >= 0 else self._id
+                has_child.add(parent)
+            lines.append(line)
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+            ids.append([line])
+        plan.depths, plan.lines = depths[first:], lines[first:]
+        plan.positions = np.array(plan.depths, np.int32) + np.int32(self._length)
+        return plan
+
+    def _branch(self, plan: Plan, parents: list[int], depths: list[int], lines: list[int], parent: int) -> int:
+        """Borrow an id for another child of `parent`: new ancestors will carry it, old cells get it by a copy."""
+        try:
+            line = self.cache.take()
+        except BackendError:
+            self.cache.give_back(plan.borrowed)
+            raise
+        assert isinstance(plan.ids, list)
+        first, node = len(self._parents), parent
+        while node >= first:
+            plan.ids[node - first].append(line)
+            node = parents[node]
+        source, end = (lines[node], depths[node] + 1) if node >= 0 else (self._id, 0)
+        plan.copies.append((source, line, self._length + end))
+        plan.borrowed.append(line)
+        return line
+
+    def prepare(self, plan: Plan) -> None:
+        """Share the old cells with the borrowed ids."""
+        for source, target, end in plan.copies:
+            self.cache.context.share(source, target, end)
+
+    def commit(self, plan: Plan) -> None:
+        """The tokens are in the cache: they are pending nodes now."""
+        self._parents += plan.parents
+        self._depths += plan.depths
+        self._lines += plan.lines
+        self._borrowed += plan.borrowed
+
+    def undo(self, plan: Plan) -> None:
+        """The pass failed: leave no cell behind."""
+        for line in dict.fromkeys(plan.lines):
+            if line not in plan.borrowed:
+                self.cache.context.remove(line, self._length + plan.depths[plan.lines.index(line)])
+        self.cache.empty(plan.borrowed)
+
+    # ------------------------------------------------------------ keeping and dropping
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Commit one path of pending nodes, drop the others. Raises ValueError for a non-path."""
+        self.check_open()
+        above = -1
+        for node in path:
+            if not 0 <= node < len(self._parents) or self._parents[node] != above:
+                raise ValueError(f"not a path: {list(path)} with parents {self._parents}")
+            above = node
+        if self._borrowed and not self.cache.memory.shared and list(path) != list(range(len(path))):
+            self._move_together(above, len(path))
+        else:
+            self._choose(self._lines[above] if above >= 0 else self._id, len(path))
+        self._length += len(path)
+        self._parents, self._depths, self._lines, self._borrowed = [], [], [], []
+
+    def _choose(self, winner: int, count: int) -> None:
+        """The winner's id becomes the sequence's own; nothing is copied."""
+        if len(self._parents) > count:
+            self.cache.context.remove(winner, self._length + count)
+        if self._borrowed:
+            self.cache.empty([one for one in (self._id, *self._borrowed) if one != winner])
+        self._id = winner
+
+    def _move_together(self, leaf: int, count: int) -> None:
+        """Copy the path's cells out, drop everything pending, and put them behind the committed ones."""
+        context, end = self.cache.context, self._length + count
+        carrier = self.cache.take()
+        context.share(self._lines[leaf], carrier, end, self._length)
+        saved = context.save(carrier)
+        context.remove(carrier)
+        context.remove(self._id, self._length)
+        self.cache.empty(self._borrowed)
+        context.restore(carrier, saved)
+        context.share(carrier, self._id, end, self._length)
+        self.cache.empty([carrier])
+
+    def truncate(self, length: int) -> None:
+        """Drop everything pending and all committed tokens from `length` on. Raises ValueError."""
+        self.check_open()
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot truncate {self._length} tokens to {length}")
+        self.keep(())
+        if length < self._length:
+            self.cache.context.remove(self._id, length)
+            self._length = length
+
+    def fork(self) -> LlamaState:
+        """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
+        self.check_open()
+        if self._parents:
+            raise ValueError("cannot fork while nodes are pending")
+        copy = self.cache.memory.open()
+        try:
+            if copy.cache is self.cache:
+                self.cache.context.share(self._id, copy._id, self._length)
+            elif self._length:
+                copy.cache.context.restore(copy._id, self.cache.context.save(self._id))
+        except BaseException:
+            copy.close()
+            raise
+        copy._length = self._length
+        return copy
+
+    def close(self) -> None:
+        """Empty the ids and give them back. Twice does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        if not self.cache.context.is_closed:
+            self.cache.empty([self._id, *self._borrowed])
+            self.cache.memory.release(self.cache)
