@@ -30,6 +30,10 @@ _SPREAD_CHUNK = np.arange(CHUNK, dtype=np.uint32) * _SPREAD
 _LARGEST_W = np.float32(1.0 - 2.0**-24)
 
 
+MAX_GUMBEL = 22.875
+"""No draw exceeds this: g <= -log(2^-33) = 22.8738..., rounded up."""
+
+
 class Purpose(IntEnum):
     """What a draw is for; draws for different purposes are independent."""
 

@@ -108,8 +108,8 @@ class Rewind(Enum):
 class WidthClass:
     """Widths (tokens per forward) whose rows are bit-identical to each other, ends included.
 
-    Text is reproducible across schedules only while every target pass stays inside one class; the
-    engine pads narrower passes. `max_width` None: no upper end was found.
+    Text is reproducible across schedules only while every step of a target pass stays inside one
+    class; the engine pads narrower ones. `max_width` None: no upper end was found.
     """
 
     min_width: int = 1

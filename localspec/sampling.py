@@ -235,13 +235,16 @@ def top_ids(row: Logits, k: int) -> TokenIds:
 def gumbel_argmax(row: Logits, temperature: float, low_high: tuple[int, int]) -> int:
     """argmax_v of row / temperature + g(key, v), the lowest id among equals.
 
-    The best token's sum is a floor under the winner's, and -log1p(-w) >= w, so a token can win only if
-    its w is at most exp(row / temperature - floor). Hardly any pass that test; only those are given a
-    Gumbel draw. Exact for every row.
+    The best token's sum is a floor under the winner's. No draw exceeds MAX_GUMBEL, so tokens far below
+    the floor are not even hashed; and -log1p(-w) >= w, so of the others only those with w at most
+    exp(row / temperature - floor) are given a logarithm. Exact for every row.
     """
     inverse = np.float32(1.0 / temperature)
     best = int(row.argmax())
     floor = row[best] * inverse + noise.gumbel(low_high, np.array([best], np.int32))[0]
+    near = np.flatnonzero(row >= (floor - np.float32(noise.MAX_GUMBEL + 1e-2)) * np.float32(temperature))
+    if len(near) < len(row) // 4:
+        return int(near[int((row[near] * inverse + noise.gumbel(low_high, near)).argmax())])
     hopeful = []
     for start in range(0, len(row), noise.CHUNK):  # pieces that stay in the cache
         limit = row[start : start + noise.CHUNK] * inverse

@@ -1,10 +1,8 @@
 """From a path and settings to a model: every check that can be made before llama.cpp is asked, then
 its own answers, translated.
 
-Memory: on CPU each open sequence has a context of its own (`state.py` says why), made at the first need
-and kept for the next one, with room for `context` tokens. On a GPU all sequences share one pool of
-`context` + `num_sequences` * 128 cells, so that one decode serves them all: one sequence may grow to the
-whole context, several long ones share it, and a pass that finds no free cell raises ContextFullError.
+Memory: each open sequence has a context of its own (`state.py` says why), made at the first need and kept
+for the next one, with room for `context` tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ _MAGIC = b"GGUF"
 _DEFAULT_CONTEXT = 4096
 _MAX_WIDTH = 128
 _MAX_BATCH = 512
-_MAX_IDS = 256  # llama.cpp's LLAMA_MAX_SEQ
 _MAX_SEQUENCES = 64
 _ALL_LAYERS = 999
 _FLASH_AUTO, _FLASH_OFF, _FLASH_ON = -1, 0, 1
@@ -47,12 +44,11 @@ _CPU_CLASS = WidthClass(
     "llama.cpp on CPU runs other kernels at width 1; chains of 2, 3, 4, 5, 8 and 16 tokens had identical rows "
     "(bundled Q4_0 and Q8_0 models, contexts of 20 to 701 tokens, extra buffers off; with them on, not measured here)",
 )
-_GPU_CLASS = WidthClass(1, 1, "not measured on this device: kernels change with the width")
-
-
-_TREES_NOTE = (
-    "no trees: without flash attention llama.cpp's CPU kernels round a branch's rows differently from a chain's; "
-    "load with flash_attention=True to use trees"
+_GPU_CLASS = WidthClass(
+    1,
+    None,
+    "not measured on GPUs, whose kernels change with the width: where two tokens are nearly tied, text under "
+    "speculation may differ from plain decoding (`localspec bench equality` shows whether it does)",
 )
 
 
@@ -192,12 +188,12 @@ def _with_context(
         except BackendError as error:
             raise _context_error(path, native.complaint(), error) from error
 
-    if not settings.flash_attention and not gpu_layers:
-        notes += (_TREES_NOTE,)
-    memory = Memory(make_context, settings.num_sequences, shared=gpu_layers > 0)
+    memory = Memory(make_context, settings.num_sequences)
     capabilities = Capabilities(
         rewind=Rewind.FREE,
-        trees=gpu_layers > 0 or bool(settings.flash_attention),
+        # Without flash attention the CPU's kernels round a branch's rows otherwise than a chain's; on
+        # GPUs that was not measured. `forward` takes trees all the same, only their last bits differ.
+        trees=bool(settings.flash_attention) and not gpu_layers,
         max_width=_MAX_WIDTH,
         num_sequences=settings.num_sequences,
         width_class=_GPU_CLASS if gpu_layers else _CPU_CLASS,
@@ -220,10 +216,9 @@ def _with_context(
 
 def _parameters(settings: LoadSettings, context_length: int, threads: int, on_gpu: bool) -> Any:
     params = native.library().llama_context_default_params()
-    sharing = settings.num_sequences if on_gpu else 1
-    params.n_ctx = context_length + (settings.num_sequences * _MAX_WIDTH if on_gpu else 0)
+    params.n_ctx = context_length
     params.n_batch = params.n_ubatch = _MAX_BATCH
-    params.n_seq_max = min(_MAX_IDS, sharing + _MAX_WIDTH)
+    params.n_seq_max = 2 + _MAX_WIDTH  # the sequence, each leaf of the widest tree, and a carrier for `keep`
     params.n_outputs_max = params.n_seq_max  # llama.cpp aborts if it is smaller; room for logits is made for so many
     params.kv_unified = True
     params.swa_full = True  # a window that forgets cannot be rewound

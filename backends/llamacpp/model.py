@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +19,10 @@ from .state import LlamaState, Memory, Plan
 from .tokenizer import LlamaTokenizer
 from .weights import Weights
 
-_NO_ROOM = 1
-
 
 @dataclass(slots=True)
 class _Pass:
-    """All tokens of one forward, in the order of its steps."""
+    """The tokens of one step as llama.cpp wants them."""
 
     tokens: TokenIds
     positions: Positions
@@ -52,11 +49,10 @@ class LlamaModel:
         return self._memory.open()
 
     def forward(self, steps: Sequence[Step]) -> list[Scores]:
-        """Run all steps as one batch.
+        """Run the steps, each in its sequence's own context.
 
-        Raises ContextFullError if a sequence would outgrow the context or the shared cells are used
-        up, BackendError if llama.cpp fails, ValueError for steps that break the contract; in each case
-        no step has happened.
+        Raises ContextFullError if a sequence would outgrow the context, BackendError if llama.cpp
+        fails, ValueError for steps that break the contract; in each case no step has happened.
         """
         states = [self._own(step) for step in steps]
         if len(states) > 1 and len({id(state) for state in states}) < len(states):
@@ -97,17 +93,10 @@ class LlamaModel:
         """[N, V] scored rows of each step, views where one decode was enough."""
         for state, plan in zip(states, plans, strict=True):
             state.prepare(plan)
-        if len(steps) == 1 or not self._memory.shared:
-            return [
-                self._in_one_context(state.cache.context, _joined([step], [plan]))
-                for state, step, plan in zip(states, steps, plans, strict=True)
-            ]
-        if not steps:
-            return []
-        rows = self._in_one_context(states[0].cache.context, _joined(steps, plans))
-        counts = [step.num_tokens if step.rows is None else len(step.rows) for step in steps]
-        ends = np.cumsum(counts)
-        return [rows[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        return [
+            self._in_one_context(state.cache.context, _gathered(step, plan))
+            for state, step, plan in zip(states, steps, plans, strict=True)
+        ]
 
     def _in_one_context(self, context: Context, whole: _Pass) -> Logits:
         """[N, V] scored rows of a pass, cut into as many decodes as it takes."""
@@ -128,12 +117,6 @@ class LlamaModel:
         ids = whole.ids if isinstance(whole.ids, int) else whole.ids[start:end]
         native.forget_errors()
         code = context.decode(whole.tokens[start:end], whole.positions[start:end], ids, outputs)
-        if code == _NO_ROOM:
-            raise ContextFullError(
-                "the cells that all sequences of this model share are used up",
-                got=f"{end - start} more tokens",
-                fix="Close sequences, or load the model with a larger context.",
-            )
         if code:
             if not np.all((whole.tokens >= 0) & (whole.tokens < self.vocab_size)):  # looked at only once it failed
                 raise ValueError(f"token ids outside 0 to {self.vocab_size - 1}")
@@ -163,33 +146,20 @@ class LlamaModel:
         self._weights.close()
 
 
-def _joined(steps: Sequence[Step], plans: Sequence[Plan]) -> _Pass:
-    """Tokens, places and wanted rows of all steps, one after another. Raises ValueError for misfits."""
-    segments = [segment.numpy() for step in steps for segment in step.tokens]
+def _gathered(step: Step, plan: Plan) -> _Pass:
+    """Tokens, places and wanted rows of a step. Raises ValueError for misfits."""
+    segments = [segment.numpy() for segment in step.tokens]
     tokens = segments[0] if len(segments) == 1 else np.concatenate([np.zeros(0, np.int32), *segments])
-    total = sum(step.num_tokens for step in steps)
-    if len(tokens) != total:
-        raise ValueError(f"steps have {len(tokens)} tokens but {total} parents")
-    outputs = np.zeros(total, np.int8)
-    start = 0
-    for step in steps:
-        end = start + step.num_tokens
-        if step.rows is None:
-            outputs[start:end] = 1
-        elif step.rows:
-            ascending = all(one < other for one, other in pairwise(step.rows))
-            if not ascending or step.rows[0] < 0 or step.rows[-1] >= step.num_tokens:
-                raise ValueError(f"rows {step.rows} of {step.num_tokens} tokens")
-            outputs[start:end][list(step.rows)] = 1
-        start = end
-    if len(plans) == 1:
-        return _Pass(tokens, plans[0].positions, plans[0].ids, outputs)
-    ids = [one for plan in plans for one in _listed(plan)]
-    return _Pass(tokens, np.concatenate([np.zeros(0, np.int32), *(plan.positions for plan in plans)]), ids, outputs)
-
-
-def _listed(plan: Plan) -> list[list[int]]:
-    return [[plan.ids]] * len(plan.parents) if isinstance(plan.ids, int) else plan.ids
+    if len(tokens) != step.num_tokens:
+        raise ValueError(f"a step has {len(tokens)} tokens but {step.num_tokens} parents")
+    if step.rows is None:
+        outputs = np.ones(step.num_tokens, np.int8)
+    else:
+        if step.rows and (step.rows[0] < 0 or step.rows[-1] >= step.num_tokens):
+            raise ValueError(f"rows {step.rows} of {step.num_tokens} tokens")
+        outputs = np.zeros(step.num_tokens, np.int8)
+        outputs[list(step.rows)] = 1
+    return _Pass(tokens, plan.positions, plan.ids, outputs)
 
 
 def _cuts(outputs: NDArray[np.int8], max_batch: int, max_outputs: int) -> list[tuple[int, int]]:

@@ -47,10 +47,13 @@ class Cache:
 
 
 class Memory:
-    """All caches of a model: one that its sequences share, or one for each, made when first needed."""
+    """All caches of a model, one per open sequence, made when first needed and kept for the next one.
 
-    def __init__(self, make_context: Callable[[], Context], num_sequences: int, *, shared: bool) -> None:
-        self.shared = shared
+    Sequences do not share a cache: attention sums over cells in the order in which they lie, so the
+    same tokens in other cells give other last bits.
+    """
+
+    def __init__(self, make_context: Callable[[], Context], num_sequences: int) -> None:
         self._make_context = make_context
         self._num_sequences = num_sequences
         self._num_open = 0
@@ -66,17 +69,11 @@ class Memory:
                 expected=f"at most {self._num_sequences}",
                 fix="Close one, or load the model with a larger num_sequences.",
             )
-        state = LlamaState(self._cache())
-        self._num_open += 1
-        return state
-
-    def _cache(self) -> Cache:
-        if self.shared:
-            return self._caches[0]
         if not self._idle:
             self._caches.append(Cache(self, self._make_context()))
             self._idle.append(self._caches[-1])
-        return self._idle.pop()
+        self._num_open += 1
+        return LlamaState(self._idle.pop())
 
     def release(self, cache: Cache) -> None:
         """A sequence was closed; its cache serves the next one."""
@@ -216,7 +213,7 @@ class LlamaState:
             if not 0 <= node < len(self._parents) or self._parents[node] != above:
                 raise ValueError(f"not a path: {list(path)} with parents {self._parents}")
             above = node
-        if self._borrowed and not self.cache.memory.shared and list(path) != list(range(len(path))):
+        if self._borrowed and list(path) != list(range(len(path))):
             self._move_together(above, len(path))
         else:
             self._choose(self._lines[above] if above >= 0 else self._id, len(path))
@@ -261,9 +258,7 @@ class LlamaState:
             raise ValueError("cannot fork while nodes are pending")
         copy = self.cache.memory.open()
         try:
-            if copy.cache is self.cache:
-                self.cache.context.share(self._id, copy._id, self._length)
-            elif self._length:
+            if self._length:
                 copy.cache.context.restore(copy._id, self.cache.context.save(self._id))
         except BaseException:
             copy.close()

@@ -45,7 +45,7 @@ class DraftModel:
 
     name = "draft_model"
 
-    def __init__(self, model: LanguageModel, *, num: int = 4, min_prob: float = 0.0) -> None:
+    def __init__(self, model: LanguageModel, *, num: int = 3, min_prob: float = 0.0) -> None:
         if not 1 <= num <= 64:
             raise SettingError("draft_model: num out of range", got=num, expected="1 to 64")
         if not 0.0 <= min_prob < 1.0:

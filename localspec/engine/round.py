@@ -115,14 +115,12 @@ def _propose(lane: Lane, max_nodes: int, trees: bool) -> Proposal:
 
 
 def _steps(model: LanguageModel, lanes: Sequence[Lane], proposals: Sequence[Proposal]) -> list[Step]:
-    """Anchor and nodes of each lane; the last lane is padded where the whole pass is too narrow."""
+    """Anchor and nodes of each lane, none narrower than the width class."""
     steps = []
     for lane, proposal in zip(lanes, proposals, strict=True):
         anchor = HostTokens(np.array([lane.context.anchor], np.int32))
         parents = np.concatenate([np.array([-1], np.int32), proposal.parents + 1])
-        steps.append(Step(lane.state, (anchor, *proposal.tokens), parents))
-    width = sum(step.num_tokens for step in steps)
-    steps[-1] = pad(steps[-1], model.capabilities.width_class, width)
+        steps.append(pad(Step(lane.state, (anchor, *proposal.tokens), parents), model.capabilities.width_class))
     return steps
 
 

@@ -13,14 +13,13 @@ import numpy as np
 from localspec.protocols import HostTokens, Step, WidthClass
 
 
-def pad(step: Step, width_class: WidthClass, width: int | None = None) -> Step:
-    """The step widened to `width_class.min_width`, given that the whole pass has `width` tokens.
+def pad(step: Step, width_class: WidthClass) -> Step:
+    """The step widened to `width_class.min_width`; each step of a pass is, as a backend may run them apart.
 
     Padding copies token 0 in a chain below the last new token, so a chain stays a chain. Which rows
     are scored does not change.
     """
-    total = step.num_tokens if width is None else width
-    missing = width_class.min_width - total
+    missing = width_class.min_width - step.num_tokens
     if missing <= 0 or step.num_tokens == 0:
         return step
     rows = tuple(range(step.num_tokens)) if step.rows is None else step.rows

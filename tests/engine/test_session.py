@@ -264,7 +264,7 @@ def test_padding_adds_nodes_nobody_scores() -> None:
     step = Step(state, (HostTokens(np.array([4], np.int32)),), chain_parents(state, 1))
     padded = pad(step, WidthClass(4))
     assert padded.num_tokens == 4 and padded.rows == (0,) and padded.parents.tolist() == [-1, 0, 1, 2]
-    assert pad(step, WidthClass(1)) is step and pad(step, WidthClass(4), width=4) is step
+    assert pad(step, WidthClass(1)) is step and pad(padded, WidthClass(4)) is padded
 
 
 # ---------------------------------------------------------------- chat
