@@ -36,13 +36,14 @@ class AfterAnchor:
     def propose(self, request: DraftRequest) -> Proposal:
         """A tree of at most `request.max_nodes` nodes."""
         tokens = request.context.tokens
+        branches = self.branches if request.trees else 1
         starts = np.flatnonzero(tokens[:-1] == request.context.anchor) + 1
         ids: list[int] = []
         parents: list[int] = []
         firsts: set[int] = set()
         for start in starts[::-1].tolist():
             room = min(self.num, request.max_nodes - len(ids))
-            if room < 1 or len(firsts) == self.branches:
+            if room < 1 or len(firsts) == branches:
                 break
             branch = tokens[start : start + room].tolist()
             if branch[0] not in firsts:

@@ -41,7 +41,7 @@ class TokenCounts:
 
 
 class Context:
-    """An append-and-truncate list of token ids. `output_start` is where the current answer begins."""
+    """An append-and-truncate list of token ids; the answer begins behind those it was made with."""
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         ids = np.fromiter(tokens, np.int32)
@@ -66,11 +66,6 @@ class Context:
     def anchor(self) -> int:
         """The last token: emitted, not yet in the target's cache."""
         return int(self._ids[self._length - 1])
-
-    @property
-    def output_start(self) -> int:
-        """Index of the current answer's first token."""
-        return self._output_start
 
     def start_output(self) -> None:
         """The current answer begins after what is here now."""

@@ -87,6 +87,8 @@ class UnknownNameError(UsageError):
     def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
         """Build the error for `name` not being one of `known`."""
         names = sorted(known)
+        if not names:
+            return cls(f"unknown {kind} {name!r}", expected="none: there is nothing of that kind")
         near = get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}?" if near else ""
         return cls(f"unknown {kind} {name!r}", expected=f"one of {', '.join(names)}", fix=hint)

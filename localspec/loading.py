@@ -30,6 +30,7 @@ from localspec.errors import (
     UnsupportedModelError,
 )
 from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, Tokenizer
+from localspec.verify import make_acceptance
 
 _log = logging.getLogger("localspec.loading")
 _HOME = Path(__file__).resolve().parent.parent
@@ -135,9 +136,13 @@ def resolve_model(text: str, role: str = "target") -> Path:
     What exists on disk is a path. A bundled name means that pair's file for `role`. Anything else is
     refused with what it looked like. Raises ModelNotFoundError and UnknownNameError.
     """
-    path = Path(text).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(text).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelNotFoundError(f"not a usable path: {text[:80]}: {reason}", fix="Check the path.") from None
     if text in bundled_names():
         return bundled_path(text, role)
     if path.suffix in (".gguf", ".safetensors") or text.startswith((".", "/", "~")) or text.count("/") > 1:
@@ -162,9 +167,15 @@ class Pair:
         """A new conversation. drafter: a name with settings, e.g. "ngram:max=4" ("nothing" is plain
         decoding), or a drafter of your own; the session closes it. Sessions that are open at the same
         time each need a sequence: see `LoadSettings.num_sequences`."""
-        if isinstance(drafter, str | DrafterSpec):
-            drafter = make_drafter(drafter, self.draft)
-        return Session(self.target, drafter, acceptance=acceptance)
+        rule = make_acceptance(acceptance)
+        if not isinstance(drafter, str | DrafterSpec):
+            return Session(self.target, drafter, acceptance=rule)
+        own = make_drafter(drafter, self.draft)
+        try:
+            return Session(self.target, own, acceptance=rule)
+        except BaseException:
+            own.close()
+            raise
 
     def close(self) -> None:
         """Give all memory back."""
@@ -205,6 +216,7 @@ def open_pair(
         helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length))
         try:
             check_same_vocabulary(model.tokenizer, helper.tokenizer)
+            check_rows(model, helper)
         except BaseException:
             helper.close()
             raise
@@ -226,6 +238,17 @@ def load_model(path: Path, backend: str = AUTO, settings: LoadSettings | None = 
             expected=", ".join(sorted(chosen.own_settings | _COMMON_SETTINGS)),
         )
     return chosen.load(path, settings)
+
+
+def check_rows(target: LanguageModel, draft: LanguageModel) -> None:
+    """Raise PairMismatchError if the draft model could guess a padding row that the target does not have."""
+    if draft.vocab_size > target.vocab_size:
+        raise PairMismatchError(
+            "the draft model has more rows of logits than the target",
+            got=draft.vocab_size,
+            expected=f"at most {target.vocab_size}",
+            fix="Choose a draft model whose vocabulary is not padded further than the target's.",
+        )
 
 
 def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:

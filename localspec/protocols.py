@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from localspec.errors import UnsupportedModelError
 from localspec.tree.mask import depths
 from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits, NodeIndices, NoiseKeys, TokenIds
@@ -109,12 +110,18 @@ class WidthClass:
     """Widths (tokens per forward) whose rows are bit-identical to each other, ends included.
 
     Text is reproducible across schedules only while every step of a target pass stays inside one
-    class; the engine pads narrower ones. `max_width` None: no upper end was found.
+    class; the engine pads narrower ones. `max_width` None: no upper end was found. measured: False where
+    nobody has looked on such a device; then near-ties may fall otherwise, and every result says so.
     """
 
     min_width: int = 1
     max_width: int | None = None
     evidence: str = ""
+    measured: bool = True
+
+    def __str__(self) -> str:
+        text = f"{self.min_width} to {self.max_width or 'any'}"
+        return text if self.measured else f"{text} (not measured here)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +207,16 @@ class Step:
     def num_tokens(self) -> int:
         """T."""
         return len(self.parents)
+
+
+def require_rewind(model: LanguageModel) -> None:
+    """Raise UnsupportedModelError unless rejected guesses can be taken back at no cost."""
+    if model.capabilities.rewind is not Rewind.FREE:
+        raise UnsupportedModelError(
+            f"{model.info.name} cannot be used: its state cannot take tokens back",
+            got=f"rewind {model.capabilities.rewind.value}",
+            expected=Rewind.FREE.value,
+        )
 
 
 def chain_parents(state: SequenceState, num_tokens: int, parent: int | None = None) -> NodeIndices:
@@ -352,7 +369,7 @@ class Backend(Protocol):
 # ---------------------------------------------------------------- drafters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DraftRequest:
     """What the engine wants guessed: at most `max_nodes` nodes below the context's last token.
 
@@ -366,7 +383,7 @@ class DraftRequest:
     max_nodes: int
     sampler: Sampler
     stop_tokens: frozenset[int]
-    trees: bool = True
+    trees: bool = False
     needs_law: bool = False
 
 

@@ -23,6 +23,7 @@ from localspec.types import Logits, NoiseKeys, Probabilities, TokenIds
 if TYPE_CHECKING:
     from localspec.context import Context
 
+_LEAST_TEMPERATURE = 1e-5
 _BLOCK = 64  # top-k looks at the best of each block first: 152k scores become 2.4k
 
 
@@ -53,6 +54,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0.0, 100.0)
+        if 0.0 < self.temperature < _LEAST_TEMPERATURE:
+            raise SettingError(
+                "temperature is too small to divide by", got=self.temperature, expected="0 (always the best token)"
+            )
         _check("top_k", self.top_k, 0, 2**31)
         _check("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check("min_p", self.min_p, 0.0, 1.0)
@@ -131,8 +136,9 @@ class Sampler:
         if self._truncates:
             ids, logits = self._candidates(row)
         else:
-            ids, logits = np.arange(len(row), dtype=np.int32), row / np.float32(self.params.temperature)
-        weights = np.exp(logits.astype(np.float64) - float(logits.max()))
+            ids = np.arange(len(row), dtype=np.int32)
+            logits = (row - row.max()) / np.float32(self.params.temperature)
+        weights = np.exp(logits.astype(np.float64))
         return Law(ids, weights / weights.sum())
 
     def keys(self, positions: TokenIds) -> NoiseKeys:
@@ -161,15 +167,15 @@ class Sampler:
         return row
 
     def _candidates(self, row: Logits) -> tuple[TokenIds, Logits]:
-        """Tokens that survive truncation, best first, with their logits over temperature."""
+        """Tokens that survive truncation, best first, and how far below the best they are, over temperature."""
         p = self.params
         temperature = np.float32(p.temperature)
         keep = p.top_k if 0 < p.top_k < len(row) else 0
         if not keep and p.top_p < 1.0:
-            return self._nucleus(row / temperature)
+            return self._nucleus((row - row.max()) / temperature)
         ids = top_ids(row, keep) if keep else _above(row, p.min_p, temperature)
-        logits = row[ids] / temperature
-        weights = np.exp((logits - logits[0]).astype(np.float64))
+        logits = (row[ids] - row[ids[0]]) / temperature
+        weights = np.exp(logits.astype(np.float64))
         if p.top_p < 1.0:
             cut = _nucleus_size(weights, weights.sum(), p.top_p)
             ids, logits, weights = ids[:cut], logits[:cut], weights[:cut]
@@ -179,13 +185,13 @@ class Sampler:
         return ids, logits
 
     def _nucleus(self, logits: Logits) -> tuple[TokenIds, Logits]:
-        """top-p without top-k: sort only as far as the mass requires."""
+        """top-p without top-k: sort only as far as the mass requires. The best logit is 0."""
         p = self.params
-        total = float(np.exp(logits - logits.max()).sum(dtype=np.float64))
+        total = float(np.exp(logits).sum(dtype=np.float64))
         size = 128
         while True:
             ids = top_ids(logits, size)
-            weights = np.exp((logits[ids] - logits[ids[0]]).astype(np.float64))
+            weights = np.exp(logits[ids].astype(np.float64))
             if len(ids) == len(logits) or weights.sum() >= p.top_p * total:
                 break
             size *= 8
@@ -233,7 +239,7 @@ def top_ids(row: Logits, k: int) -> TokenIds:
 
 
 def gumbel_argmax(row: Logits, temperature: float, low_high: tuple[int, int]) -> int:
-    """argmax_v of row / temperature + g(key, v), the lowest id among equals.
+    """argmax_v of (row - max) / temperature + g(key, v), the lowest id among equals.
 
     The best token's sum is a floor under the winner's. No draw exceeds MAX_GUMBEL, so tokens far below
     the floor are not even hashed; and -log1p(-w) >= w, so of the others only those with w at most
@@ -241,18 +247,19 @@ def gumbel_argmax(row: Logits, temperature: float, low_high: tuple[int, int]) ->
     """
     inverse = np.float32(1.0 / temperature)
     best = int(row.argmax())
-    floor = row[best] * inverse + noise.gumbel(low_high, np.array([best], np.int32))[0]
-    near = np.flatnonzero(row >= (floor - np.float32(noise.MAX_GUMBEL + 1e-2)) * np.float32(temperature))
+    below = row - row[best]  # small numbers near the winner, whatever the temperature
+    floor = noise.gumbel(low_high, np.array([best], np.int32))[0]
+    near = np.flatnonzero(below >= (floor - np.float32(noise.MAX_GUMBEL + 1e-2)) * np.float32(temperature))
     if len(near) < len(row) // 4:
-        return int(near[int((row[near] * inverse + noise.gumbel(low_high, near)).argmax())])
+        return int(near[int((below[near] * inverse + noise.gumbel(low_high, near)).argmax())])
     hopeful = []
     for start in range(0, len(row), noise.CHUNK):  # pieces that stay in the cache
-        limit = row[start : start + noise.CHUNK] * inverse
+        limit = below[start : start + noise.CHUNK] * inverse
         limit -= floor - np.float32(1e-3)
         np.exp(limit, out=limit)
         hopeful.append(start + np.flatnonzero(noise.small_uniform(low_high, start, len(limit)) <= limit))
     ids = np.concatenate(hopeful)
-    return int(ids[int((row[ids] * inverse + noise.gumbel(low_high, ids)).argmax())])
+    return int(ids[int((below[ids] * inverse + noise.gumbel(low_high, ids)).argmax())])
 
 
 def _argmax_lowest_id(ids: TokenIds, scores: Logits) -> int:

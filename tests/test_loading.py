@@ -155,6 +155,27 @@ def test_pairs_with_different_vocabularies_are_refused_with_the_first_difference
         loading.check_same_vocabulary(ByteTokenizer(257), ByteTokenizer(100))
 
 
+def test_a_draft_model_may_not_guess_rows_the_target_does_not_have() -> None:
+    loading.check_rows(ReferenceModel(257), ReferenceModel(100))
+    with pytest.raises(PairMismatchError, match="more rows"):
+        loading.check_rows(ReferenceModel(100), ReferenceModel(257))
+
+
+def test_paths_that_cannot_be_paths_are_refused() -> None:
+    for text in ("~nosuchuser/m.gguf", "x" * 5000):
+        with pytest.raises(ModelNotFoundError, match="not a usable path"):
+            loading.resolve_model(text)
+
+
+def test_a_wrong_rule_leaves_no_sequence_open() -> None:
+    """Old bug: the drafter's state stayed open."""
+    draft = ReferenceModel(257)
+    for _ in range(3):
+        with pytest.raises(UnknownNameError):
+            loading.Pair(ReferenceModel(257), draft).session(acceptance="wlak")
+    assert draft.num_open == 0
+
+
 def test_what_was_opened_before_an_error_is_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
 

@@ -34,6 +34,7 @@ def softmax(row: Logits) -> np.ndarray[Any, np.dtype[np.float64]]:
     [
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", 1e-9),
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_k", -1),
@@ -78,7 +79,7 @@ def test_gumbel_argmax_equals_the_whole_formula(size: int, spread: float) -> Non
     for seed in range(10):
         row, temperature = row_of(size, seed, spread), [0.1, 0.8, 1.0, 3.0][seed % 4]
         key = noise.key(seed, Purpose.TOKEN, 17)
-        whole = row * np.float32(1.0 / temperature) + noise.gumbel(key, np.arange(size))
+        whole = (row - row.max()) * np.float32(1.0 / temperature) + noise.gumbel(key, np.arange(size))
         assert gumbel_argmax(row, temperature, key) == int(whole.argmax())
 
 
@@ -147,9 +148,15 @@ def test_temperature_zero_takes_the_best_and_the_lowest_among_equals() -> None:
     assert sampler.is_plain and sampler.choose(row, Context([0])) == 1
 
 
-def test_tiny_temperatures_tend_to_greedy() -> None:
-    row = row_of(300, 1)
-    assert Sampler(SamplingParams(temperature=1e-6), 5).choose(row, Context([0])) == int(row.argmax())
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+@pytest.mark.parametrize("offset", [0.0, 500.0, -500.0])
+def test_tiny_temperatures_tend_to_greedy(settings: dict[str, Any], offset: float) -> None:
+    """Old bug: large row / temperature left no candidate at all."""
+    row = row_of(300, 1) + np.float32(offset)
+    for seed in range(10):
+        sampler = Sampler(SamplingParams(temperature=1e-5, **settings), seed)
+        assert sampler.choose(row, Context([0])) == int(row.argmax())
+        assert sampler.law(row, Context([0])).probability(int(row.argmax())) == pytest.approx(1.0)
 
 
 def test_the_row_is_never_written_to() -> None:

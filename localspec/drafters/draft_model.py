@@ -26,6 +26,7 @@ from localspec.protocols import (
     Step,
     Tokens,
     chain_parents,
+    require_rewind,
 )
 from localspec.sampling import Law, log_softmax_at
 from localspec.types import TokenIds
@@ -50,6 +51,7 @@ class DraftModel:
             raise SettingError("draft_model: num out of range", got=num, expected="1 to 64")
         if not 0.0 <= min_prob < 1.0:
             raise SettingError("draft_model: min_prob out of range", got=min_prob, expected="at least 0 and below 1")
+        require_rewind(model)
         self.model = model
         self.num = num
         self.min_prob = min_prob

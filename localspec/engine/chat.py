@@ -24,6 +24,7 @@ class Chat:
         """Answer the user's next message. Raises PromptError if it is empty or leaves no room."""
         if not text.strip():
             raise PromptError("the message is empty", expected="some text")
+        self.session.stop()  # an answer that is still being written joins the history first
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         prompt = render(self.session.model.tokenizer, messages)
 

@@ -37,8 +37,12 @@ def _continue(tokenizer: Tokenizer, text: str, previous: TokenIds) -> TokenIds |
     if int(previous[0]) == tokenizer.bos and not new.startswith(tokenizer.token_bytes(int(previous[0]))):
         spoken = previous[1:]  # a BOS that was put there, not written by the template
     old = b"".join(tokenizer.token_bytes(int(token)) for token in spoken)
-    if not new.startswith(old):
+    if len(old) >= len(new) or not new.startswith(old) or new[len(old)] & 0xC0 == 0x80:  # or inside a character
         return None
+    last = int(previous[-1])
+    if tokenizer.is_special(last):  # encoded again with the rest: some swallow the space behind them
+        seam = tokenizer.token_bytes(last)
+        rest = tokenizer.encode((seam + new[len(old) :]).decode("utf-8", errors="surrogatepass"), special=True)
+        return np.concatenate([previous, rest[1:]]) if len(rest) > 1 and int(rest[0]) == last else None
     rest = tokenizer.encode(new[len(old) :].decode("utf-8", errors="surrogatepass"), special=True)
-    seam = tokenizer.is_special(int(previous[-1])) or (len(rest) and tokenizer.is_special(int(rest[0])))
-    return np.concatenate([previous, rest]) if seam and len(rest) else None
+    return np.concatenate([previous, rest]) if len(rest) and tokenizer.is_special(int(rest[0])) else None

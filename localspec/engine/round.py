@@ -101,7 +101,14 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], max_nodes: Sequence[i
 
 def _propose(lane: Lane, max_nodes: int, trees: bool) -> Proposal:
     """The drafter's proposal, held to the request: no drafter may widen a pass or draw in secret."""
-    request = DraftRequest(lane.context, max_nodes, lane.sampler, lane.stop_tokens, trees, lane.acceptance.needs_law)
+    request = DraftRequest(
+        context=lane.context,
+        max_nodes=max_nodes,
+        sampler=lane.sampler,
+        stop_tokens=lane.stop_tokens,
+        trees=trees,
+        needs_law=lane.acceptance.needs_law,
+    )
     proposal = lane.drafter.propose(request)
     if proposal.num_nodes > max_nodes:
         raise ValueError(f"drafter {proposal.source!r} proposed {proposal.num_nodes} nodes, at most {max_nodes} fit")
@@ -151,5 +158,4 @@ def _record(proposal: Proposal, verdict: Verdict, width: int, times: tuple[float
         verify_ms=times[1],
         host_ms=times[2],
         drafted_depth=int(verdict.tree.depth.max(initial=-1)) + 1,
-        accepted_depth=len(verdict.path),
     )

@@ -18,10 +18,10 @@ from localspec.engine.stats import Stats
 from localspec.engine.stop import StopStrings
 from localspec.engine.width import pad
 from localspec.errors import PromptError
-from localspec.protocols import Drafter, HostTokens, LanguageModel, Step, chain_parents
+from localspec.protocols import Drafter, HostTokens, LanguageModel, Step, chain_parents, require_rewind
 from localspec.sampling import Sampler, SamplingParams
 from localspec.types import TokenIds
-from localspec.verify import make_acceptance
+from localspec.verify import Acceptance, make_acceptance
 
 _PREFILL_CHUNK = 512
 TARGET = "target"
@@ -105,6 +105,13 @@ class _Answer:
     waiting: list[Piece] = field(default_factory=list)  # text held back by `stops`, with its sources
     finish_reason: str | None = None
     note: str = ""
+    asked: bool = False  # was a drafter ever given room for a guess?
+
+    def plain_because(self, drafter: str) -> str | None:
+        """Why nothing was speculated, if so."""
+        if self.stats.num_drafted:
+            return None
+        return f"the drafter {drafter!r} proposed nothing" if self.asked else "no round had room for a guess"
 
     def say(self, text: str, source: str) -> Iterator[Piece]:
         """Pass text through the stop strings; yields what may be shown, split by source."""
@@ -138,6 +145,7 @@ class Stream:
     def __init__(self, pieces: Callable[[Stream], Generator[Piece, None, None]]) -> None:
         self.cancelled = False
         self._result: Generation | None = None
+        self._failure: BaseException | None = None
         self._pieces = pieces(self)
 
     def __iter__(self) -> Iterator[Piece]:
@@ -151,16 +159,20 @@ class Stream:
         """Stop reading: the answer ends where it is. Also what happens to a stream that is dropped."""
         self._pieces.close()
 
-    def finish(self, result: Generation) -> None:
-        """Set the result (the session does)."""
-        self._result = result
+    def finish(self, result: Generation, failure: BaseException | None = None) -> None:
+        """Set the result, and what ended the answer if it failed (the session does)."""
+        self._result, self._failure = result, failure
 
     @property
     def result(self) -> Generation:
-        """The finished answer; reads the rest of the stream if need be."""
+        """The finished answer; reads the rest of the stream if need be. Raises what made the answer fail,
+        and ValueError if the stream was closed before it began."""
         for _ in self._pieces:
             pass
-        assert self._result is not None
+        if self._failure is not None:
+            raise self._failure
+        if self._result is None:
+            raise ValueError("the stream was closed before its first piece was read")
         return self._result
 
 
@@ -170,11 +182,13 @@ class Session:
     acceptance: "walk" (text equals plain decoding) or "rejection" (equal in distribution).
     """
 
-    def __init__(self, model: LanguageModel, drafter: Drafter, *, acceptance: str = "walk") -> None:
-        self.acceptance = make_acceptance(acceptance)
+    def __init__(self, model: LanguageModel, drafter: Drafter, *, acceptance: str | Acceptance = "walk") -> None:
+        require_rewind(model)
+        self.acceptance = make_acceptance(acceptance) if isinstance(acceptance, str) else acceptance
         self.model = model
         self.drafter = drafter
         self._context = Context()
+        self._live: Stream | None = None
         self._state = model.open()
 
     @property
@@ -192,7 +206,8 @@ class Session:
     ) -> Stream:
         """Answer a prompt (text, in which special tokens are recognised, or token ids).
 
-        The whole prompt is given each time; what the cache shares with it is not computed again.
+        The whole prompt is given each time; what the cache shares with it is not computed again. A
+        session writes one answer at a time: an earlier stream that was not read to its end is closed.
         on_result: called with the answer when it ends or is cancelled, not when it fails.
         Raises PromptError for an empty prompt or one longer than the context.
         """
@@ -200,19 +215,29 @@ class Session:
         ids = encode_prompt(self.model.tokenizer, prompt, self.tokens) if isinstance(prompt, str) else prompt
         tokens = np.array(ids, np.int32)
         self._check(tokens)
-        return Stream(lambda stream: self._answer(tokens, params, stream, on_prefill, on_result or _ignore))
+        self.stop()
+        self._live = Stream(lambda stream: self._answer(tokens, params, stream, on_prefill, on_result or _ignore))
+        return self._live
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
         """The whole answer at once."""
         return self.stream(prompt, params).result
 
+    def stop(self) -> None:
+        """End the answer that is being written, if there is one: a session writes one at a time."""
+        if self._live is not None:
+            self._live.close()
+            self._live = None
+
     def reset(self) -> None:
         """Forget the conversation."""
+        self.stop()
         self._state.truncate(0)
         self._context = Context()
 
     def close(self) -> None:
         """Give the caches back."""
+        self.stop()
         self._state.close()
         self.drafter.close()
 
@@ -256,24 +281,26 @@ class Session:
             detokenizer=Detokenizer(tokenizer),
             stops=StopStrings(params.stop),
         )
-        ended = False
+        failure: BaseException | None = None
         try:
             self._prefill(tokens, answer, stream, on_prefill)
             lane = Lane(self._state, self._context, self.drafter, answer.sampler, self.acceptance, answer.stop_tokens)
             while answer.finish_reason is None:
                 room = self._room(answer, params, stream)
                 if room > 0:
+                    answer.asked |= self._widest(room) > 0
                     [result] = run_round(self.model, [lane], [self._widest(room)])
                     yield from self._take(result, answer)
             yield from answer.finish(answer.sources[-1] if answer.sources else TARGET)
-            ended = True
         except GeneratorExit:  # the reader stopped reading: the answer ends here
-            ended = True
+            raise
+        except BaseException as error:
+            failure = error
             raise
         finally:
             generation = self._result(answer)
-            stream.finish(generation)
-            if ended:
+            stream.finish(generation, failure)
+            if failure is None:
                 on_result(generation)
 
     def _prefill(self, tokens: TokenIds, answer: _Answer, stream: Stream, on_prefill: Progress | None) -> None:
@@ -340,7 +367,6 @@ class Session:
         self._state.truncate(min(self._state.length, length - 1))
 
     def _result(self, answer: _Answer) -> Generation:
-        classes = self.model.capabilities.width_class
         return Generation(
             text="".join(answer.shown),
             tokens=tuple(answer.tokens),
@@ -352,8 +378,8 @@ class Session:
             num_prompt_tokens=answer.num_prompt_tokens,
             stats=answer.stats,
             logprobs=tuple(answer.logprobs) if answer.sampler.params.logprobs is not None else None,
-            plain_because=None if answer.stats.num_drafted else f"the drafter {self.drafter.name!r} proposed nothing",
-            width_class=f"{classes.min_width} to {classes.max_width or 'any'}",
+            plain_because=answer.plain_because(self.drafter.name),
+            width_class=str(self.model.capabilities.width_class),
             acceptance=self.acceptance.name,
             drafter=self.drafter.name,
         )

@@ -19,7 +19,6 @@ class RoundRecord:
     verify_ms: float
     host_ms: float
     drafted_depth: int
-    accepted_depth: int
 
 
 @dataclass(slots=True)
@@ -54,7 +53,7 @@ class Stats:
         self.widths[record.width] = self.widths.get(record.width, 0) + 1
         for counts, depth in (
             (self.drafted_by_depth, record.drafted_depth),
-            (self.accepted_by_depth, record.accepted_depth),
+            (self.accepted_by_depth, record.num_accepted),
         ):
             counts.extend([0] * (depth - len(counts)))
             for level in range(depth):

@@ -20,6 +20,7 @@ from localspec.engine.session import Generation, Session
 from localspec.protocols import Drafter, DraftRequest, Outcome, Proposal, WidthClass
 from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.reference import ReferenceModel
+from localspec.tree.mask import is_chain
 
 SETTINGS = {
     "greedy": SamplingParams(),
@@ -108,8 +109,9 @@ class DrafterConformance:
             context = Context(prompt)
             drafter.begin(context)
             for budget in (0, 1, 2, 5, 40):
-                proposal = self.propose(drafter, context, budget)
+                proposal = self.propose(drafter, context, budget, trees=budget > 2)
                 assert proposal.num_nodes <= budget
+                assert budget > 2 or is_chain(proposal.parents), "a tree where a chain was asked for"
                 tree = proposal.tree()
                 assert len(tree) == proposal.num_nodes
                 assert all(0 <= int(token) < target.vocab_size for token in tree.token)
@@ -120,23 +122,36 @@ class DrafterConformance:
                 drafter.begin(context)
         drafter.close()
 
+    draws = False
+    """Does the drafter draw from a distribution it knows? Otherwise its guesses are point masses."""
+
     def test_a_law_is_given_for_every_drawn_node(self) -> None:
-        """Under rejection: laws that sum to one and hold the token, or None for a point mass."""
+        """Under rejection: laws that sum to one and hold the token, or none at all for point masses."""
         drafter = self.drafter(self.target())
         context = Context(next(self.prompts()))
         drafter.begin(context)
         proposal = self.propose(drafter, context, 5, needs_law=True)
+        assert (proposal.laws is not None) == self.draws
         if proposal.laws is not None:
-            assert len(proposal.laws) == proposal.num_nodes
+            assert len(proposal.laws) == proposal.num_nodes > 0
             for token, law in zip(proposal.tree().token, proposal.laws, strict=True):
                 assert abs(float(law.probs.sum()) - 1.0) < 1e-9
                 assert law.probability(int(token)) > 0.0
         drafter.close()
 
-    def propose(self, drafter: Drafter, context: Context, budget: int, *, needs_law: bool = False) -> Proposal:
+    def propose(
+        self, drafter: Drafter, context: Context, budget: int, *, trees: bool = False, needs_law: bool = False
+    ) -> Proposal:
         """One proposal at temperature 0.8."""
-        sampler = Sampler(SamplingParams(temperature=0.8), 7)
-        return drafter.propose(DraftRequest(context, budget, sampler, frozenset({47}), needs_law))
+        request = DraftRequest(
+            context=context,
+            max_nodes=budget,
+            sampler=Sampler(SamplingParams(temperature=0.8), 7),
+            stop_tokens=frozenset({47}),
+            trees=trees,
+            needs_law=needs_law,
+        )
+        return drafter.propose(request)
 
 
 def _with(params: SamplingParams, *, seed: int, max_tokens: int) -> SamplingParams:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from localspec.context import Context
@@ -13,7 +13,7 @@ from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Trial:
     """One verified proposal. scores: row 0 is the anchor's, row i + 1 that of node i.
 
@@ -26,13 +26,16 @@ class Trial:
     sampler: Sampler
     stop_tokens: frozenset[int]
     host_scores: bool
+    _rows: Logits | None = field(default=None, init=False)
 
     def row_reader(self) -> Callable[[int], Logits]:
         """From row number to logits [V]: views where they lie on the host, else one transfer of all."""
         scores = self.scores
         if self.host_scores:
             return lambda row: scores.rows((row,))[0]
-        rows = scores.rows(range(scores.num_rows))
+        if self._rows is None:
+            self._rows = scores.rows(range(scores.num_rows))
+        rows = self._rows
         return lambda row: rows[row]
 
 

@@ -29,22 +29,30 @@ class TestNgram(DrafterConformance):
 
 
 class TestGoodDraftModel(DrafterConformance):
+    draws = True
+
     def drafter(self, target: ReferenceModel) -> Drafter:
         return DraftModel(target.perturbed(0.2), num=4)
 
 
 class TestBadDraftModel(DrafterConformance):
+    draws = True
+
     def drafter(self, target: ReferenceModel) -> Drafter:
         return DraftModel(target.perturbed(5.0), num=3)
 
 
 class TestDraftModelThatStopsEarly(DrafterConformance):
+    draws = True
+
     def drafter(self, target: ReferenceModel) -> Drafter:
         return DraftModel(target.perturbed(0.2), num=8, min_prob=0.3)
 
 
 class TestDraftModelOnADevice(DrafterConformance):
     """Scores that do not lie on the host: guesses are chained without being read."""
+
+    draws = True
 
     def drafter(self, target: ReferenceModel) -> Drafter:
         draft = target.perturbed(0.2)
@@ -70,8 +78,9 @@ class Adversary:
 
     def propose(self, request: DraftRequest) -> Proposal:
         size = min(request.max_nodes, 9)
-        tokens = self.rng.integers(0, 48, max(size, 0)).astype(np.int32)
-        return Proposal(self.name, (HostTokens(tokens),), random_tree(self.rng, max(size, 0)))
+        tokens = self.rng.integers(0, 48, size).astype(np.int32)
+        chain = np.arange(-1, size - 1, dtype=np.int32)
+        return Proposal(self.name, (HostTokens(tokens),), random_tree(self.rng, size) if request.trees else chain)
 
     def observe(self, outcome: Outcome) -> None:
         pass
@@ -86,7 +95,8 @@ class TestAdversary(DrafterConformance):
 
 
 def request(tokens: list[int], budget: int, params: SamplingParams | None = None) -> DraftRequest:
-    return DraftRequest(Context(tokens), budget, Sampler(params or SamplingParams(), 0), frozenset())
+    sampler = Sampler(params or SamplingParams(), 0)
+    return DraftRequest(context=Context(tokens), max_nodes=budget, sampler=sampler, stop_tokens=frozenset())
 
 
 def proposed(drafter: Drafter, tokens: list[int], budget: int = 16) -> list[int]:

@@ -14,8 +14,8 @@ from localspec.engine.chat import Chat
 from localspec.engine.round import Lane, run_round
 from localspec.engine.session import TARGET, Session
 from localspec.engine.width import pad
-from localspec.errors import PromptError
-from localspec.protocols import Drafter, HostTokens, Scores, Step, WidthClass, chain_parents
+from localspec.errors import PromptError, UnsupportedModelError
+from localspec.protocols import Drafter, HostTokens, Rewind, Scores, Step, WidthClass, chain_parents
 from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.reference import ReferenceModel
 from localspec.verify import Walk
@@ -161,6 +161,50 @@ def test_a_reader_that_stops_reading_leaves_the_session_usable() -> None:
             assert session.generate([1, 2, 3], FREE).tokens == fresh.generate([1, 2, 3], FREE).tokens
 
 
+def test_a_new_answer_ends_the_one_that_is_still_being_written() -> None:
+    """Old bug: two live streams shared one cache, and the first went on with wrong words."""
+    target = model()
+    with Session(target, drafter_of(target)) as session:
+        first = session.stream([1, 2, 3], FREE)
+        head = [next(iter(first)) for _ in range(2)]
+        second = session.generate([9, 8], FREE)
+        assert list(first) == [] and first.result.finish_reason == "cancelled"
+        assert first.result.text.startswith("".join(piece.text for piece in head))
+        with Session(target, Nothing()) as fresh:
+            assert fresh.generate([9, 8], FREE).tokens == second.tokens
+
+
+def test_a_stream_that_never_began_has_no_result_and_one_that_failed_raises_again() -> None:
+    target = Failing(257, seed=3)
+    with Session(target, Nothing()) as session:
+        unread = session.stream([1], FREE)
+        unread.close()
+        with pytest.raises(ValueError, match="closed before"):
+            unread.result  # noqa: B018 - the access is what is tested
+        target.countdown = 3
+        failing = session.stream([1, 2], FREE)
+        with pytest.raises(KeyboardInterrupt):
+            list(failing)
+        with pytest.raises(KeyboardInterrupt):
+            failing.result  # noqa: B018
+
+
+def test_a_round_without_room_is_not_blamed_on_the_drafter() -> None:
+    target = model()
+    with Session(target, drafter_of(target)) as session:
+        assert session.generate([1, 2], replace(FREE, max_tokens=1)).plain_because == "no round had room for a guess"
+
+
+@pytest.mark.parametrize("rewind", [Rewind.NEVER, Rewind.REPLAY])
+def test_models_that_cannot_take_tokens_back_are_refused(rewind: Rewind) -> None:
+    target = model()
+    target.capabilities = replace(target.capabilities, rewind=rewind)
+    with pytest.raises(UnsupportedModelError, match="take tokens back"):
+        Session(target, Nothing())
+    with pytest.raises(UnsupportedModelError, match="take tokens back"):
+        DraftModel(target)
+
+
 class Failing(ReferenceModel):
     """Fails in its n-th pass, as a device may."""
 
@@ -295,6 +339,18 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was() -> None:
             with pytest.raises(PromptError):
                 chat.say(text, FREE)
         assert chat.messages == before
+
+
+def test_an_unfinished_answer_joins_the_conversation_before_the_next_turn() -> None:
+    """Old bug: closing the old stream later overwrote the newer turn."""
+    target = model(context_length=600)
+    with Session(target, Nothing()) as session:
+        chat = Chat(session)
+        old = chat.say("hi", FREE)
+        next(iter(old))
+        assert chat.say("again", replace(FREE, max_tokens=3)).result.tokens
+        old.close()
+        assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
 
 
 def test_a_cancelled_answer_joins_the_conversation() -> None:

@@ -84,6 +84,12 @@ def test_templates_see_messages_and_the_models_own_tokens() -> None:
     assert render(Templated(template), USER) == "\1user:hi\0A:"
 
 
+def test_templates_write_json_as_transformers_do_and_may_mark_generations() -> None:
+    template = "{{ messages[0].content | tojson }}{% generation %}A{% endgeneration %}"
+    messages = [{"role": "user", "content": "<é'"}]
+    assert render(Templated(template), messages) == '"<é\'"A'
+
+
 def test_a_model_without_a_template_says_so() -> None:
     with pytest.raises(UnsupportedModelError, match="no chat template"):
         render(Templated(None), USER)
@@ -139,6 +145,24 @@ def test_without_a_seam_or_with_other_text_everything_is_encoded_again() -> None
     assert encode_prompt(merging, "ab", open_end).tolist() == [ord("Z")]
     other = np.array([*b"xy", 256], np.int32)
     assert encode_prompt(merging, "ab", other).tolist() == [ord("Z")]
+
+
+def test_a_seam_inside_a_character_is_no_seam() -> None:
+    half = np.array([0xE2, 0x82], np.int32)  # cut off by max_tokens inside a euro sign
+    assert encode_prompt(BYTES, "\u20ac\0", half).tolist() == [0xE2, 0x82, 0xAC, 256]
+
+
+class Swallowing(ByteTokenizer):
+    """Its special token swallows the newline behind it, as Phi-3's does."""
+
+    def encode(self, text: str, *, special: bool) -> TokenIds:
+        return super().encode(text.replace("\0\n", "\0"), special=special)
+
+
+def test_what_a_special_token_swallows_is_swallowed_at_the_seam_too() -> None:
+    swallowing = Swallowing(257)
+    said = np.array([97, 256], np.int32)
+    assert encode_prompt(swallowing, "a\0\nb", said).tolist() == encode_prompt(swallowing, "a\0\nb").tolist()
 
 
 def test_a_bos_that_was_put_there_does_not_hide_the_shared_text() -> None:
