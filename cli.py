@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -42,18 +44,41 @@ class Commands(click.Group):
             if ctx.params.get("debug"):
                 raise
             message = str(error) or "out of memory. Choose a smaller model or a shorter --context."
-            click.echo(click.style("error: ", fg="red", bold=True, reset=True) + message, err=True)
+            _complain(message)
             ctx.exit(error.exit_code if isinstance(error, LocalspecError) else 1)
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
                 raise
             click.echo("stopped", err=True)
             ctx.exit(130)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:  # a mistake of ours, or of what runs beneath us
+            closed_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE  # click ends quietly then
+            if closed_pipe or ctx.params.get("debug"):
+                raise
+            message = " ".join(f"unexpected: {type(error).__name__}: {error}".split())
+            _complain(f"{message} (run `localspec --debug {ctx.invoked_subcommand} ...` to see where)")
+            ctx.exit(1)
+
+
+def _complain(message: str) -> None:
+    click.echo(click.style("error: ", fg="red", bold=True, reset=True) + message, err=True)
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        from localspec import __version__
+
+        click.echo(f"localspec, version {__version__}")
+        ctx.exit()
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show tracebacks, and the log of localspec and its runtimes.")
-@click.version_option(package_name="localspec", prog_name="localspec")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
 def main(debug: bool) -> None:
     """Run local language models faster, without changing a word of what they say.
 
@@ -62,10 +87,20 @@ def main(debug: bool) -> None:
     import logging
 
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(name)s: %(message)s")
+    # our own warnings are for people; llama.cpp's are about things nobody can act on
+    for name, level in (("localspec", logging.WARNING), ("localspec.llamacpp", logging.ERROR)):
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else level)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not _is_utf8(stream):
+            stream.reconfigure(errors="replace")
 
 
-def model_options(command: F) -> F:
-    """What to load and how to draft."""
+def _is_utf8(stream: io.TextIOBase | TextIO) -> bool:
+    return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+
+
+def load_options(command: F) -> F:
+    """What to load."""
     options = [
         click.option(
             "--target", "-m", "--model", metavar="MODEL", help="Path or bundled name [default: the bundled pair]."
@@ -79,6 +114,30 @@ def model_options(command: F) -> F:
             metavar="MODEL",
             help="Draft model of the same tokenizer.",
         ),
+        click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, llamacpp or mlx."),
+        click.option(
+            "--context", "-c", "--ctx-size", type=click.IntRange(min=8), metavar="N", help="Tokens of context."
+        ),
+        click.option("--threads", "-t", type=click.IntRange(min=1), metavar="N", help="CPU threads (llama.cpp)."),
+        click.option(
+            "--gpu-layers",
+            "-ngl",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Layers on the GPU (llama.cpp) [default: all].",
+        ),
+        click.option(
+            "--flash-attention/--no-flash-attention", "-fa", default=None, help="Flash attention (llama.cpp)."
+        ),
+        click.option("--extra-buffers/--no-extra-buffers", default=None, help="Repacked CPU weights (llama.cpp)."),
+        click.option("--dtype", metavar="TYPE", help="Compute type (MLX): float32, float16 or bfloat16."),
+    ]
+    return _apply(options, command)
+
+
+def draft_options(command: F) -> F:
+    """How to draft."""
+    options = [
         click.option(
             "--drafter",
             default="auto",
@@ -92,6 +151,7 @@ def model_options(command: F) -> F:
             "--num-draft-tokens",
             "--spec-draft-n-max",
             "--draft-max",
+            "--draft-n",
             "num_draft",
             type=int,
             metavar="N",
@@ -114,21 +174,6 @@ def model_options(command: F) -> F:
             metavar="RULE",
             help="walk (text equals --plain) or rejection (equal in distribution).",
         ),
-        click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, llamacpp or mlx."),
-        click.option(
-            "--context", "-c", "--ctx-size", type=click.IntRange(min=8), metavar="N", help="Tokens of context."
-        ),
-        click.option("--threads", "-t", type=click.IntRange(min=1), metavar="N", help="CPU threads (llama.cpp)."),
-        click.option(
-            "--gpu-layers",
-            "-ngl",
-            type=click.IntRange(min=0),
-            metavar="N",
-            help="Layers on the GPU (llama.cpp) [default: all].",
-        ),
-        click.option("--flash-attention/--no-flash-attention", default=None, help="Flash attention (llama.cpp)."),
-        click.option("--extra-buffers/--no-extra-buffers", default=None, help="Repacked CPU weights (llama.cpp)."),
-        click.option("--dtype", metavar="TYPE", help="Compute type (MLX): float32, float16 or bfloat16."),
     ]
     return _apply(options, command)
 
@@ -165,14 +210,16 @@ def _apply(options: Sequence[Callable[[Any], Any]], command: F) -> F:
 
 
 @main.command()
-@model_options
+@load_options
+@draft_options
 @sampling_options
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--show-drafts", is_flag=True, help="Colour the tokens that were guessed ahead.")
 def chat(system: str | None, show_drafts: bool, **options: Any) -> None:
     """Talk to a model. With no options: the bundled pair, offline."""
-    from localspec.terminal import ChatProgram
+    from localspec.terminal import ChatProgram, decode_argument
 
+    system = system and decode_argument(system, "--system")
     params = _sampling(options, default_temperature=0.7)
     spec = _drafter_spec(options)
     with _open(options) as pair:
@@ -192,7 +239,8 @@ def chat(system: str | None, show_drafts: bool, **options: Any) -> None:
     "--logprobs", type=int, metavar="N", help="With --json: log-probabilities, with N alternatives per token."
 )
 @click.option("--show-drafts", is_flag=True, help="Colour the tokens that were guessed ahead.")
-@model_options
+@load_options
+@draft_options
 @sampling_options
 def generate(
     prompt: str | None,
@@ -209,11 +257,12 @@ def generate(
 
     from localspec.engine.template import render
     from localspec.errors import SettingError
-    from localspec.terminal import print_stream, summary
+    from localspec.terminal import decode_argument, notes, prefill_line, print_stream, read_prompt, summary
 
     if logprobs is not None and not as_json:
         raise SettingError("--logprobs is printed with --json only", fix="Add --json.")
-    text = _read_prompt(prompt, file)
+    text = read_prompt(prompt, file)
+    system = system and decode_argument(system, "--system")
     params = replace(_sampling(options, default_temperature=0.0), logprobs=logprobs)
     spec = _drafter_spec(options)
     with _open(options, quiet=as_json) as pair, pair.session(spec, acceptance=options["acceptance"]) as session:
@@ -225,9 +274,14 @@ def generate(
                 "--system needs a chat template", fix="Leave --raw out, or put the text into the prompt."
             )
         if as_json:
-            click.echo(json.dumps(_report(pair, session.generate(text, params)), indent=2, ensure_ascii=False))
+            report = _report(pair, session.generate(text, params))
+            click.echo(json.dumps(report, indent=2, ensure_ascii=not _is_utf8(sys.stdout)))
             return
-        result = print_stream(session.stream(text, params), show_drafts=show_drafts)
+        with prefill_line() as on_prefill:
+            stream = session.stream(text, params, on_prefill=on_prefill)
+            for note in notes(pair):
+                click.echo(click.style(f"note: {note}", dim=True), err=True)
+            result = print_stream(stream, show_drafts=show_drafts)
         click.echo(click.style(summary(result), dim=True), err=True)
 
 
@@ -250,12 +304,21 @@ def bench() -> None:
     """Measure: speed against plain decoding, equality with it, the core's own time."""
 
 
+def _in_a_folder(_: click.Context, __: click.Parameter, output: Path | None) -> Path | None:
+    """Refuse before an hour of measuring, not after it."""
+    from localspec.errors import SettingError
+
+    if output is not None and not output.parent.is_dir():
+        raise SettingError(f"--output: no such folder: {output.parent}", fix="Make it first.")
+    return output
+
+
 def bench_options(command: F) -> F:
     """Which prompts, how many, how long."""
     options = [
         click.option(
             "--prompts",
-            type=click.Path(path_type=Path, exists=True),
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
             help="JSON lines [default: bundled held-out prompts].",
         ),
         click.option("--domain", "domains", multiple=True, help="chat, code or prose [default: all]."),
@@ -273,40 +336,42 @@ def bench_options(command: F) -> F:
         click.option(
             "--with", "drafters", multiple=True, default=("draft_model", "ngram"), show_default=True, help="Drafters."
         ),
-        click.option("--output", type=click.Path(path_type=Path), help="Also write every measurement as JSON."),
+        click.option(
+            "--output",
+            type=click.Path(path_type=Path, dir_okay=False, writable=True),
+            callback=_in_a_folder,
+            help="Also write every measurement as JSON.",
+        ),
     ]
     return _apply(options, command)
 
 
-_MODEL_ONLY = ("drafter", "spec_type", "num_draft", "draft_min_prob", "plain", "acceptance")
-
-
 @bench.command()
 @bench_options
-@model_options
+@load_options
 def equality(output: Path | None, **options: Any) -> None:
     """Compare text under speculation with plain decoding, token for token."""
     from localspec.bench.equality import compare, table
 
+    prompts = _workload(options)
     # plain decoding, each drafter, and one to look at differences
     with _open(options, num_sequences=len(options["drafters"]) + 2) as pair:
-        report = compare(pair, _workload(options), options["drafters"], options["temperatures"], options["tokens"])
+        report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"])
     _finish_bench(table(report), report.as_dict(), output)
-    sys.exit(1 if report.num_different else 0)
+    sys.exit(0 if report.all_equal else 1)
 
 
 @bench.command()
 @bench_options
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
-@model_options
+@load_options
 def speed(output: Path | None, repeats: int, **options: Any) -> None:
     """Time each drafter against plain decoding, side by side in one run."""
     from localspec.bench.speed import measure, table
 
+    prompts = _workload(options)
     with _open(options, num_sequences=len(options["drafters"]) + 1) as pair:
-        report = measure(
-            pair, _workload(options), options["drafters"], options["temperatures"], options["tokens"], repeats
-        )
+        report = measure(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], repeats)
     _finish_bench(table(report), report.as_dict(), output)
 
 
@@ -390,35 +455,6 @@ def _sampling(options: dict[str, Any], *, default_temperature: float) -> Samplin
     return SamplingParams(
         temperature=temperature, logit_bias=bias, stop=tuple(options["stop"]), **{name: options[name] for name in names}
     )
-
-
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from wherever it was given; must be valid UTF-8 and not empty."""
-    from localspec.errors import ModelNotFoundError, PromptError, SettingError
-
-    if prompt is not None and file is not None:
-        raise SettingError("a prompt was given twice", fix="Give either PROMPT or --file.")
-    if file is not None:
-        if not file.is_file():
-            raise ModelNotFoundError(f"no such file: {file}", fix="Check the path.")
-        raw = file.read_bytes()
-    elif prompt is None or prompt == "-":
-        if sys.stdin.isatty():
-            raise PromptError("no prompt", fix="Give it as an argument, with --file, or on standard input.")
-        raw = sys.stdin.buffer.read()
-    else:
-        raw = os.fsencode(prompt)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            "the prompt is not valid UTF-8",
-            got=f"byte 0x{raw[error.start]:02x} at offset {error.start}",
-            fix="Convert it to UTF-8.",
-        ) from None
-    if not text.strip():
-        raise PromptError("the prompt is empty", expected="some text")
-    return text
 
 
 def _report(pair: Pair, result: Generation) -> dict[str, Any]:

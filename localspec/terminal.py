@@ -1,13 +1,16 @@
-"""What the terminal shows: the chat program, streamed answers, the one-line summary, doctor's tables."""
+"""What the terminal reads and shows: prompts, the chat program, streamed answers, the one-line summary,
+doctor's tables."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from platformdirs import user_state_path
 from rich.console import Console
@@ -16,18 +19,20 @@ from rich.text import Text
 
 from localspec.drafters import DrafterSpec, Nothing, make_drafter
 from localspec.engine.chat import Chat
-from localspec.engine.session import TARGET, Generation, Piece, Stream
-from localspec.errors import LocalspecError
+from localspec.engine.session import TARGET, Generation, Piece, Progress, Stream
+from localspec.errors import LocalspecError, ModelNotFoundError, PromptError, SettingError
 from localspec.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
 
     from localspec.doctor import Report
     from localspec.loading import Pair
     from localspec.protocols import ModelInfo
 
-_DRAFTED = "bold green"
+_DRAFTED, _RESET = "\x1b[1;32m", "\x1b[0m"
+_LONG_PROMPT = 512  # tokens; reading fewer takes no time worth a sign of life
 
 _HELP = """\
 /help           this list
@@ -40,26 +45,115 @@ _HELP = """\
 Alt-Enter starts a new line, Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 
 
+def _console(*, stderr: bool = False) -> Console:
+    """Shows text as it is: what users and models write is neither markup nor emoji codes, nor wrapped."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def loading(*, quiet: bool) -> AbstractContextManager[object]:
     """A spinner on standard error while models are opened."""
-    return nullcontext() if quiet else Console(stderr=True).status("loading models ...")
+    return nullcontext() if quiet else _console(stderr=True).status("loading models ...")
+
+
+@contextmanager
+def prefill_line() -> Iterator[Progress]:
+    """An `on_prefill` that shows on a terminal how far the reading of a long prompt is."""
+    console = _console(stderr=True)
+    status = console.status("")
+
+    def show(done: int, total: int) -> None:
+        if done >= total:
+            status.stop()  # before the answer's first piece
+        elif total > _LONG_PROMPT and console.is_terminal:
+            status.update(f"reading the prompt: {done} of {total} tokens")
+            status.start()
+
+    try:
+        yield show
+    finally:
+        status.stop()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def decode_utf8(raw: bytes, what: str) -> str:
+    """Text from UTF-8. Raises PromptError, which names `what` and the first wrong byte."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{what} is not valid UTF-8",
+            got=f"byte 0x{raw[error.start]:02x} at offset {error.start}",
+            fix="Convert it to UTF-8.",
+        ) from None
+
+
+def decode_argument(text: str, what: str) -> str:
+    """An argument of the command line, in which Python keeps wrong bytes as surrogates. Raises PromptError."""
+    return decode_utf8(os.fsencode(text), what)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from wherever it was given; must be valid UTF-8 and not empty."""
+    if prompt is not None and file is not None:
+        raise SettingError("a prompt was given twice", fix="Give either PROMPT or --file.")
+    if file is not None:
+        if not file.is_file():
+            raise ModelNotFoundError(f"no such file: {file}", fix="Check the path.")
+        raw = file.read_bytes()
+    elif prompt is None or prompt == "-":
+        raw = _standard_input(refuse_terminal=True).read()
+    else:
+        raw = os.fsencode(prompt)
+    text = decode_utf8(raw, "the prompt")
+    if not text.strip():
+        raise PromptError("the prompt is empty", expected="some text")
+    return text
+
+
+def _standard_input(*, refuse_terminal: bool = False) -> BinaryIO:
+    # None is what Python makes of a closed descriptor
+    if sys.stdin is None or (refuse_terminal and sys.stdin.isatty()):
+        raise PromptError("no prompt", fix="Give it as an argument, with --file, or on standard input.")
+    return sys.stdin.buffer
+
+
+def _joined(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without their ends, joined where one ends in a backslash."""
+    held = b""
+    for line in lines:
+        held += line.rstrip(b"\r\n")
+        if held.endswith(b"\\"):
+            held = held[:-1] + b"\n"
+        else:
+            yield held
+            held = b""
+    if held:
+        yield held
+
+
+# ---------------------------------------------------------------- answers
 
 
 def print_stream(stream: Stream, *, show_drafts: bool) -> Generation:
     """Print an answer as it is written; Ctrl-C ends it, a second Ctrl-C ends the program."""
-    # colours were asked for by name, so they are written to files and pipes too
-    console = Console(highlight=False, soft_wrap=True, force_terminal=True if show_drafts else None)
     with _cancel_on_interrupt(stream):
         for piece in stream:
-            _print_piece(console, piece, show_drafts)
-    console.print()
+            _print_piece(piece, show_drafts)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
     return stream.result
 
 
-def _print_piece(console: Console, piece: Piece, show_drafts: bool) -> None:
-    style = _DRAFTED if show_drafts and piece.source != TARGET else ""
-    console.print(Text(piece.text, style=style), end="", soft_wrap=True)
-    console.file.flush()
+def _print_piece(piece: Piece, show_drafts: bool) -> None:
+    """The very text: not through rich, which expands tabs and drops control characters.
+
+    Colours were asked for by name, so they are written to files and pipes too.
+    """
+    guessed = show_drafts and piece.source != TARGET
+    sys.stdout.write(f"{_DRAFTED}{piece.text}{_RESET}" if guessed else piece.text)
+    sys.stdout.flush()
 
 
 @contextmanager
@@ -106,6 +200,15 @@ def describe(info: ModelInfo) -> str:
     return f"{info.name} ({info.architecture}, {info.quantization}, {size}) on {info.backend}, {info.device}"
 
 
+def notes(pair: Pair) -> list[str]:
+    """What was worked around for the target and the draft model, each thing once."""
+    infos = [model.info for model in (pair.target, pair.draft) if model is not None]
+    return list(dict.fromkeys(note for info in infos for note in info.notes))
+
+
+# ---------------------------------------------------------------- chat
+
+
 class ChatProgram:
     """`localspec chat`: reads messages and commands, prints answers and their summaries."""
 
@@ -119,7 +222,7 @@ class ChatProgram:
         system: str | None = None,
         show_drafts: bool = False,
     ) -> None:
-        self.console = Console(highlight=False)
+        self.console = _console()
         self.params = params
         self.show_drafts = show_drafts
         self.pair = pair
@@ -147,17 +250,17 @@ class ChatProgram:
         self.console.print(f"target  {describe(self.pair.target.info)}", style="dim")
         if self.pair.draft is not None:
             self.console.print(f"draft   {describe(self.pair.draft.info)}", style="dim")
-        for note in self.pair.target.info.notes:
-            self.console.print(Text(f"note    {note}", style="dim"), soft_wrap=True)
+        for note in notes(self.pair):
+            self.console.print(f"note    {note}", style="dim")
         context = self.pair.target.info.context_length
         self.console.print(f"drafter {self.session.drafter.name} · context {context} tokens · /help\n", style="dim")
 
     def _messages(self) -> Iterator[str]:
         """What the user types, a message at a time."""
-        if not sys.stdin.isatty():
-            yield from _joined(line.rstrip("\n") for line in sys.stdin)
+        if sys.stdin is None or not sys.stdin.isatty():
+            yield from self._messages_of(_standard_input())
             return
-        prompt = _prompt_session()
+        prompt = _prompt_session(self.console)
         while True:
             try:
                 message = prompt.prompt("> ")
@@ -169,16 +272,27 @@ class ChatProgram:
                 return
             yield message
 
+    def _messages_of(self, stream: BinaryIO) -> Iterator[str]:
+        for raw in _joined(stream):
+            try:
+                message = decode_utf8(raw, "the message")
+            except PromptError as error:  # the conversation goes on, without this message
+                self.console.print(f"error: {error}", style="red")
+            else:
+                yield message
+
     def _answer(self, message: str) -> None:
         try:
-            result = print_stream(self.chat.say(message, self.params), show_drafts=self.show_drafts)
+            with prefill_line() as on_prefill:
+                stream = self.chat.say(message, self.params, on_prefill=on_prefill)
+                result = print_stream(stream, show_drafts=self.show_drafts)
         except LocalspecError as error:  # the conversation goes on, without this turn
-            self.console.print(Text(f"error: {error}", style="red"))
+            self.console.print(f"error: {error}", style="red")
             if "context" in str(error):
                 self.console.print("/reset starts a new conversation.", style="dim")
             return
         self._results.append(result)
-        self.console.print(Text(summary(result), style="dim"), soft_wrap=True)
+        self.console.print(summary(result), style="dim")
         if result.finish_reason == "context":
             self.console.print("/reset starts a new conversation.", style="dim")
         self.console.print()
@@ -214,7 +328,7 @@ class ChatProgram:
         try:
             self.params = replace(self.params, seed=int(text) if text else None)
         except LocalspecError as error:
-            self.console.print(Text(str(error), style="red"))
+            self.console.print(str(error), style="red")
             return
         self.console.print(f"seed: {text or 'a new one for each answer'}", style="dim")
 
@@ -222,7 +336,7 @@ class ChatProgram:
         if not self._results:
             self.console.print("nothing answered yet", style="dim")
             return
-        self.console.print(stats_table(self._results))
+        self.console.print(stats_table(self._results), soft_wrap=False)
 
 
 def stats_table(results: list[Generation]) -> Table:
@@ -273,23 +387,9 @@ def _ratio(value: float, base: float, digits: int, unit: str = "") -> str:
     return f"{value / base:.{digits}f}{unit}" if base else "-"
 
 
-def _joined(lines: Iterator[str]) -> Iterator[str]:
-    """Lines, joined where one ends in a backslash."""
-    held = ""
-    for line in lines:
-        if line.endswith("\\"):
-            held += line[:-1] + "\n"
-        else:
-            yield held + line
-            held = ""
-    if held:
-        yield held
-
-
-def _prompt_session() -> PromptSession[str]:
+def _prompt_session(console: Console) -> PromptSession[str]:
     """An editor with history; Alt-Enter makes a new line."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     bindings = KeyBindings()
@@ -298,14 +398,29 @@ def _prompt_session() -> PromptSession[str]:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    folder = user_state_path("localspec", appauthor=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    return PromptSession(history=FileHistory(str(folder / "chat_history")), key_bindings=bindings)
+    return PromptSession(history=_history(console), key_bindings=bindings)
+
+
+def _history(console: Console) -> History:
+    """What was typed before, kept in the user's state folder; where that cannot be written, until the end."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = user_state_path("localspec", appauthor=False) / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a+b").close()
+    except OSError as error:
+        console.print(f"note    what you type is not kept for the next chat: {error}", style="dim")
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+# ---------------------------------------------------------------- doctor
 
 
 def print_doctor(report: Report) -> None:
     """Doctor's findings as tables."""
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"localspec {report.version} · Python {report.python} · {report.platform}")
     console.print(f"processor: {report.processor}, {report.num_cores} cores, {report.memory_gib:.0f} GiB of memory")
     for backend in report.backends:
@@ -314,6 +429,6 @@ def print_doctor(report: Report) -> None:
         for device in backend.devices:
             console.print(f"  device: {device}")
         for note in backend.notes:
-            console.print(Text(f"  note: {note}"))
+            console.print(f"  note: {note}")
     console.print("\nbundled pair: " + report.bundled)
     console.print("chat uses: " + report.choice)

@@ -1,4 +1,5 @@
-"""The core's own time per round: everything but the model, which here answers from a table at once."""
+"""The core's own time per round: sampling, acceptance and bookkeeping, without the model (which here answers
+from a table at once), the drafter, detokenising and stop strings."""
 
 from __future__ import annotations
 
@@ -162,6 +163,7 @@ def table(timings: Sequence[Timing]) -> str:
     first = timings[0]
     lines = [
         f"core time per round outside model calls; vocabulary {first.vocabulary}, {first.nodes} nodes, all accepted",
+        "not counted: detokenising, stop strings and the drafters' own work",
         "",
         "| sampling | median ms | 90th percentile ms |",
         "|---|---|---|",

@@ -47,10 +47,11 @@ class Row:
 
 @dataclass(slots=True)
 class Report:
-    """All rows and every difference."""
+    """All rows and every difference. evidence: how the width class was found."""
 
     target: str
     width_class: str
+    evidence: str = ""
     rows: list[Row] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
 
@@ -58,6 +59,11 @@ class Report:
     def num_different(self) -> int:
         """Runs whose text was not that of plain decoding."""
         return len(self.differences)
+
+    @property
+    def all_equal(self) -> bool:
+        """Something was compared, and nothing differed."""
+        return bool(self.rows) and not self.differences
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -70,8 +76,7 @@ def compare(
     """Run every prompt plainly and with each drafter, same seed; the seed differs per prompt."""
     info = pair.target.info
     classes = pair.target.capabilities.width_class
-    width = f"{classes.min_width} to {classes.max_width or 'any'}"
-    report = Report(f"{info.name} {info.quantization} on {info.backend}, {info.device}", width)
+    report = Report(f"{info.name} {info.quantization} on {info.backend}, {info.device}", str(classes), classes.evidence)
     rows: dict[tuple[str, float, str], Row] = {}
     with pair.session("nothing") as plain:
         sessions = {name: pair.session(name) for name in drafters}
@@ -131,6 +136,7 @@ def table(report: Report) -> str:
     """Markdown."""
     lines = [
         f"target: {report.target}; width class: {report.width_class}",
+        *([f"evidence for the width class: {report.evidence}"] if report.evidence else []),
         "",
         "| drafter | T | domain | prompts | text equals plain | tokens per round (bonus counted) |",
         "|---|---|---|---|---|---|",

@@ -37,17 +37,22 @@ class Prompt:
 
 
 def load_prompts(path: Path | None = None, domains: Sequence[str] = (), per_domain: int = 40) -> list[Prompt]:
-    """The first `per_domain` prompts of each domain. Raises PromptError, UnknownNameError."""
+    """The first `per_domain` prompts of each domain, at least one. Raises PromptError, UnknownNameError."""
+    path = path or _BUNDLED
     prompts: list[Prompt] = []
-    for number, line in enumerate((path or _BUNDLED).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # JSON may hold what else splitlines() splits at
+        if not line.strip():
+            continue
         try:
             item = json.loads(line)
             messages = tuple(item["messages"]) if "messages" in item else None
             prompts.append(Prompt(item["id"], item["domain"], item.get("text"), messages))
         except (ValueError, KeyError, TypeError) as error:
             raise PromptError(f"line {number} of {path} is not a prompt: {error}") from None
-        if messages is None and prompts[-1].text is None:
+        if messages is None and not isinstance(prompts[-1].text, str):
             raise PromptError(f"line {number} of {path} has neither text nor messages")
+    if not prompts:
+        raise PromptError(f"there are no prompts in {path}", expected="one JSON object per line")
     known = list(dict.fromkeys(prompt.domain for prompt in prompts))
     for domain in domains:
         if domain not in known:
@@ -56,3 +61,14 @@ def load_prompts(path: Path | None = None, domains: Sequence[str] = (), per_doma
     for domain in domains or known:
         chosen += [prompt for prompt in prompts if prompt.domain == domain][:per_domain]
     return chosen
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(
+            f"cannot read prompts from {path}: {error.strerror}", fix="Give a file of JSON lines."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not valid UTF-8: {error}", fix="Convert it to UTF-8.") from None

@@ -114,6 +114,7 @@ def test_raw_continues_the_text_and_a_system_message_changes_the_prompt() -> Non
         ["--num-draft-tokens", "2"],
         ["--spec-draft-n-max", "2"],
         ["--draft-max", "2"],
+        ["--draft-n", "2"],
         ["--drafter", "draft_model:num=2"],
         ["--spec-type", "draft-simple", "--draft-max", "2"],
     ],
@@ -129,6 +130,11 @@ def test_draft_models_may_be_named_as_elsewhere(spelling: str) -> None:
     folder = ROOT / "models" / "tiny"
     answer = report("Hello", "-m", str(folder / "target.gguf"), spelling, str(folder / "draft.gguf"))
     assert answer["draft"]["path"].endswith("draft.gguf") and answer["drafter"] == "draft_model"
+
+
+@pytest.mark.real
+def test_flash_attention_has_its_short_name() -> None:
+    assert report("Hello", "-fa")["text"]
 
 
 @pytest.mark.real
