@@ -7,6 +7,7 @@ for the next one, with room for `context` tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ NAME = "llamacpp"
 OWN_SETTINGS = frozenset({"gpu_layers", "threads", "flash_attention", "extra_buffers"})
 
 _MAGIC = b"GGUF"
+_DRAFT_HEADS = frozenset({"dflash", "dspark", "eagle3", "medusa"})
 _DEFAULT_CONTEXT = 4096
 _MAX_WIDTH = 128
 _MAX_BATCH = 512
@@ -49,6 +51,7 @@ _GPU_CLASS = WidthClass(
     None,
     "not measured on GPUs, whose kernels change with the width: where two tokens are nearly tied, text under "
     "speculation may differ from plain decoding (`localspec bench equality` shows whether it does)",
+    measured=False,
 )
 
 
@@ -69,6 +72,7 @@ def load(path: Path, settings: LoadSettings) -> LlamaModel:
     """Open a model. Raises members of the error tree."""
     check_file(path)
     check_settings(settings)
+    check_is_whole(first_architecture(path))
     lib = native.library()
     has_gpu = bool(lib.llama_supports_gpu_offload())
     extra_buffers, notes = _extra_buffers(settings)
@@ -100,6 +104,32 @@ def check_file(path: Path) -> None:
         raise ModelFileError(f"{path.name} is not a GGUF file", got=f"first bytes {magic!r}", expected=repr(_MAGIC))
 
 
+def first_architecture(path: Path) -> str:
+    """`general.architecture` where it is the first entry, as converters write it; else an empty string."""
+    with path.open("rb") as stream:
+        start = stream.read(256)
+    key, key_end = _text_at(start, 24)  # behind magic, version and two counts
+    is_text = start[key_end : key_end + 4] == b"\x08\0\0\0"
+    return _text_at(start, key_end + 4)[0] if key == "general.architecture" and is_text else ""
+
+
+def _text_at(content: bytes, start: int) -> tuple[str, int]:
+    """(text, where it ends)."""
+    end = start + 8 + int.from_bytes(content[start : start + 8], "little")
+    return content[start + 8 : end].decode(errors="replace"), end
+
+
+def check_is_whole(architecture: str) -> None:
+    """Raise UnsupportedModelError for a draft head: it reads another model's hidden states, so it cannot
+    run alone, and llama.cpp may die trying."""
+    if architecture in _DRAFT_HEADS:
+        raise UnsupportedModelError(
+            "the file is a draft head, not a model that writes by itself",
+            got=architecture,
+            fix="Give the model that the head was trained for, or a whole small model as drafter.",
+        )
+
+
 def check_settings(settings: LoadSettings) -> None:
     """Raise SettingError, naming the setting."""
     if settings.dtype is not None:
@@ -123,6 +153,7 @@ def check_supported(weights: Weights) -> None:
         "is_diffusion": "it is a diffusion model, which does not write from left to right",
         "has_encoder": "it has an encoder, which the core does not drive",
     }
+    check_is_whole(weights.text("general.architecture"))
     found = [reason for fact, reason in reasons.items() if weights.number(fact)]
     if not weights.number("has_decoder"):
         found = ["it has no decoder"]
@@ -186,7 +217,7 @@ def _with_context(
         try:
             return native.Context(weights.pointer, params, weights.vocab_size)
         except BackendError as error:
-            raise _context_error(path, native.complaint(), error) from error
+            raise _context_error(path, native.complaints(), error) from error
 
     memory = Memory(make_context, settings.num_sequences)
     capabilities = Capabilities(
@@ -227,8 +258,9 @@ def _parameters(settings: LoadSettings, context_length: int, threads: int, on_gp
     return params
 
 
-def _context_error(path: Path, words: str, error: BackendError) -> FailureError:
-    if "alloc" in words.lower() or "memory" in words.lower():
+def _context_error(path: Path, complaints: Sequence[str], error: BackendError) -> FailureError:
+    words = native.quoted(complaints)
+    if any("alloc" in line.lower() or "memory" in line.lower() for line in complaints):
         return OutOfMemoryError(
             f"the cache of {path.name} does not fit into memory: {words}", fix="Ask for a smaller context."
         )

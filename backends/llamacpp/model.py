@@ -120,7 +120,9 @@ class LlamaModel:
         if code:
             if not np.all((whole.tokens >= 0) & (whole.tokens < self.vocab_size)):  # looked at only once it failed
                 raise ValueError(f"token ids outside 0 to {self.vocab_size - 1}")
-            raise BackendError(f"llama.cpp could not run the pass: {native.complaint()}", got=f"code {code}")
+            raise BackendError(
+                f"llama.cpp could not run the pass: {native.quoted(native.complaints())}", got=f"code {code}"
+            )
         if extra is None:
             return context.logits(count)
         return context.logits(2)[1 - extra : 2 - extra]
@@ -155,10 +157,11 @@ def _gathered(step: Step, plan: Plan) -> _Pass:
     if step.rows is None:
         outputs = np.ones(step.num_tokens, np.int8)
     else:
-        if step.rows and (step.rows[0] < 0 or step.rows[-1] >= step.num_tokens):
-            raise ValueError(f"rows {step.rows} of {step.num_tokens} tokens")
+        rows = list(step.rows)
+        if rows and (rows[0] < 0 or rows[-1] >= step.num_tokens or rows != sorted(set(rows))):
+            raise ValueError(f"rows {step.rows} of {step.num_tokens} tokens: not ascending, or out of range")
         outputs = np.zeros(step.num_tokens, np.int8)
-        outputs[list(step.rows)] = 1
+        outputs[rows] = 1
     return _Pass(tokens, plan.positions, plan.ids, outputs)
 
 

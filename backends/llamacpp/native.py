@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import logging
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ INSTALL_COMMAND = "pip install llama-cpp-python"
 _SPIN_COUNT = "1000"
 _LEVEL_WARNING, _LEVEL_ERROR, _LEVEL_CONTINUED = 3, 4, 5
 _LOG_LEVELS = {_LEVEL_WARNING: logging.INFO, _LEVEL_ERROR: logging.INFO}  # the rest is for debugging
+
+_FUNCTION_NAME = re.compile(r"^\w+: (?=.)")
 
 _logger = logging.getLogger("localspec.llamacpp")
 
@@ -134,13 +137,21 @@ def _install_log(binding: Any) -> None:
 
 
 def forget_errors() -> None:
-    """What llama.cpp complains of from here on is what `complaint` quotes."""
+    """What llama.cpp complains of from here on is what `complaints` holds."""
     _log.recent.clear()
 
 
-def complaint() -> str:
-    """The error lines that llama.cpp logged, or words for none."""
-    return " / ".join(dict.fromkeys(_log.recent)) or "no reason given"
+def complaints() -> tuple[str, ...]:
+    """The error lines that llama.cpp logged, oldest first."""
+    return tuple(dict.fromkeys(_log.recent))
+
+
+def quoted(lines: Sequence[str]) -> str:
+    """The first line, without the function that wrote it, for errors to quote: what failed logs first, its
+    callers repeat that in their own words. The others go to the log once more, beside the error."""
+    for line in lines[1:]:
+        _logger.debug("llama.cpp also said: %s", line)
+    return _FUNCTION_NAME.sub("", lines[0]) if lines else "no reason given"
 
 
 # ---------------------------------------------------------------- one context and its batch

@@ -1,10 +1,10 @@
 """Do llama.cpp's extra buffers work here? Asked in a child process, so that a crash hits nobody.
 
-Known case: built with GCC 12 on a processor with AMX, every quantised model dies at the instruction
-`ldtilecfg`. GCC 12's `_tile_loadconfig` says that it reads 8 bytes, so the stores that fill the other
-56 bytes of the tile configuration are optimised away. Without extra buffers that path is not taken.
+Known case: builds with GCC 12 on processors with AMX die as soon as a quantised model runs with them.
+Without extra buffers the matrix unit is not used. Only the crash is observed here, not its cause.
 
-The verdict is kept per machine and build, so the question (under a second) is asked once.
+The verdict is kept per machine and build, so the question (under a second) is asked once. Where the
+self-test itself cannot be run, there is no verdict: models are loaded without extra buffers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import platformdirs
-
-from localspec.errors import BackendError
 
 from . import native
 from .probe_child import model_bytes
@@ -64,20 +63,30 @@ class Finding:
             Verdict.WORK: "",
             Verdict.CRASH: f"this build of llama.cpp crashes with them on this processor ({self.detail})",
             Verdict.WRONG: "this build of llama.cpp computes wrong numbers with them on this processor",
-            Verdict.UNKNOWN: f"whether they work here could not be found out ({self.detail})",
+            Verdict.UNKNOWN: f"whether they work here is not known, for {self.detail}; models may run all the same",
         }
         reason = reasons[self.verdict]
-        return f"extra CPU buffers are off: {reason}; {self.remedy}" if reason else ""
+        if not reason:
+            return ""
+        return f"extra CPU buffers are off: {reason}" + (f"; {self.remedy}" if self.remedy else "")
 
     @property
     def remedy(self) -> str:
-        """The command that repairs the build."""
-        return f"rebuild it with clang, or GCC 13 and later: {REBUILD.format(native.version())}"
+        """The command that repairs the build, if the build is known to be at fault."""
+        if self.verdict in (Verdict.WORK, Verdict.UNKNOWN):
+            return ""
+        cause = "a known fault of builds with GCC 12 on processors with AMX; "
+        return f"{cause}rebuild it with clang, or GCC 13 and later: {REBUILD.format(native.version())}"
 
 
-def examine(cache_folder: Path | None = None) -> Finding:
-    """The verdict of this machine and build, remembered. Raises BackendError if even plain kernels die."""
-    folder = cache_folder or Path(platformdirs.user_cache_dir("localspec"))
+@lru_cache(maxsize=1)
+def examine() -> Finding:
+    """The verdict of this machine and build, looked up or asked for once per process."""
+    return find(Path(platformdirs.user_cache_dir("localspec")))
+
+
+def find(folder: Path) -> Finding:
+    """The verdict remembered in a folder, or else asked for and, if there is one, put there."""
     file = folder / f"llamacpp-extra-buffers-{identity()[:16]}.json"
     found = _read(file)
     if found is None:
@@ -132,16 +141,13 @@ def _ask() -> Finding:
         path = Path(folder) / "probe.gguf"
         path.write_bytes(model_bytes())
         plain, complaint = _child(path, extra_buffers=False)
-        if plain is None and complaint.startswith("SIG"):
-            raise BackendError(
-                f"this build of llama.cpp crashes on this processor ({complaint})",
-                fix=f"Rebuild it here: {REBUILD.format(native.version())}",
-            )
-        if plain is None:
-            return Finding(Verdict.UNKNOWN, complaint)
+        if plain is None:  # says nothing of extra buffers, nor of other models: a user's own may well run
+            return Finding(Verdict.UNKNOWN, f"the self-test itself failed, without them too ({complaint})")
         logits, complaint = _child(path, extra_buffers=True)
+    if logits is None and complaint.startswith("SIG"):
+        return Finding(Verdict.CRASH, complaint)
     if logits is None:
-        return Finding(Verdict.CRASH if complaint.startswith("SIG") else Verdict.UNKNOWN, complaint)
+        return Finding(Verdict.UNKNOWN, f"the self-test with them failed ({complaint})")
     return judge(plain, logits)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from localspec.errors import BackendError
+from localspec.tree.mask import check_path
 from localspec.types import NodeIndices, Positions
 
 from .native import Context
@@ -208,15 +209,16 @@ class LlamaState:
     def keep(self, path: Sequence[int]) -> None:
         """Commit one path of pending nodes, drop the others. Raises ValueError for a non-path."""
         self.check_open()
-        above = -1
-        for node in path:
-            if not 0 <= node < len(self._parents) or self._parents[node] != above:
-                raise ValueError(f"not a path: {list(path)} with parents {self._parents}")
-            above = node
-        if self._borrowed and list(path) != list(range(len(path))):
-            self._move_together(above, len(path))
+        nodes = list(path)
+        is_first_chain = nodes == list(range(len(nodes))) and self._parents[: len(nodes)] == list(
+            range(-1, len(nodes) - 1)
+        )
+        if not is_first_chain:  # else there is nothing to check, and no array to build
+            check_path(np.array(self._parents, np.int32), nodes)
+        if self._borrowed and not is_first_chain:
+            self._move_together(nodes[-1], len(nodes))
         else:
-            self._choose(self._lines[above] if above >= 0 else self._id, len(path))
+            self._choose(self._lines[nodes[-1]] if nodes else self._id, len(nodes))
         self._length += len(path)
         self._parents, self._depths, self._lines, self._borrowed = [], [], [], []
 

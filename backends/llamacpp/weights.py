@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ class Weights:
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = extra_buffers
         native.forget_errors()
-        self.pointer: Any = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        self.pointer: Any = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
-            raise load_error(path, native.complaint())
+            raise load_error(path, native.complaints())
         self.vocab: Any = self._lib.llama_model_get_vocab(self.pointer)
         self.vocab_size = int(self._lib.llama_vocab_n_tokens(self.vocab))
 
@@ -63,9 +65,9 @@ class Weights:
             self.pointer = None
 
 
-def load_error(path: Path, words: str) -> FailureError:
-    """llama.cpp's complaint as a member of the error tree."""
-    lowered = words.lower()
+def load_error(path: Path, complaints: Sequence[str]) -> FailureError:
+    """llama.cpp's complaints as a member of the error tree: all of them decide which, the first is quoted."""
+    lowered, words = "\n".join(complaints).lower(), native.quoted(complaints)
     if "unknown model architecture" in lowered or "unknown pre-tokenizer" in lowered:
         return UnsupportedModelError(
             f"llama.cpp cannot run {path.name}: {words}", fix=f"A newer one may: {native.INSTALL_COMMAND} --upgrade"

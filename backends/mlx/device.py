@@ -22,11 +22,9 @@ def describe_device() -> str:
 
 def width_class(width_one_differs: bool) -> WidthClass:
     """The widths whose rows are the same bits, as far as is known."""
-    if width_one_differs:
-        return WidthClass(
-            2, None, f"{_CPU_EVIDENCE if on_cpu() else _GPU_EVIDENCE}; here width 1 differed from width 2"
-        )
-    return WidthClass(1, None, f"{_CPU_EVIDENCE if on_cpu() else _GPU_EVIDENCE}; here width 1 equalled width 2")
+    found = "differed from" if width_one_differs else "equalled"
+    evidence = f"{_CPU_EVIDENCE if on_cpu() else _GPU_EVIDENCE}; here width 1 {found} width 2"
+    return WidthClass(2 if width_one_differs else 1, None, evidence, measured=on_cpu())
 
 
 # MLX computes each row of a product alone on the CPU, which is also why a pass costs there in

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from tokenizers import Tokenizer
 
-from localspec.errors import ModelFileError, UnsupportedModelError
+from localspec.errors import ModelFileError, PromptError, UnsupportedModelError
 from localspec.types import TokenIds
 
 Spelling: TypeAlias = Literal["byte-level", "sentencepiece"]
@@ -86,7 +86,11 @@ class MlxTokenizer:
         return len(self._texts)
 
     def encode(self, text: str, *, special: bool) -> TokenIds:
-        """[T] ids, without a BOS."""
+        """[T] ids, without a BOS. Raises PromptError for text that is not valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a lone surrogate, which the library calls a wrong type
+            raise PromptError(f"the text is not valid Unicode: {error}") from error
         with self._lock:
             self._inner.encode_special_tokens = not special
             ids = self._inner.encode(text, add_special_tokens=False).ids

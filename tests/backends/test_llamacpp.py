@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -280,6 +281,31 @@ def test_an_unknown_architecture_is_unsupported(tmp_path: Path) -> None:
         BACKEND.load(path, SMALL)
 
 
+@pytest.mark.parametrize("name", ["dflash", "eagle3", "dspark", "medusa"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_draft_heads_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, is_first: bool
+) -> None:
+    """Before llama.cpp sees them where the name is the header's first entry, as it is usual; else after."""
+    path = write_gguf(tmp_path / "m.gguf")
+    assert module("loading").first_architecture(path) == "qwen3"
+    if is_first:
+        old, new = (len(text).to_bytes(8, "little") + text.encode() for text in ("qwen3", name))
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+    else:
+        weights = module("weights").Weights
+        read = weights.text
+        monkeypatch.setattr(weights, "text", lambda w, key: name if key == "general.architecture" else read(w, key))
+    with pytest.raises(UnsupportedModelError, match=f"draft head.*{name}"):
+        BACKEND.load(path, SMALL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_a_path_may_be_any_bytes(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf").rename(tmp_path / os.fsdecode(b"m\xff.gguf"))
+    BACKEND.load(path, SMALL).close()
+
+
 @pytest.mark.parametrize("fact", ["is_recurrent", "is_hybrid", "has_encoder", "is_diffusion"])
 def test_models_that_cannot_be_rewound_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fact: str) -> None:
     weights = module("weights").Weights
@@ -291,9 +317,19 @@ def test_models_that_cannot_be_rewound_are_refused(monkeypatch: pytest.MonkeyPat
 
 def test_a_cache_that_does_not_fit_is_out_of_memory() -> None:
     """16 million tokens of the draft model would take 34 GB; twice as many sequences are not allocated."""
-    model = module("loading")._context_error(Path("m.gguf"), "failed to allocate buffer", BackendError("no context"))
+    model = module("loading")._context_error(Path("m.gguf"), ("failed to allocate buffer",), BackendError("no context"))
     assert isinstance(model, OutOfMemoryError)
-    assert isinstance(module("weights").load_error(Path("m"), "unable to allocate CUDA0 buffer"), OutOfMemoryError)
+    lines = ("f: error loading model: unable to allocate CUDA0 buffer", "g: failed to load model")
+    error = module("weights").load_error(Path("m"), lines)
+    assert isinstance(error, OutOfMemoryError)
+    assert "unable to allocate CUDA0 buffer" in str(error) and "failed to load" not in str(error)
+
+
+def test_a_real_shortage_is_told_in_one_line(tmp_path: Path) -> None:
+    """Old bug: four lines of llama.cpp's log were quoted, which said the same thing."""
+    with pytest.raises(OutOfMemoryError) as caught:
+        BACKEND.load(write_gguf(tmp_path / "m.gguf"), LoadSettings(context=1 << 24, extra_buffers=False, threads=1))
+    assert len(str(caught.value)) < 200 and "/" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -351,27 +387,27 @@ def test_the_verdict_is_asked_once_and_asked_again_when_unreadable(
         return finding
 
     monkeypatch.setattr(probe, "_ask", ask)
-    assert probe.examine(tmp_path) == finding == probe.examine(tmp_path)
+    assert probe.find(tmp_path) == finding == probe.find(tmp_path)
     assert len(asked) == 1
     [file] = tmp_path.iterdir()
     for broken in ("", "{", "[]", '{"verdict": "maybe", "detail": ""}'):
         file.write_text(broken)
-        assert probe.examine(tmp_path) == finding
+        assert probe.find(tmp_path) == finding
     assert len(asked) == 5
     monkeypatch.setattr(probe, "identity", lambda: "f" * 64)
-    probe.examine(tmp_path)
+    probe.find(tmp_path)
     assert len(asked) == 6
     finding = probe.Finding(probe.Verdict.UNKNOWN, "timeout")
     file.unlink()
     monkeypatch.setattr(probe, "identity", lambda: "e" * 64)
-    assert probe.examine(tmp_path) == finding == probe.examine(tmp_path)
+    assert probe.find(tmp_path) == finding == probe.find(tmp_path)
     assert len(asked) == 8  # what could not be found out is not remembered
 
 
 def test_the_real_probe_answers_here(tmp_path: Path) -> None:
     """Whatever the machine, the question is answered and this process survives it."""
     probe = module("probe")
-    found = probe.examine(tmp_path)
+    found = probe.find(tmp_path)
     assert found.verdict in (probe.Verdict.WORK, probe.Verdict.CRASH)
     assert bool(found.note) == (found.verdict is probe.Verdict.CRASH)
 
@@ -394,11 +430,55 @@ def test_a_crashing_build_runs_without_extra_buffers_and_says_so(
     off.close()
 
 
-def test_a_build_whose_plain_kernels_die_is_reported_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["SIGSEGV", "the probe's model does not load"])
+def test_a_self_test_that_fails_keeps_no_model_from_loading(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str
+) -> None:
+    """Old bug: on a CUDA build the generated model crashed where real ones ran, and all were refused."""
     probe = module("probe")
-    monkeypatch.setattr(probe, "_child", lambda *_, **__: (None, "SIGILL"))
-    with pytest.raises(BackendError, match="SIGILL"):
-        probe.examine(tmp_path)
+    monkeypatch.setattr(probe, "_child", lambda *_, **__: (None, words))
+    finding = probe.find(tmp_path / "cache")
+    assert finding.verdict is probe.Verdict.UNKNOWN
+    monkeypatch.setattr(probe, "examine", lambda: finding)
+    model = BACKEND.load(write_gguf(tmp_path / "m.gguf", quantization="Q4_0"), SMALL)
+    model.forward([step(model.open(), list(range(32)))])
+    [note] = [note for note in model.info.notes if "self-test itself failed" in note]
+    assert words in note and "GCC" not in note
+    model.close()
+
+
+def test_the_verdict_is_asked_for_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = module("probe")
+    folders: list[Path] = []
+
+    def find(folder: Path) -> Any:
+        folders.append(folder)
+        return probe.Finding(probe.Verdict.UNKNOWN, "x")
+
+    monkeypatch.setattr(probe, "find", find)
+    probe.examine.cache_clear()
+    assert probe.examine() is probe.examine() and len(folders) == 1
+    probe.examine.cache_clear()
+
+
+def test_the_self_tests_model_is_an_ordinary_file(tmp_path: Path) -> None:
+    """Read back by the gguf package: every tensor whole, aligned and inside the file, every key there."""
+    from gguf import GGUFReader
+
+    path = tmp_path / "probe.gguf"
+    path.write_bytes(import_module(f"{type(BACKEND).__module__}.probe_child").model_bytes())
+    reader, twin = GGUFReader(path), GGUFReader(write_gguf(tmp_path / "twin.gguf"))
+    last = max(reader.tensors, key=lambda tensor: tensor.data_offset)
+    end = int(last.data_offset + last.n_bytes)
+    assert path.stat().st_size == end + -end % 32
+    assert all(tensor.data_offset % 32 == 0 for tensor in reader.tensors)
+    assert {tensor.name for tensor in reader.tensors} == {tensor.name for tensor in twin.tensors} | {"output.weight"}
+    unneeded = {"general.description", "general.license", "tokenizer.chat_template"}
+    assert twin.fields.keys() - unneeded <= reader.fields.keys()
+    for key in twin.fields.keys() - unneeded:
+        assert reader.fields[key].types == twin.fields[key].types, key
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == len(set(tokens)) == 288
 
 
 def test_wrong_numbers_are_as_bad_as_a_crash() -> None:

@@ -22,6 +22,7 @@ from localspec.errors import (
     LocalspecError,
     ModelFileError,
     ModelNotFoundError,
+    PromptError,
     SettingError,
     UnsupportedModelError,
 )
@@ -478,6 +479,8 @@ def test_special_texts_are_tokens_only_when_asked(folder: Path) -> None:
     assert 2 not in tokenizer.encode("a<|im_end|>", special=False)
     assert tokenizer.token_bytes(2) == b"<|im_end|>" and tokenizer.is_special(2)
     assert tokenizer.token_bytes(10**6) == b"" and tokenizer.token_bytes(-1) == b""
+    with pytest.raises(PromptError, match="Unicode"):
+        tokenizer.encode("a\ud800", special=False)
 
 
 @needs_mlx
