@@ -100,6 +100,7 @@ class TestDraftWithFlashAttention(BackendConformance):
 # ---------------------------------------------------------------- bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flash_attention", [False, True])
 @pytest.mark.parametrize("length", [20, 300, 701])
 @pytest.mark.parametrize("name", ["target", "draft"])
@@ -325,6 +326,7 @@ def test_a_cache_that_does_not_fit_is_out_of_memory() -> None:
     assert "unable to allocate CUDA0 buffer" in str(error) and "failed to load" not in str(error)
 
 
+@pytest.mark.slow
 def test_a_real_shortage_is_told_in_one_line(tmp_path: Path) -> None:
     """Old bug: four lines of llama.cpp's log were quoted, which said the same thing."""
     with pytest.raises(OutOfMemoryError) as caught:

@@ -228,6 +228,7 @@ def test_doctor_reports_both_backends() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_bench_equality_compares_and_says_so() -> None:
     result = run("bench", "equality", "--per-domain", "1", "--tokens", "8", "--backend", "llamacpp")
     assert result.exit_code == 0, result.output
@@ -235,6 +236,7 @@ def test_bench_equality_compares_and_says_so() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_bench_speed_prints_a_row_per_drafter_and_writes_json(tmp_path: Path) -> None:
     output = tmp_path / "runs.json"
     arguments = ["--per-domain", "1", "--tokens", "8", "--domain", "code", "--at", "0", "--repeats", "1"]
