@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from localspec.bench.equality import Report
     from localspec.drafters import DrafterSpec
     from localspec.engine.session import Generation
     from localspec.loading import Pair
@@ -353,10 +354,14 @@ def equality(output: Path | None, **options: Any) -> None:
     """Compare text under speculation with plain decoding, token for token."""
     from localspec.bench.equality import compare, table
 
+    def save(report: Report) -> None:  # after each prompt: long runs get cut off
+        if output is not None:
+            output.write_text(json.dumps(report.as_dict(), indent=1))
+
     prompts = _workload(options)
-    # plain decoding, each drafter, and one to look at differences
-    with _open(options, num_sequences=len(options["drafters"]) + 2) as pair:
-        report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"])
+    # the draft model needs a sequence per drafter, the target one to look at differences
+    with _open(options, num_sequences=len(options["drafters"]) + 1) as pair:
+        report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], save)
     _finish_bench(table(report), report.as_dict(), output)
     sys.exit(0 if report.all_equal else 1)
 

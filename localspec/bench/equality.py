@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from localspec.bench.prompts import Prompt
+from localspec.drafters import make_drafter
+from localspec.engine.session import Generation
 from localspec.engine.width import pad
 from localspec.loading import Pair
 from localspec.protocols import HostTokens, Step, chain_parents
@@ -44,6 +46,13 @@ class Row:
     num_tokens: int = 0
     num_rounds: int = 0
 
+    def add(self, result: Generation, want: Sequence[int]) -> None:
+        """Count one run; want: what plain decoding said."""
+        self.num_prompts += 1
+        self.num_equal += result.tokens == want
+        self.num_tokens += result.stats.num_tokens
+        self.num_rounds += result.stats.num_rounds
+
 
 @dataclass(slots=True)
 class Report:
@@ -71,45 +80,72 @@ class Report:
 
 
 def compare(
-    pair: Pair, prompts: Sequence[Prompt], drafters: Sequence[str], temperatures: Sequence[float], max_tokens: int
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    drafters: Sequence[str],
+    temperatures: Sequence[float],
+    max_tokens: int,
+    on_prompt: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Run every prompt plainly and with each drafter, same seed; the seed differs per prompt."""
+    """Run every prompt plainly and with each drafter, same seed; the seed differs per prompt.
+
+    One session serves all, so a prompt is prefilled once. on_prompt: called with the report so far after
+    each prompt: a long run that is cut off has not been for nothing.
+    """
     info = pair.target.info
     classes = pair.target.capabilities.width_class
     report = Report(f"{info.name} {info.quantization} on {info.backend}, {info.device}", str(classes), classes.evidence)
-    rows: dict[tuple[str, float, str], Row] = {}
-    with pair.session("nothing") as plain:
-        sessions = {name: pair.session(name) for name in drafters}
+    makers = {name: make_drafter(name, pair.draft) for name in drafters}
+    with pair.session("nothing") as session:
+        plain = session.drafter
         for number, prompt in enumerate(prompts):
             tokens = prompt.encode(pair.target.tokenizer)
             for temperature in temperatures:
                 params = SamplingParams(temperature=temperature, seed=1000 + number, max_tokens=max_tokens)
-                want = plain.generate(tokens.tolist(), params).tokens
-                for name, session in sessions.items():
+                session.drafter = plain
+                want = session.generate(tokens.tolist(), params).tokens
+                for name, drafter in makers.items():
+                    session.drafter = drafter
                     result = session.generate(tokens.tolist(), params)
-                    key = (name, temperature, prompt.domain)
-                    row = rows.setdefault(key, Row(*key))
-                    row.num_prompts += 1
-                    row.num_equal += result.tokens == want
-                    row.num_tokens += result.stats.num_tokens
-                    row.num_rounds += result.stats.num_rounds
+                    _row(report, name, temperature, prompt.domain).add(result, want)
                     if result.tokens != want:
-                        part = _first_difference(want, result.tokens)
-                        report.differences.append(
-                            Difference(
-                                prompt.id,
-                                name,
-                                temperature,
-                                part,
-                                want[part] if part < len(want) else -1,
-                                result.tokens[part] if part < len(result.tokens) else -1,
-                                _margin(pair, np.concatenate([tokens, np.array(want[:part], np.int32)])),
-                            )
-                        )
-        for session in sessions.values():
-            session.close()
-    report.rows = [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1]))]
+                        report.differences.append(_difference(pair, prompt, tokens, name, temperature, want, result))
+            on_prompt(report)
+        session.drafter = plain
+    for drafter in makers.values():
+        drafter.close()
+    report.rows.sort(key=lambda row: (row.drafter, row.temperature))
     return report
+
+
+def _row(report: Report, drafter: str, temperature: float, domain: str) -> Row:
+    """The row of these three, made at its first use."""
+    for row in report.rows:
+        if (row.drafter, row.temperature, row.domain) == (drafter, temperature, domain):
+            return row
+    report.rows.append(Row(drafter, temperature, domain))
+    return report.rows[-1]
+
+
+def _difference(
+    pair: Pair,
+    prompt: Prompt,
+    tokens: TokenIds,
+    drafter: str,
+    temperature: float,
+    want: Sequence[int],
+    result: Generation,
+) -> Difference:
+    part = _first_difference(want, result.tokens)
+    return Difference(
+        prompt.id,
+        drafter,
+        temperature,
+        part,
+        want[part] if part < len(want) else -1,
+        result.tokens[part] if part < len(result.tokens) else -1,
+        _margin(pair, np.concatenate([tokens, np.array(want[:part], np.int32)])),
+    )
 
 
 def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
