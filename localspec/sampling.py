@@ -220,7 +220,7 @@ def top_ids(row: Logits, k: int) -> TokenIds:
     """[min(k, V)] ids of the best scores, best first, ties by lower id.
 
     Ids are dealt into blocks; a token among the k best lies in one of the k blocks with the best
-    maxima (or ties with the last of them), so only those are sorted. Ten times `argpartition` at 152k.
+    maxima (or ties with the last of them), so only those are sorted.
     """
     size = len(row)
     if k >= size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -96,7 +97,10 @@ def compare(
     classes = pair.target.capabilities.width_class
     report = Report(f"{info.name} {info.quantization} on {info.backend}, {info.device}", str(classes), classes.evidence)
     makers = {name: make_drafter(name, pair.draft) for name in drafters}
-    with pair.session("nothing") as session:
+    with ExitStack() as stack:
+        for drafter in makers.values():
+            stack.callback(drafter.close)
+        session = stack.enter_context(pair.session("nothing"))
         plain = session.drafter
         for number, prompt in enumerate(prompts):
             tokens = prompt.encode(pair.target.tokenizer)
@@ -111,9 +115,6 @@ def compare(
                     if result.tokens != want:
                         report.differences.append(_difference(pair, prompt, tokens, name, temperature, want, result))
             on_prompt(report)
-        session.drafter = plain
-    for drafter in makers.values():
-        drafter.close()
     report.rows.sort(key=lambda row: (row.drafter, row.temperature))
     return report
 
