@@ -36,7 +36,7 @@ _log = logging.getLogger("localspec.loading")
 _HOME = Path(__file__).resolve().parent.parent
 _APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 _PREFERENCE = ("mlx", "llamacpp") if _APPLE_SILICON else ("llamacpp", "mlx")
-_COMMON_SETTINGS = frozenset({"context", "num_sequences"})
+_COMMON_SETTINGS = frozenset({"context", "num_sequences", "trees"})
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 BUNDLED = "tiny"

@@ -64,6 +64,20 @@ class HostTokens:
         return self.ids
 
 
+class Top(Protocol):
+    """The k best tokens of N rows; may still be on the device."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """[N * k] row by row, best first; does not wait."""
+        ...
+
+    def numpy(self) -> tuple[TokenIds, Logits, Logits]:
+        """([N, k] ids, [N, k] what they were ranked by, [N] logsumexp of logits, over temperature where there
+        is one). Waits for the device."""
+        ...
+
+
 class Scores(Protocol):
     """The model's raw logits [N, V] for the N scored rows of one step, wherever they live.
 
@@ -85,8 +99,9 @@ class Scores(Protocol):
         `noise.py`."""
         ...
 
-    def top(self, k: int) -> tuple[TokenIds, Logits]:
-        """([N, k] ids, [N, k] logits) of the k best tokens per row, best first, ties by lower id."""
+    def top(self, k: int, temperature: float = 0.0, keys: NoiseKeys | None = None) -> Top:
+        """The k <= V best tokens of each row, best first: by logit, or with a temperature and keys [N, 2] by
+        logits / temperature + Gumbel(keys[row], v)."""
         ...
 
     def rows(self, indices: Sequence[int]) -> Logits:
@@ -98,7 +113,13 @@ class Scores(Protocol):
 
 
 class Rewind(Enum):
-    """What dropping tokens costs a model's state."""
+    """What dropping tokens costs a model's state.
+
+    FREE: nothing.  REPLAY: the state depends on the path by which it was reached (recurrent layers), so
+    dropping tokens goes back to a snapshot and runs what was kept again; `num_replayed` counts those tokens.
+    NEVER: a `keep` that would drop nodes, and `truncate` to anything but 0, empties the state and raises
+    UnsupportedModelError; such a model can only be decoded plainly, one token wide.
+    """
 
     FREE = "free"
     REPLAY = "replay"
@@ -129,9 +150,10 @@ class Capabilities:
     """Facts about a loaded model, asked once.
 
     rewind: cost of `keep` and `truncate` that drop tokens.  trees: may a node have two children?
+    exact_trees: are the rows of a tree the same bits as those of chains? Otherwise only drafters may use trees.
     max_width: most tokens in one scored forward.  num_sequences: most states open at once.
     host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice
-    beats deciding all rows at once.
+    beats deciding all rows at once.  limits: why trees, their exactness or free rewinding are missing.
     """
 
     rewind: Rewind
@@ -140,6 +162,8 @@ class Capabilities:
     num_sequences: int
     width_class: WidthClass
     host_scores: bool
+    exact_trees: bool = True
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +193,11 @@ class SequenceState(Protocol):
     @property
     def num_pending(self) -> int:
         """Number of pending nodes."""
+        ...
+
+    @property
+    def num_replayed(self) -> int:
+        """Tokens that were run again so far because others were dropped; 0 where rewinding is free."""
         ...
 
     def keep(self, path: Sequence[int]) -> None:
@@ -210,12 +239,12 @@ class Step:
 
 
 def require_rewind(model: LanguageModel) -> None:
-    """Raise UnsupportedModelError unless rejected guesses can be taken back at no cost."""
-    if model.capabilities.rewind is not Rewind.FREE:
+    """Raise UnsupportedModelError unless rejected guesses can be taken back."""
+    if model.capabilities.rewind is Rewind.NEVER:
         raise UnsupportedModelError(
-            f"{model.info.name} cannot be used: its state cannot take tokens back",
-            got=f"rewind {model.capabilities.rewind.value}",
-            expected=Rewind.FREE.value,
+            f"{model.info.name} cannot take tokens back, so nothing can be guessed ahead",
+            got="; ".join(model.capabilities.limits) or None,
+            fix="Decode plainly: --plain, or the drafter `nothing`.",
         )
 
 
@@ -313,12 +342,14 @@ class LoadSettings:
     """How to load a model; None lets the backend decide. A backend refuses what it does not have.
 
     context: tokens per sequence (None: as trained, at most 4096).  num_sequences: states open at once.
+    trees: load so that token trees can be verified exactly, whatever that costs.
     gpu_layers: layers on the GPU (None: all where there is one).  threads: CPU threads.
     flash_attention, extra_buffers: llama.cpp options of those names.  dtype: MLX compute type.
     """
 
     context: int | None = None
     num_sequences: int = 4
+    trees: bool = False
     gpu_layers: int | None = None
     threads: int | None = None
     flash_attention: bool | None = None
@@ -393,8 +424,9 @@ class Proposal:
 
     tokens: segments, N ids in all.  parents: [N] node numbers within the proposal, -1 for children of
     the anchor, each smaller than the node's own.  laws: per node the distribution it was drawn from,
-    or None where tokens were chosen, not drawn.  log_q: [N] the drafter's log-probabilities, where it
-    knows them on the host.  source: who guessed.
+    or None where tokens were chosen, not drawn.  log_q: [N] the drafter's logarithm of the chance that a node
+    is accepted if its parent is, where it knows that on the host.  source: who guessed.  sources: [N] who
+    guessed each node, where several did.
     """
 
     source: str
@@ -402,6 +434,7 @@ class Proposal:
     parents: NodeIndices = field(default_factory=lambda: np.zeros(0, np.int32))
     laws: tuple[Law, ...] | None = None
     log_q: tuple[float, ...] | None = None
+    sources: tuple[str, ...] | None = None
 
     @property
     def num_nodes(self) -> int:

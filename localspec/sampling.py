@@ -262,6 +262,31 @@ def gumbel_argmax(row: Logits, temperature: float, low_high: tuple[int, int]) ->
     return int(ids[int((below[ids] * inverse + noise.gumbel(low_high, ids)).argmax())])
 
 
+def row_top(
+    row: Logits, k: int, temperature: float = 0.0, low_high: tuple[int, int] | None = None
+) -> tuple[TokenIds, Logits, float]:
+    """([k] ids best first, [k] what they were ranked by, logsumexp) of a row: by logit, or with a temperature
+    and a key by logit / temperature + noise.
+
+    The noisy sums of the k best logits are a floor under the k best sums; tokens so far below it that no
+    draw can lift them over it are not hashed.
+    """
+    best = top_ids(row, k)
+    peak = row[best[0]]
+    if temperature == 0.0:
+        return best, row[best], float(peak) + math.log(float(np.exp(row - peak).sum(dtype=np.float64)))
+    if low_high is None:
+        raise ValueError("a noisy ranking needs a key per row")
+    scaled = (row - peak) * np.float32(1.0 / temperature)
+    total = math.log(float(np.exp(scaled).sum(dtype=np.float64)))
+    floor = float((scaled[best] + noise.gumbel(low_high, best)).min())
+    near = np.flatnonzero(scaled >= np.float32(floor - noise.MAX_GUMBEL - 1e-2))
+    sums = scaled[near] + noise.gumbel(low_high, near)
+    chosen = top_ids(sums, k)
+    level = peak / np.float32(temperature)  # the peak was taken out for precision
+    return near[chosen].astype(np.int32), sums[chosen] + level, total + float(level)
+
+
 def _argmax_lowest_id(ids: TokenIds, scores: Logits) -> int:
     """Index of the best score; among equal scores the one with the lowest token id."""
     best = np.flatnonzero(scores == scores.max())
@@ -273,6 +298,24 @@ def log_softmax_at(row: Logits, tokens: Sequence[int]) -> list[float]:
     peak = float(row.max())
     log_total = peak + math.log(float(np.exp(row - np.float32(peak)).sum(dtype=np.float64)))
     return [float(row[token]) - log_total for token in tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class HostTop:
+    """`Top` on the host: ids and values [N, k], logsumexp [N]."""
+
+    ids: TokenIds
+    values: Logits
+    total: Logits
+
+    @property
+    def tokens(self) -> HostTokens:
+        """[N * k] row by row."""
+        return HostTokens(self.ids.reshape(-1))
+
+    def numpy(self) -> tuple[TokenIds, Logits, Logits]:
+        """Ids, values and totals."""
+        return self.ids, self.values, self.total
 
 
 class HostScores:
@@ -312,11 +355,19 @@ class HostScores:
         chosen = [gumbel_argmax(row, temperature, (int(k[0]), int(k[1]))) for row, k in zip(rows, keys, strict=True)]
         return HostTokens(np.array(chosen, np.int32))
 
-    def top(self, k: int) -> tuple[TokenIds, Logits]:
-        """([N, k] ids, [N, k] logits), best first."""
+    def top(self, k: int, temperature: float = 0.0, keys: NoiseKeys | None = None) -> HostTop:
+        """The k best tokens of each row, best first, ties by lower id."""
         rows = self._fresh()
-        ids = np.stack([top_ids(row, k) for row in rows]) if len(rows) else np.zeros((0, k), np.int32)
-        return ids, np.take_along_axis(rows, ids, axis=1)
+        k = min(k, rows.shape[1])
+        tops = [
+            row_top(row, k, temperature, None if keys is None else (int(keys[i, 0]), int(keys[i, 1])))
+            for i, row in enumerate(rows)
+        ]
+        return HostTop(
+            np.array([top[0] for top in tops], np.int32).reshape(len(rows), k),
+            np.array([top[1] for top in tops], np.float32).reshape(len(rows), k),
+            np.array([top[2] for top in tops], np.float32),
+        )
 
     def rows(self, indices: Sequence[int]) -> Logits:
         """[len(indices), V]; a view where one row is asked."""

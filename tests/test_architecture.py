@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # not know each other, except in the top layer.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
-    frozenset({"tree", "noise"}),
+    frozenset({"tree", "noise", "replay"}),
     frozenset({"protocols"}),
     frozenset({"context", "sampling"}),
     frozenset({"verify", "drafters", "schedule"}),
@@ -40,7 +40,7 @@ TOP = len(LAYERS) - 1
 OUTSIDE_LAYERS = frozenset({"", "testing"})
 
 # What a backend implements, and the pieces it may build that from.
-FOR_BACKENDS = frozenset({"types", "errors", "protocols", "noise", "sampling", "context", "tree"})
+FOR_BACKENDS = frozenset({"types", "errors", "protocols", "noise", "sampling", "context", "tree", "replay"})
 
 RUNTIMES = frozenset({"mlx", "mlx_lm", "llama_cpp", "torch", "transformers", "backends", "cli"})
 OTHER_RUNTIMES = {

@@ -182,7 +182,7 @@ def test_log_softmax_sums_to_one() -> None:
 def test_host_scores_refuse_to_answer_after_the_next_pass() -> None:
     generation = [0]
     scores = HostScores(np.stack([row_of(20), row_of(20, 1)]), generation)
-    assert scores.num_rows == 2 and scores.top(3)[0].shape == (2, 3)
+    assert scores.num_rows == 2 and scores.top(3).numpy()[0].shape == (2, 3)
     generation[0] += 1
     keys = noise.keys(0, Purpose.TOKEN, np.arange(2))
     for ask in (scores.argmax, lambda: scores.winners(1.0, keys), lambda: scores.top(1), lambda: scores.rows([0])):

@@ -127,6 +127,11 @@ class LlamaState:
         """Number of pending nodes."""
         return len(self._parents)
 
+    @property
+    def num_replayed(self) -> int:
+        """Rewinding is free here."""
+        return 0
+
     def check_open(self) -> None:
         """Raise ValueError once the state or its model is closed."""
         if self.closed or self.cache.context.is_closed:

@@ -12,8 +12,6 @@ from localspec.types import Logits, NoiseKeys, TokenIds
 
 from .border import translated
 
-_TIE_ROOM = 32  # extra candidates of `top`, so that ties at its edge seldom need whole rows
-
 
 class Ledger:
     """The tokens that are still on the device, in the order in which they were made.
@@ -74,6 +72,20 @@ class DeviceTokens:
         return self._ids
 
 
+class DeviceTop:
+    """The best tokens of N rows on the device."""
+
+    def __init__(self, ids: mx.array, values: mx.array, total: mx.array, ledger: Ledger) -> None:
+        self.tokens = ledger.tokens(ids.reshape(-1))
+        self._values, self._total, self._ledger = values, total, ledger
+
+    def numpy(self) -> tuple[TokenIds, Logits, Logits]:
+        """([N, k] ids, [N, k] what they were ranked by, [N] logsumexp). Waits once for all three."""
+        self._ledger.fetch(self._values, self._total)
+        values = np.array(self._values)
+        return self.tokens.numpy().reshape(values.shape), values, np.array(self._total)
+
+
 class DeviceScores:
     """Logits [N, V] on the device. Never stale: arrays are values in MLX, so a later pass makes new ones."""
 
@@ -106,26 +118,18 @@ class DeviceScores:
         inverse = mx.array(1.0 / temperature, mx.float32)
         return self._ledger.tokens(_noisy_best(self._logits, mx.array(np.ascontiguousarray(keys, np.uint32)), inverse))
 
-    def top(self, k: int) -> tuple[TokenIds, Logits]:
-        """([N, k] ids, [N, k] logits), best first, ties by lower id. Waits."""
-        logits = self._float32()
-        num_rows, size = logits.shape
-        k = min(k, size)
-        if not num_rows or not k:
-            return np.zeros((num_rows, k), np.int32), np.zeros((num_rows, k), np.float32)
-        room = min(size, k + _TIE_ROOM)
-        ids = mx.argpartition(-logits, kth=room - 1, axis=-1)[:, :room].astype(mx.int32)
-        values = mx.take_along_axis(logits, ids, axis=-1)
-        edge = mx.sort(values, axis=-1)[:, room - k : room - k + 1]
-        num_at_least = mx.sum(logits >= edge, axis=-1)
-        self._ledger.fetch(ids, values, num_at_least)
-        top_ids, top_values = _best_first(np.array(ids), np.array(values), k)
-        crowded = np.flatnonzero(np.array(num_at_least) > room)
-        if len(crowded):  # more ties at the edge than candidates: decide these rows on the host
-            rows = self.rows(crowded.tolist())
-            everything = np.broadcast_to(np.arange(size, dtype=np.int32), rows.shape)
-            top_ids[crowded], top_values[crowded] = _best_first(everything, rows, k)
-        return top_ids, top_values
+    def top(self, k: int, temperature: float = 0.0, keys: NoiseKeys | None = None) -> DeviceTop:
+        """The k best tokens of each row, by logit or by logit over temperature plus noise. Does not wait."""
+        ranked = self._float32()
+        if temperature > 0.0:
+            ranked = ranked * mx.array(1.0 / temperature, mx.float32)
+        total = mx.logsumexp(ranked, axis=-1)
+        if temperature > 0.0:
+            if keys is None or len(keys) != self.num_rows:
+                raise ValueError(f"top needs keys for {self.num_rows} rows")
+            ranked = ranked + gumbel(mx.array(np.ascontiguousarray(keys, np.uint32)), ranked.shape[-1])
+        ids = _best(ranked, min(k, ranked.shape[-1]))
+        return DeviceTop(ids, mx.take_along_axis(ranked, ids, axis=-1), total, self._ledger)
 
     def rows(self, indices: Sequence[int]) -> Logits:
         """[len(indices), V] on the host. Waits."""
@@ -138,10 +142,18 @@ class DeviceScores:
         return np.asarray(logits)
 
 
-def _best_first(ids: TokenIds, values: Logits, k: int) -> tuple[TokenIds, Logits]:
-    """The k best of each row's candidates, ties by lower id."""
-    order = np.lexsort((ids, -values), axis=-1)[:, :k]
-    return np.take_along_axis(ids, order, axis=-1).astype(np.int32), np.take_along_axis(values, order, axis=-1)
+def _best(ranked: mx.array, k: int) -> mx.array:
+    """[N, k] indices of the k largest of each row, best first; ties in any order."""
+    num_rows, size = ranked.shape
+    if not num_rows or not k:
+        return mx.zeros((num_rows, k), mx.int32)
+    ids = (
+        mx.argpartition(-ranked, kth=k - 1, axis=-1)[:, :k]
+        if k < size
+        else mx.broadcast_to(mx.arange(size), ranked.shape)
+    )
+    order = mx.argsort(-mx.take_along_axis(ranked, ids, axis=-1), axis=-1)
+    return mx.take_along_axis(ids, order, axis=-1).astype(mx.int32)
 
 
 # ---------------------------------------------------------------- noise, as `localspec.noise` defines it

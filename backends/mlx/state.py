@@ -42,6 +42,11 @@ class MlxState:
         """Number of pending nodes."""
         return len(self._parents)
 
+    @property
+    def num_replayed(self) -> int:
+        """Rewinding is free here."""
+        return 0
+
     def check_open(self) -> None:
         """Raise ValueError once closed."""
         if self._closed:

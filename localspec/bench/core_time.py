@@ -76,6 +76,7 @@ class TableState:
     def __init__(self) -> None:
         self.length = 0
         self.num_pending = 0
+        self.num_replayed = 0
 
     def keep(self, path: Sequence[int]) -> None:
         """Count the kept nodes."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from localspec.context import Context, common_prefix
+from localspec.drafters.nothing import Nothing
 from localspec.engine.detokenize import Detokenizer
 from localspec.engine.prefix import encode_prompt
 from localspec.engine.round import Lane, RoundResult, TokenLogprob, run_round
@@ -18,7 +19,7 @@ from localspec.engine.stats import Stats
 from localspec.engine.stop import StopStrings
 from localspec.engine.width import pad
 from localspec.errors import PromptError
-from localspec.protocols import Drafter, HostTokens, LanguageModel, Step, chain_parents, require_rewind
+from localspec.protocols import Drafter, HostTokens, LanguageModel, Rewind, Step, chain_parents, require_rewind
 from localspec.sampling import Sampler, SamplingParams
 from localspec.types import TokenIds
 from localspec.verify import Acceptance, make_acceptance
@@ -183,7 +184,8 @@ class Session:
     """
 
     def __init__(self, model: LanguageModel, drafter: Drafter, *, acceptance: str | Acceptance = "walk") -> None:
-        require_rewind(model)
+        if not isinstance(drafter, Nothing):
+            require_rewind(model)
         self.acceptance = make_acceptance(acceptance) if isinstance(acceptance, str) else acceptance
         self.model = model
         self.drafter = drafter
@@ -308,6 +310,8 @@ class Session:
         started = perf_counter()
         last = len(tokens) - 1
         same = min(common_prefix(self.tokens, tokens), last, self._state.length)
+        if same < self._state.length and self.model.capabilities.rewind is Rewind.NEVER:
+            same = 0
         self._state.truncate(same)
         self._context = Context(tokens)
         while self._state.length < last and not stream.cancelled:

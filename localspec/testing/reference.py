@@ -83,6 +83,11 @@ class ReferenceState:
         """Number of pending nodes."""
         return len(self.pending)
 
+    @property
+    def num_replayed(self) -> int:
+        """Rewinding is free here."""
+        return 0
+
     def check_open(self) -> None:
         """Raise ValueError once closed."""
         if self.closed:

@@ -195,14 +195,15 @@ def test_a_round_without_room_is_not_blamed_on_the_drafter() -> None:
         assert session.generate([1, 2], replace(FREE, max_tokens=1)).plain_because == "no round had room for a guess"
 
 
-@pytest.mark.parametrize("rewind", [Rewind.NEVER, Rewind.REPLAY])
-def test_models_that_cannot_take_tokens_back_are_refused(rewind: Rewind) -> None:
+def test_a_model_that_cannot_take_tokens_back_decodes_plainly_only() -> None:
     target = model()
-    target.capabilities = replace(target.capabilities, rewind=rewind)
-    with pytest.raises(UnsupportedModelError, match="take tokens back"):
-        Session(target, Nothing())
+    target.capabilities = replace(target.capabilities, rewind=Rewind.NEVER, limits=("layer 3 is a black hole",))
+    with pytest.raises(UnsupportedModelError, match=r"black hole.*--plain"):
+        Session(target, Ngram())
     with pytest.raises(UnsupportedModelError, match="take tokens back"):
         DraftModel(target)
+    with Session(target, Nothing()) as session:
+        assert session.generate([1, 2], FREE).tokens
 
 
 class Failing(ReferenceModel):
