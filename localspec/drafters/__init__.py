@@ -64,12 +64,12 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | None) -> Drafte
     return maker(**settings)
 
 
-def _convert(name: str, key: str, value: str, arguments: Mapping[str, inspect.Parameter]) -> int | float:
+def _convert(name: str, key: str, value: str, arguments: Mapping[str, inspect.Parameter]) -> int | float | str:
     """A setting's text as the type of its default."""
     known = {setting: p.default for setting, p in arguments.items() if p.kind is p.KEYWORD_ONLY}
     if key not in known:
         raise UnknownNameError.among(f"setting of drafter {name}:", key, known)
-    kind: type[int] | type[float] = type(known[key])
+    kind: type[int] | type[float] | type[str] = type(known[key])
     try:
         return kind(value)
     except ValueError:

@@ -23,6 +23,7 @@ class Ngram:
     """
 
     name = "ngram"
+    needs_trees = False
 
     def __init__(self, *, num: int = 8, max: int = 4, min: int = 2) -> None:  # noqa: A002 - users type these words
         if not 1 <= num <= 256:
@@ -44,7 +45,7 @@ class Ngram:
     def propose(self, request: DraftRequest) -> Proposal:
         """What followed the longest n-gram the last time."""
         self._extend(request.context.tokens)
-        num = min(self.num, request.max_nodes)
+        num = min(self.num, request.max_nodes, request.max_depth)
         if num < 1:
             return Proposal(self.name)
         for size in self.sizes:

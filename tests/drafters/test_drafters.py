@@ -16,6 +16,7 @@ from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Prop
 from localspec.sampling import Law, Sampler, SamplingParams
 from localspec.testing.drafters import DrafterConformance
 from localspec.testing.reference import ReferenceModel, random_tree
+from localspec.tree.mask import depths, is_chain
 
 
 class TestNothing(DrafterConformance):
@@ -65,10 +66,46 @@ class TestDraftModelOnADevice(DrafterConformance):
         return model
 
 
+class TestTreeOfADraftModel(DrafterConformance):
+    draws = True
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(0.5), num=12, shape="tree")
+
+
+class TestGreedyTreeOfADraftModel(DrafterConformance):
+    draws = True
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(0.5), num=9, shape="tree", depth=4, guess="greedy", min_prob=0.02)
+
+
+class TestFanOutOfADraftModel(DrafterConformance):
+    draws = True
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(0.5), shape="3-2-1")
+
+
+class TestTreeOnADevice(TestDraftModelOnADevice):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        draft = target.perturbed(0.5)
+        draft.capabilities = replace(draft.capabilities, host_scores=False)
+        return DraftModel(draft, num=12, shape="tree")
+
+
+class TestFanOutOnADevice(TestDraftModelOnADevice):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        draft = target.perturbed(0.5)
+        draft.capabilities = replace(draft.capabilities, host_scores=False)
+        return DraftModel(draft, num=8, shape="2-2-1")
+
+
 class Adversary:
     """Guesses a random bush of any tokens: the worst drafter the engine must survive."""
 
     name = "adversary"
+    needs_trees = False
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(3)
@@ -78,9 +115,12 @@ class Adversary:
 
     def propose(self, request: DraftRequest) -> Proposal:
         size = min(request.max_nodes, 9)
-        tokens = self.rng.integers(0, 48, size).astype(np.int32)
-        chain = np.arange(-1, size - 1, dtype=np.int32)
-        return Proposal(self.name, (HostTokens(tokens),), random_tree(self.rng, size) if request.trees else chain)
+        parents = random_tree(self.rng, size) if request.trees else np.arange(-1, size - 1, dtype=np.int32)
+        parents = parents[depths(parents) < request.max_depth] if is_chain(parents) else parents
+        if int(depths(parents).max(initial=-1)) >= request.max_depth:
+            parents = np.full(min(size, request.max_depth * size), -1, np.int32)
+        tokens = self.rng.integers(0, 48, len(parents)).astype(np.int32)
+        return Proposal(self.name, (HostTokens(tokens),), parents)
 
     def observe(self, outcome: Outcome) -> None:
         pass
@@ -96,7 +136,14 @@ class TestAdversary(DrafterConformance):
 
 def request(tokens: list[int], budget: int, params: SamplingParams | None = None) -> DraftRequest:
     sampler = Sampler(params or SamplingParams(), 0)
-    return DraftRequest(context=Context(tokens), max_nodes=budget, sampler=sampler, stop_tokens=frozenset())
+    return DraftRequest(
+        context=Context(tokens),
+        max_nodes=budget,
+        max_depth=budget,
+        sampler=sampler,
+        stop_tokens=frozenset(),
+        trees=True,
+    )
 
 
 def proposed(drafter: Drafter, tokens: list[int], budget: int = 16) -> list[int]:
@@ -187,7 +234,7 @@ def test_a_long_prompt_is_fed_in_pieces() -> None:
     tokens = np.random.default_rng(0).integers(0, 48, 700).tolist()
     short = DraftModel(ReferenceModel(48, seed=5, context_length=2000), num=2)
     assert proposed(drafter, tokens) == proposed(short, tokens)
-    assert drafter._state.length == 512
+    assert drafter._cache.length == 512
 
 
 def test_a_drafter_with_a_shorter_context_falls_silent_instead_of_failing() -> None:
@@ -255,7 +302,12 @@ def test_auto_takes_the_draft_model_where_there_is_one() -> None:
         ("ngram:max=three", SettingError, "a number"),
         ("ngram:min=5,max=2", SettingError, "min <= max"),
         ("ngram:num=0", SettingError, "1 to 256"),
-        ("draft_model:num=99", SettingError, "1 to 64"),
+        ("draft_model:num=999", SettingError, "1 to 256"),
+        ("draft_model:shape=bush", SettingError, "chain, tree, or children"),
+        ("draft_model:shape=3-0", SettingError, "chain, tree, or children"),
+        ("draft_model:shape=16-16-16", SettingError, "at most 256"),
+        ("draft_model:guess=wildly", SettingError, "coupled or greedy"),
+        ("draft_model:shape=tree,depth=-1", SettingError, "depth out of range"),
         ("draft_model:min_prob=1", SettingError, "below 1"),
         ("nothing:num=2", UnknownNameError, "setting of drafter nothing"),
     ],
