@@ -381,6 +381,51 @@ def speed(output: Path | None, repeats: int, **options: Any) -> None:
 
 
 @bench.command()
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON lines [default: bundled held-out prompts].",
+)
+@click.option("--domain", "domains", multiple=True, help="chat, code or prose [default: all].")
+@click.option("--per-domain", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Longest answer.")
+@click.option(
+    "--at", "temperatures", multiple=True, type=float, default=(0.0, 0.8), show_default=True, help="Temperatures."
+)
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    type=click.IntRange(1, 256),
+    default=(4, 8, 16, 32),
+    show_default=True,
+    help="Nodes per round.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    callback=_in_a_folder,
+    help="Also write every measurement as JSON.",
+)
+@load_options
+def trees(
+    temperatures: Sequence[float], budgets: Sequence[int], tokens: int, output: Path | None, **options: Any
+) -> None:
+    """Accepted length of chains and trees at equal budgets, by how they are guessed and accepted."""
+    from localspec.bench.trees import measure, table
+    from localspec.drafters import DrafterSpec
+
+    def save(report: Report) -> None:
+        if output is not None:
+            output.write_text(json.dumps(report.as_dict(), indent=1))
+
+    prompts = _workload(options)
+    with _open(options, DrafterSpec.parse("draft_model:shape=tree")) as pair:
+        report = measure(pair, prompts, temperatures, budgets, tokens, save)
+    _finish_bench(table(report), report.as_dict(), output)
+
+
+@bench.command()
 @click.option("--vocabulary", type=click.IntRange(min=100), default=151_936, show_default=True)
 @click.option("--nodes", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=200, show_default=True)

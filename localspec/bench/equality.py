@@ -106,10 +106,10 @@ def compare(
             tokens = prompt.encode(pair.target.tokenizer)
             for temperature in temperatures:
                 params = SamplingParams(temperature=temperature, seed=1000 + number, max_tokens=max_tokens)
-                session.drafter = plain
+                session.use(plain)
                 want = session.generate(tokens.tolist(), params).tokens
                 for name, drafter in makers.items():
-                    session.drafter = drafter
+                    session.use(drafter)
                     result = session.generate(tokens.tolist(), params)
                     _row(report, name, temperature, prompt.domain).add(result, want)
                     if result.tokens != want:

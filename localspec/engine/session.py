@@ -184,15 +184,22 @@ class Session:
     """
 
     def __init__(self, model: LanguageModel, drafter: Drafter, *, acceptance: str | Acceptance = "walk") -> None:
-        if not isinstance(drafter, Nothing):
-            require_rewind(model)
-        _require_trees(model, drafter)
-        self.acceptance = make_acceptance(acceptance) if isinstance(acceptance, str) else acceptance
         self.model = model
-        self.drafter = drafter
+        self.acceptance = make_acceptance(acceptance) if isinstance(acceptance, str) else acceptance
+        self.use(drafter)
         self._context = Context()
         self._live: Stream | None = None
         self._state = model.open()
+
+    def use(self, drafter: Drafter, acceptance: Acceptance | None = None) -> None:
+        """Draft with another drafter, and accept by another rule, from the next answer on; the former drafter
+        is not closed. Raises UnsupportedModelError if the model cannot serve it."""
+        if not isinstance(drafter, Nothing):
+            require_rewind(self.model)
+        _require_trees(self.model, drafter)
+        self.drafter = drafter
+        if acceptance is not None:
+            self.acceptance = acceptance
 
     @property
     def tokens(self) -> TokenIds:

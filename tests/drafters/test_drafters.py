@@ -313,7 +313,7 @@ def test_the_engine_holds_proposals_to_the_request(
     with Session(target, Greedy(Proposal("greedy", tokens, np.array(parents, np.int32), laws))) as session:
         with pytest.raises(ValueError, match=words):
             session.generate([1, 2], SamplingParams(max_tokens=12))
-        session.drafter = Nothing()
+        session.use(Nothing())
         assert len(session.generate([1, 2], SamplingParams(max_tokens=12, ignore_eos=True)).tokens) == 12
 
 
