@@ -15,6 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from localspec.bench.equality import Report
+    from localspec.bench.trees import Report as TreeReport
     from localspec.drafters import DrafterSpec
     from localspec.engine.session import Generation
     from localspec.loading import Pair
@@ -415,7 +416,7 @@ def trees(
     from localspec.bench.trees import measure, table
     from localspec.drafters import DrafterSpec
 
-    def save(report: Report) -> None:
+    def save(report: TreeReport) -> None:
         if output is not None:
             output.write_text(json.dumps(report.as_dict(), indent=1))
 
@@ -429,11 +430,12 @@ def trees(
 @click.option("--vocabulary", type=click.IntRange(min=100), default=151_936, show_default=True)
 @click.option("--nodes", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=200, show_default=True)
-def core(vocabulary: int, nodes: int, rounds: int) -> None:
+@click.option("--trees", is_flag=True, help="Trees of up to eight levels, their growing counted, instead of chains.")
+def core(vocabulary: int, nodes: int, rounds: int, trees: bool) -> None:
     """Time the core's own work per round, outside model calls."""
     from localspec.bench.core_time import measure, table
 
-    click.echo(table(measure(vocabulary, nodes, rounds)))
+    click.echo(table(measure(vocabulary, nodes, rounds, trees=trees)))
 
 
 def _workload(options: dict[str, Any]) -> list[Any]:

@@ -24,6 +24,8 @@ from localspec.tree.token_tree import TokenTree
 
 Scores = NDArray[np.float64]
 
+_ROUNDING = 1e-9
+
 
 class Grower:
     """A tree in the making. Offered nodes are numbered from 0 in the order of offering; -1 is the anchor.
@@ -73,21 +75,24 @@ class Grower:
         if depth >= len(self.branching):
             return
         above = self._reach[parent] if parent >= 0 else 0.0
+        floor = self._floor()
         for token, value in zip(tokens[: self.branching[depth]], log_q[: self.branching[depth]], strict=True):
-            if value > 1e-9:
+            if value > _ROUNDING:
                 raise ValueError(f"a chance cannot exceed 1: logarithm {value}")
             edge = min(float(value), 0.0)
-            if above + edge <= self._floor():
-                continue
+            reach = above + edge
+            if reach <= floor:
+                break  # so are the others, which are no better
             self._tokens.append(int(token))
             self._parents.append(parent)
             self._log_q.append(edge)
-            self._reach.append(above + edge)
+            self._reach.append(reach)
             self._depth.append(depth)
             if len(self._best) < self.max_nodes:
-                heapq.heappush(self._best, above + edge)
+                heapq.heappush(self._best, reach)
             else:
-                heapq.heapreplace(self._best, above + edge)
+                heapq.heapreplace(self._best, reach)
+            floor = self._floor()
 
     def frontier(self) -> list[int]:
         """The nodes of the newest level that are among the best so far: those whose children are worth asking
