@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from localspec.errors import TraceFileError
@@ -17,7 +16,7 @@ from localspec.trace.layout import children_of
 from localspec.trace.record import Round
 from localspec.trace.summary import round_line, stats_lines
 from localspec.trace.svg import odds_text, svg
-from localspec.trace.text import quoted, tail
+from localspec.trace.text import head, quoted, tail
 
 _MOST_ROUNDS = 40  # in the table
 _TAKEN, _BONUS, _MISSED = "bold green", "bold yellow", "dim"
@@ -29,7 +28,7 @@ def show_trace(trace: Trace, number: int | None, picture: Path | None) -> None:
 
     Raises SettingError for a round that is not there, TraceFileError if the picture cannot be written.
     """
-    chosen = trace.largest() if number is None else trace.round(number)
+    chosen = trace.telling() if number is None else trace.round(number)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if number is None:
         _overview(console, trace)
@@ -62,38 +61,36 @@ def _overview(console: Console, trace: Trace) -> None:
     if not trace.rounds:
         console.print("no rounds")
         return
-    console.print(rounds_table(trace), soft_wrap=False)
+    console.print(rounds_table(trace, console.width if console.is_terminal else None))
     left = len(trace.rounds) - _MOST_ROUNDS
     if left > 0:
         console.print(f"and {left} more: --round N draws any of 1 to {len(trace.rounds)}", style="dim")
     console.print()
     for label, value in stats_lines(trace.stats()):
         console.print(f"{label:<10} {value}")
-    console.print(f"\nthe largest tree (--round N draws another of 1 to {len(trace.rounds)}):")
+    console.print(f"\na large tree (--round N draws another of 1 to {len(trace.rounds)}):")
 
 
-def rounds_table(trace: Trace) -> Table:
-    """The first rounds, one a line."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("round", "nodes", "depth", "accepted", "ms"):
-        table.add_column(name, justify="right")
-    table.add_column("emitted", no_wrap=True, overflow="ellipsis")
+def rounds_table(trace: Trace, num_cells: int | None) -> str:
+    """The first rounds, one a line of at most so many cells."""
+    lines = ["round  nodes  depth  accepted      ms  emitted"]
     for entry in trace.rounds[:_MOST_ROUNDS]:
-        text = b"".join(token.raw for token in entry.emitted)
         milliseconds = entry.draft_ms + entry.verify_ms + entry.host_ms
-        numbers = (entry.number, len(entry.nodes), entry.depth, len(entry.path))
-        table.add_row(*map(str, numbers), f"{milliseconds:.1f}", Text(quoted(text)))
-    return table
+        numbers = f"{entry.number:5}  {len(entry.nodes):5}  {entry.depth:5}  {len(entry.path):8}  {milliseconds:6.1f}  "
+        text = quoted(b"".join(token.raw for token in entry.emitted))
+        lines.append(numbers + (text if num_cells is None else head(text, num_cells - len(numbers))))
+    return "\n".join(lines)
 
 
 def round_text(entry: Round, before: bytes, num_rounds: int, lines: bool) -> Text:
-    """A round as a tree. before: what its answer said so far.  lines: may it use more than ASCII?"""
+    """A round as a tree. before: what its answer said so far, with the anchor.  lines: more than ASCII?"""
     fork, last, pipe, tick = _TREE[lines]
     text = Text()
     text.append(f"round {entry.number} of {num_rounds}", style="bold")
     separator = " · " if lines else ", "
     text.append(f"{separator}{round_line(entry)}".replace(" · ", separator) + "\n")
-    text.append(f"after {quoted(tail(before, 60).encode())}\n", style=_MISSED)
+    if len(before) > len(entry.anchor.raw):
+        text.append(f'after "{tail(before, 60)}"\n', style=_MISSED)
     sources = entry.sources
     if len(sources) == 1:
         text.append(f"guessed by {sources[0]}; {tick} taken, + the model's own token (bonus)\n", style=_MISSED)

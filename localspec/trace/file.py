@@ -140,9 +140,13 @@ class Trace:
         said = [r.emitted for r in self.rounds[: entry.number - 1] if r.answer == entry.answer]
         return b"".join(token.raw for tokens in said for token in tokens) or entry.anchor.raw
 
-    def largest(self) -> Round | None:
-        """The round with most to see: the largest tree, of those the one that gave most tokens."""
-        return max(self.rounds, key=lambda r: (len(r.nodes), len(r.emitted)), default=None)
+    def telling(self) -> Round | None:
+        """The round with most to see: of the largest trees one where a later guess was taken, and that gave most."""
+
+        def interest(entry: Round) -> tuple[int, bool, int]:
+            return len(entry.nodes), any(entry.record().accepted_ranks), len(entry.path)
+
+        return max(self.rounds, key=interest, default=None)
 
 
 def read_trace(path: Path) -> Trace:

@@ -20,6 +20,7 @@ _CELL = 7.9  # of a 13 px monospace font
 _SMALL_CELL = 6.7  # of an 11 px one
 _BOX, _PITCH = 28.0, 44.0  # height of a box, and of a row
 _MARGIN, _TOP = 24.0, 92.0
+_ODDS = 42.0  # of a probability and the air around it
 _MOST_CELLS = 18
 _SOURCES = ("#2563eb", "#c026d3", "#0e7490", "#c2410c", "#4d7c0f", "#7c3aed")
 
@@ -69,26 +70,27 @@ class _Box:
 
 
 def svg(entry: Round, before: bytes = b"") -> str:
-    """The picture. before: what the answer said so far, shown above it."""
+    """The picture. before: what the answer said so far, the anchor included; shown above it."""
     boxes = _boxes(entry)
     parents = [box.parent for box in boxes]
     depth = _depths(parents)
-    gap = 76.0 if any(box.odds for box in boxes) else 40.0
+    room = _ODDS if any(box.odds for box in boxes) else 6.0  # before each box, where its edge runs level
+    gap = room + 34.0
     lefts = _columns(boxes, depth, gap)
     tops = [_TOP + row * _PITCH for row in tidy_rows(parents)]
     title = f"Round {entry.number}"
-    said = tail(before, 72)
+    said = f"after “{tail(before, 72)}”" if len(before) > len(entry.anchor.raw) else ""
     key = _legend(entry, boxes)
     width = max(
         max(lefts[depth[i]] + box.width for i, box in enumerate(boxes)),
         _MARGIN + cell_len(round_line(entry)) * _SMALL_CELL,
-        _MARGIN + (cell_len(said) + 8) * _SMALL_CELL,
+        _MARGIN + cell_len(said) * _SMALL_CELL,
         _MARGIN + key[1],
     )
     width, height = width + _MARGIN, max(tops) + _BOX + 64.0
     ends = [(lefts[depth[i]], tops[i] + _BOX / 2) for i in range(len(boxes))]  # where edges arrive
     below = sorted(range(1, len(boxes)), key=lambda i: boxes[i].kind != "missed")  # the taken path lies on top
-    edges = [_edge(boxes[i], boxes[parents[i]].width, ends[parents[i]], ends[i]) for i in below]
+    edges = [_edge(boxes[i], boxes[parents[i]].width, ends[parents[i]], ends[i], room) for i in below]
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" style="color-scheme: light">',
@@ -97,7 +99,7 @@ def svg(entry: Round, before: bytes = b"") -> str:
         f'<rect class="background" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1:.0f}" rx="10"/>',
         f'<text class="title" x="{_MARGIN}" y="34">{title}</text>',
         f'<text class="small" x="{_MARGIN}" y="53">{escape(round_line(entry))}</text>',
-        f'<text class="small" x="{_MARGIN}" y="71" xml:space="preserve">after   {escape(said)}</text>' if said else "",
+        f'<text class="small" x="{_MARGIN}" y="71" xml:space="preserve">{escape(said)}</text>' if said else "",
         *edges,
         *(_node(box, lefts[depth[i]], tops[i]) for i, box in enumerate(boxes)),
         f'<g transform="translate({_MARGIN} {height - 20:.0f})">{key[0]}</g>',
@@ -144,10 +146,10 @@ def _columns(boxes: Sequence[_Box], depth: Sequence[int], gap: float) -> list[fl
     return lefts
 
 
-def _edge(box: _Box, parent_width: float, parent: tuple[float, float], end: tuple[float, float]) -> str:
-    """A curve from the parent's right end; it runs level before the box, under its probability."""
+def _edge(box: _Box, parent_width: float, parent: tuple[float, float], end: tuple[float, float], room: float) -> str:
+    """A curve from the parent's right end; over the last `room` it runs level, under the probability."""
     (x1, y1), (x2, y2) = (parent[0] + parent_width, parent[1]), end
-    level = x2 - (42.0 if box.odds else 6.0)
+    level = x2 - room
     start = max(x1, level - 56.0)
     middle = (start + level) / 2
     path = f"M{x1:.1f} {y1:.1f}H{start:.1f}C{middle:.1f} {y1:.1f} {middle:.1f} {y2:.1f} {level:.1f} {y2:.1f}H{x2:.1f}"

@@ -49,38 +49,36 @@ def visible(raw: bytes) -> Iterator[tuple[str, bool]]:
 
 def clipped(parts: Iterator[tuple[str, bool]], num_cells: int) -> list[tuple[str, bool]]:
     """The parts that fit into so many cells of a fixed-width font, an ellipsis where some do not."""
-    chars = [(char, special) for text, special in parts for char in text]
-    if sum(cell_len(char) for char, _ in chars) <= num_cells:
-        return _joined(chars)
-    room, kept = num_cells - 1, []
-    for char, special in chars:
-        room -= cell_len(char)
-        if room < 0:
+    all_parts = list(parts)
+    if sum(cell_len(text) for text, _ in all_parts) <= num_cells:
+        return all_parts
+    kept: list[tuple[str, bool]] = []
+    room = num_cells - 1
+    for text, special in all_parts:
+        fitting = _fitting(text, room)
+        if fitting:
+            kept.append((fitting, special))
+        room -= cell_len(fitting)
+        if fitting != text:
             break
-        kept.append((char, special))
-    return _joined([*kept, ("…", True)])
+    return [*kept, ("…", True)]
+
+
+def head(text: str, num_cells: int) -> str:
+    """The beginning of a text, an ellipsis behind it where more comes."""
+    return text if cell_len(text) <= num_cells else _fitting(text, num_cells - 1) + "…"
 
 
 def tail(raw: bytes, num_cells: int) -> str:
-    """The end of a text on one line, blanks as they are, an ellipsis before it where more came."""
-    text = "".join(" " if char.isspace() else _escaped(char) for char in raw.decode(errors="replace"))
-    if cell_len(text) <= num_cells:
-        return text
-    kept: list[str] = []
-    room = num_cells - 1
-    for char in reversed(text):
-        room -= cell_len(char)
-        if room < 0:
-            break
-        kept.append(char)
-    return "…" + "".join(reversed(kept))
+    """The end of a text on one line, escaped as in `quoted`, an ellipsis before it where more came."""
+    text = "".join(char if char in '"\\' else _escaped(char) for char in raw.decode(errors="surrogateescape"))
+    return text if cell_len(text) <= num_cells else "…" + _fitting(text[::-1], num_cells - 1)[::-1]
 
 
-def _joined(chars: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    parts: list[tuple[str, bool]] = []
-    for char, special in chars:
-        if parts and parts[-1][1] == special:
-            parts[-1] = (parts[-1][0] + char, special)
-        else:
-            parts.append((char, special))
-    return parts
+def _fitting(text: str, num_cells: int) -> str:
+    """As many characters from the beginning as fit."""
+    for end, char in enumerate(text):
+        num_cells -= cell_len(char)
+        if num_cells < 0:
+            return text[:end]
+    return text
