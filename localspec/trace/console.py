@@ -68,7 +68,7 @@ def _overview(console: Console, trace: Trace) -> None:
     console.print()
     for label, value in stats_lines(trace.stats()):
         console.print(f"{label:<10} {value}")
-    console.print(f"\na large tree (--round N draws another of 1 to {len(trace.rounds)}):")
+    console.print(f"\nthe most telling one (--round N draws another of 1 to {len(trace.rounds)}):")
 
 
 def rounds_table(trace: Trace, num_cells: int | None) -> str:
