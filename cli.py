@@ -336,9 +336,7 @@ def generate(
 
 @main.command("trace")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "--round", "number", type=int, metavar="N", help="Draw this round [default: an overview, the largest tree]."
-)
+@click.option("--round", "number", type=int, metavar="N", help="Draw this round [default: all, and the most telling].")
 @click.option(
     "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT", help="Also write the round as a picture."
 )

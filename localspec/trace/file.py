@@ -141,10 +141,12 @@ class Trace:
         return b"".join(token.raw for tokens in said for token in tokens) or entry.anchor.raw
 
     def telling(self) -> Round | None:
-        """The round with most to see: of the largest trees one where a later guess was taken, and that gave most."""
+        """The round with most to see: of the largest trees one where a later guess was taken, or where some
+        guesses were taken and some were not."""
 
-        def interest(entry: Round) -> tuple[int, bool, int]:
-            return len(entry.nodes), any(entry.record().accepted_ranks), len(entry.path)
+        def interest(entry: Round) -> tuple[int, bool, bool, int]:
+            is_mixed = 0 < len(entry.path) < len(entry.nodes)
+            return len(entry.nodes), any(entry.record().accepted_ranks), is_mixed, len(entry.path)
 
         return max(self.rounds, key=interest, default=None)
 
