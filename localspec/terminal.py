@@ -378,6 +378,7 @@ def stats_table(results: list[Generation]) -> Table:
             sum(s.verify_ms for s in group),
             sum(s.host_ms for s in group),
             sum(s.prefill_ms for s in group),
+            sum(s.num_replayed for s in group),
         )
         for group in stats
     ]
@@ -390,6 +391,8 @@ def stats_table(results: list[Generation]) -> Table:
     row("time verifying", [_ratio(100 * t[5], t[4] + t[5] + t[6], 0, "%") for t in totals])
     row("time on the host", [_ratio(100 * t[6], t[4] + t[5] + t[6], 1, "%") for t in totals])
     row("prefill", [f"{t[7]:.0f} ms" for t in totals])
+    if totals[1][8]:
+        row("tokens run again", [str(t[8]) for t in totals])
     depths = results[-1].stats.acceptance_by_depth
     row("accepted by depth", [" ".join(f"{100 * rate:.0f}%" for rate in depths) or "-", "", ""])
     for label, values in rows:

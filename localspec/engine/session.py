@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text of the stream and who guessed its tokens: a drafter's name, or TARGET.
+    """Some text of the stream and who guessed its tokens (`Proposal.sources`), or TARGET.
 
     rank: how many guesses for the same place stood before it in the tree; 0 in a chain.
     """

@@ -43,7 +43,14 @@ def count_sources(sources: Iterable[str]) -> dict[str, int]:
 
 def sibling_ranks(parents: NodeIndices, path: Sequence[int]) -> tuple[int, ...]:
     """Per node of `path` the number of its siblings that stand before it in the tree [N]."""
-    return tuple(int((parents[:node] == parents[node]).sum()) for node in path)
+    if not path:
+        return ()
+    seen: dict[int, int] = {}  # parent -> children so far
+    ranks = []
+    for parent in parents[: path[-1] + 1].tolist():
+        ranks.append(seen.get(parent, 0))
+        seen[parent] = ranks[-1] + 1
+    return tuple(ranks[node] for node in path)
 
 
 @dataclass(slots=True)

@@ -28,7 +28,7 @@ _STYLE = """
 text { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px }
 .title { font-size: 15px; font-weight: 700; fill: #0f172a }
 .small { font-size: 11px; fill: #475569 }
-.blank { fill-opacity: 0.55 }
+.blank { fill-opacity: 0.75 }
 rect { fill: #f8fafc; stroke: #cbd5e1; stroke-width: 1.25 }
 .background { fill: #ffffff; stroke: #e2e8f0 }
 .node text { fill: #64748b }
