@@ -145,7 +145,8 @@ def draft_options(command: F) -> F:
             default="auto",
             show_default=True,
             metavar="NAME[:SETTING=VALUE,...]",
-            help="auto, draft_model, ngram or nothing; e.g. ngram:max=4,num=8.",
+            help="auto, draft_model, ngram or nothing; e.g. ngram:max=4,num=8, draft_model:num=16,shape=tree, or "
+            "draft_model+ngram for both in one tree.",
         ),
         click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),
         click.option(
@@ -248,7 +249,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
     system = system and decode_argument(system, "--system")
     params = _sampling(options, default_temperature=0.7)
     spec = _drafter_spec(options)
-    with TraceWriter(trace) as writer, _open(options) as pair:
+    with TraceWriter(trace) as writer, _open(options, spec) as pair:
         program = ChatProgram(
             pair,
             spec,
@@ -307,7 +308,7 @@ def generate(
     spec = _drafter_spec(options)
     with (
         TraceWriter(trace) as writer,
-        _open(options, quiet=as_json) as pair,
+        _open(options, spec, quiet=as_json) as pair,
         pair.session(spec, acceptance=options["acceptance"]) as session,
     ):
         if not raw and pair.target.tokenizer.chat_template is not None:
@@ -421,8 +422,7 @@ def equality(output: Path | None, **options: Any) -> None:
             output.write_text(json.dumps(report.as_dict(), indent=1))
 
     prompts = _workload(options)
-    # the draft model needs a sequence per drafter, the target one to look at differences
-    with _open(options, num_sequences=len(options["drafters"]) + 1) as pair:
+    with _open_for(options, options["drafters"]) as pair:
         report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], save)
     _finish_bench(table(report), report.as_dict(), output)
     sys.exit(0 if report.all_equal else 1)
@@ -437,7 +437,7 @@ def speed(output: Path | None, repeats: int, **options: Any) -> None:
     from localspec.bench.speed import measure, table
 
     prompts = _workload(options)
-    with _open(options, num_sequences=len(options["drafters"]) + 1) as pair:
+    with _open_for(options, options["drafters"]) as pair:
         report = measure(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], repeats)
     _finish_bench(table(report), report.as_dict(), output)
 
@@ -459,20 +459,29 @@ def _workload(options: dict[str, Any]) -> list[Any]:
     return load_prompts(options["prompts"], options["domains"], options["per_domain"])
 
 
+def _open_for(options: dict[str, Any], drafters: Sequence[str]) -> Pair:
+    """A pair for a benchmark: a draft sequence per drafter, and one of the target to look at differences."""
+    from localspec.drafters import DrafterSpec
+
+    specs = [DrafterSpec.parse(text) for text in drafters]
+    return _open(options, *specs, num_sequences=1 + sum(1 + len(spec.others) for spec in specs))
+
+
 def _finish_bench(text: str, data: dict[str, Any], output: Path | None) -> None:
     click.echo(text)
     if output is not None:
         output.write_text(json.dumps(data, indent=1))
 
 
-def _open(options: dict[str, Any], *, quiet: bool = False, num_sequences: int = 1) -> Pair:
-    """Load the pair that the options name, with a sign of life on the terminal."""
+def _open(options: dict[str, Any], *specs: DrafterSpec, quiet: bool = False, num_sequences: int = 1) -> Pair:
+    """Load the pair that the options name, fit for these drafters, with a sign of life on the terminal."""
     from localspec.loading import open_pair
     from localspec.protocols import LoadSettings
     from localspec.terminal import loading
 
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
-    settings = LoadSettings(num_sequences=num_sequences, **{name: options[name] for name in names})
+    trees = any(spec.asks_for_trees for spec in specs)
+    settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
     with loading(quiet=quiet):
         return open_pair(options["target"], options["draft"], backend=options["backend"], settings=settings)
 
@@ -493,7 +502,7 @@ def _drafter_spec(options: dict[str, Any]) -> DrafterSpec:
         if given or options["drafter"] != "auto" or options["spec_type"] is not None:
             raise SettingError("--plain leaves nothing to draft", fix="Leave out --plain, or the drafter's options.")
         return DrafterSpec.parse("nothing")
-    return DrafterSpec(spec.name, {**spec.settings, **given})
+    return spec.with_settings(given)
 
 
 def _sampling(options: dict[str, Any], *, default_temperature: float) -> SamplingParams:

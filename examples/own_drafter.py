@@ -25,6 +25,7 @@ class AfterAnchor:
     """
 
     name = "after_anchor"
+    needs_trees = False
 
     def __init__(self, *, num: int = 4, branches: int = 2) -> None:
         self.num = num
@@ -34,7 +35,7 @@ class AfterAnchor:
         """Nothing is remembered between rounds, so there is nothing to prepare."""
 
     def propose(self, request: DraftRequest) -> Proposal:
-        """A tree of at most `request.max_nodes` nodes."""
+        """A tree within the request's budget."""
         tokens = request.context.tokens
         branches = self.branches if request.trees else 1
         starts = np.flatnonzero(tokens[:-1] == request.context.anchor) + 1
@@ -42,7 +43,7 @@ class AfterAnchor:
         parents: list[int] = []
         firsts: set[int] = set()
         for start in starts[::-1].tolist():
-            room = min(self.num, request.max_nodes - len(ids))
+            room = min(self.num, request.max_depth, request.max_nodes - len(ids))
             if room < 1 or len(firsts) == branches:
                 break
             branch = tokens[start : start + room].tolist()

@@ -72,9 +72,8 @@ class Top(Protocol):
         """[N * k] row by row, best first; does not wait."""
         ...
 
-    def numpy(self) -> tuple[TokenIds, Logits, Logits]:
-        """([N, k] ids, [N, k] what they were ranked by, [N] logsumexp of logits, over temperature where there
-        is one). Waits for the device."""
+    def numpy(self) -> tuple[TokenIds, Logits]:
+        """([N, k] ids, [N, k] what they were ranked by). Waits for the device."""
         ...
 
 
@@ -402,16 +401,18 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftRequest:
-    """What the engine wants guessed: at most `max_nodes` nodes below the context's last token.
+    """What the engine wants guessed: at most `max_nodes` nodes in at most `max_depth` levels below the
+    context's last token.
 
     sampler: the target's sampling settings, so that a drafter can guess with the same noise.
     trees: the target can verify nodes with several children; otherwise propose a chain.
     needs_law: the acceptance rule needs the distribution that each token was drawn from, so tokens
-    must be *drawn* from it (rejection), not chosen.
+    must be *drawn* from it (rejection), not chosen.  max_depth: longest path that could be emitted.
     """
 
     context: Context
     max_nodes: int
+    max_depth: int
     sampler: Sampler
     stop_tokens: frozenset[int]
     trees: bool = False
@@ -467,6 +468,11 @@ class Drafter(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def needs_trees(self) -> bool:
+        """Was it set up to branch? Then a target that verifies chains only is refused, not served badly."""
+        ...
 
     def begin(self, context: Context) -> None:
         """A new turn starts; `context` may share a prefix with the last one or nothing at all."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localspec import noise
 from localspec.errors import SettingError, StaleScoresError
@@ -127,6 +128,21 @@ class Sampler:
             return gumbel_argmax(row, self.params.temperature, position_key)
         ids, logits = self._candidates(row)
         return int(ids[_argmax_lowest_id(ids, logits + noise.gumbel(position_key, ids))])
+
+    def guesses(self, row: Logits, context: Context, k: int) -> tuple[TokenIds, Probabilities]:
+        """([k'] ids, [k'] `chances`) of the at most k tokens that this row makes likeliest to be chosen at
+        position `len(context)`, best first. The first is what `choose` would choose."""
+        row = self._adjusted(row, context)
+        temperature = self.params.temperature
+        position_key = noise.key(self.seed, Purpose.TOKEN, len(context))
+        if self._truncates:
+            ids, values = self._candidates(row)
+            values = values + noise.gumbel(position_key, ids)
+            order = np.lexsort((ids, -values))[:k]
+            ids, values = ids[order], values[order]
+        else:
+            ids, values = row_top(row, min(k, len(row)), temperature, position_key)
+        return ids, chances(values, temperature)
 
     def law(self, row: Logits, context: Context) -> Law:
         """The distribution that this row and these settings define."""
@@ -264,27 +280,38 @@ def gumbel_argmax(row: Logits, temperature: float, low_high: tuple[int, int]) ->
 
 def row_top(
     row: Logits, k: int, temperature: float = 0.0, low_high: tuple[int, int] | None = None
-) -> tuple[TokenIds, Logits, float]:
-    """([k] ids best first, [k] what they were ranked by, logsumexp) of a row: by logit, or with a temperature
-    and a key by logit / temperature + noise.
+) -> tuple[TokenIds, Logits]:
+    """([k] ids best first, [k] what they were ranked by) of a row: by logit, or with a temperature and a key
+    by logit / temperature + noise.
 
     The noisy sums of the k best logits are a floor under the k best sums; tokens so far below it that no
     draw can lift them over it are not hashed.
     """
     best = top_ids(row, k)
-    peak = row[best[0]]
     if temperature == 0.0:
-        return best, row[best], float(peak) + math.log(float(np.exp(row - peak).sum(dtype=np.float64)))
+        return best, row[best]
     if low_high is None:
         raise ValueError("a noisy ranking needs a key per row")
-    scaled = (row - peak) * np.float32(1.0 / temperature)
-    total = math.log(float(np.exp(scaled).sum(dtype=np.float64)))
-    floor = float((scaled[best] + noise.gumbel(low_high, best)).min())
-    near = np.flatnonzero(scaled >= np.float32(floor - noise.MAX_GUMBEL - 1e-2))
-    sums = scaled[near] + noise.gumbel(low_high, near)
+    inverse = np.float32(1.0 / temperature)
+    peak = row[best[0]]
+    floor = float(((row[best] - peak) * inverse + noise.gumbel(low_high, best)).min())
+    near = np.flatnonzero(row - peak >= np.float32((floor - noise.MAX_GUMBEL - 1e-2) * temperature))
+    sums = (row[near] - peak) * inverse + noise.gumbel(low_high, near)  # the peak taken out, for precision
     chosen = top_ids(sums, k)
-    level = peak / np.float32(temperature)  # the peak was taken out for precision
-    return near[chosen].astype(np.int32), sums[chosen] + level, total + float(level)
+    return near[chosen].astype(np.int32), sums[chosen] + peak * inverse
+
+
+def chances(values: NDArray[np.floating], temperature: float) -> Probabilities:
+    """[..., k] logarithm of the chance that each of the k best-ranked tokens is the target's choice.
+
+    `values` are logits of the drafter, or logits / temperature + noise: then T * values = logits + T * noise.
+    If the target's logits are the drafter's plus Gumbel errors of scale 1, the target's best of these is
+    distributed as their softmax. At T = 0 that is q itself; with noise it says how far the draw has
+    already settled the matter. Source: ours. docs/log.md shows how well it is calibrated.
+    """
+    scaled = values.astype(np.float64) * (temperature or 1.0)
+    scaled -= scaled.max(axis=-1, keepdims=True)
+    return np.asarray(scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True)))
 
 
 def _argmax_lowest_id(ids: TokenIds, scores: Logits) -> int:
@@ -302,20 +329,19 @@ def log_softmax_at(row: Logits, tokens: Sequence[int]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class HostTop:
-    """`Top` on the host: ids and values [N, k], logsumexp [N]."""
+    """`Top` on the host: ids and values [N, k]."""
 
     ids: TokenIds
     values: Logits
-    total: Logits
 
     @property
     def tokens(self) -> HostTokens:
         """[N * k] row by row."""
         return HostTokens(self.ids.reshape(-1))
 
-    def numpy(self) -> tuple[TokenIds, Logits, Logits]:
-        """Ids, values and totals."""
-        return self.ids, self.values, self.total
+    def numpy(self) -> tuple[TokenIds, Logits]:
+        """Ids and values."""
+        return self.ids, self.values
 
 
 class HostScores:
@@ -364,9 +390,8 @@ class HostScores:
             for i, row in enumerate(rows)
         ]
         return HostTop(
-            np.array([top[0] for top in tops], np.int32).reshape(len(rows), k),
-            np.array([top[1] for top in tops], np.float32).reshape(len(rows), k),
-            np.array([top[2] for top in tops], np.float32),
+            np.array([ids for ids, _ in tops], np.int32).reshape(len(rows), k),
+            np.array([values for _, values in tops], np.float32).reshape(len(rows), k),
         )
 
     def rows(self, indices: Sequence[int]) -> Logits:

@@ -75,15 +75,15 @@ class DeviceTokens:
 class DeviceTop:
     """The best tokens of N rows on the device."""
 
-    def __init__(self, ids: mx.array, values: mx.array, total: mx.array, ledger: Ledger) -> None:
+    def __init__(self, ids: mx.array, values: mx.array, ledger: Ledger) -> None:
         self.tokens = ledger.tokens(ids.reshape(-1))
-        self._values, self._total, self._ledger = values, total, ledger
+        self._values, self._ledger = values, ledger
 
-    def numpy(self) -> tuple[TokenIds, Logits, Logits]:
-        """([N, k] ids, [N, k] what they were ranked by, [N] logsumexp). Waits once for all three."""
-        self._ledger.fetch(self._values, self._total)
+    def numpy(self) -> tuple[TokenIds, Logits]:
+        """([N, k] ids, [N, k] what they were ranked by). Waits once for both."""
+        self._ledger.fetch(self._values)
         values = np.array(self._values)
-        return self.tokens.numpy().reshape(values.shape), values, np.array(self._total)
+        return self.tokens.numpy().reshape(values.shape), values
 
 
 class DeviceScores:
@@ -123,13 +123,12 @@ class DeviceScores:
         ranked = self._float32()
         if temperature > 0.0:
             ranked = ranked * mx.array(1.0 / temperature, mx.float32)
-        total = mx.logsumexp(ranked, axis=-1)
         if temperature > 0.0:
             if keys is None or len(keys) != self.num_rows:
                 raise ValueError(f"top needs keys for {self.num_rows} rows")
             ranked = ranked + gumbel(mx.array(np.ascontiguousarray(keys, np.uint32)), ranked.shape[-1])
         ids = _best(ranked, min(k, ranked.shape[-1]))
-        return DeviceTop(ids, mx.take_along_axis(ranked, ids, axis=-1), total, self._ledger)
+        return DeviceTop(ids, mx.take_along_axis(ranked, ids, axis=-1), self._ledger)
 
     def rows(self, indices: Sequence[int]) -> Logits:
         """[len(indices), V] on the host. Waits."""

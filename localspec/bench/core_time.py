@@ -12,7 +12,7 @@ from time import perf_counter
 import numpy as np
 
 from localspec.context import Context
-from localspec.engine.round import Lane, run_round
+from localspec.engine.round import Lane, Room, run_round
 from localspec.protocols import (
     Capabilities,
     DraftRequest,
@@ -99,6 +99,7 @@ class Foresight:
     """A drafter that always guesses right, so that every node is visited: the dearest case."""
 
     name = "foresight"
+    needs_trees = False
 
     def __init__(self, rows: Logits, num: int) -> None:
         self._rows, self._num = rows, num
@@ -150,7 +151,7 @@ def measure(vocabulary: int, nodes: int, rounds: int) -> list[Timing]:
         times = []
         for _ in range(rounds + 5):
             started = perf_counter()
-            [result] = run_round(model, [lane], [nodes])
+            [result] = run_round(model, [lane], [Room(nodes, nodes)])
             times.append((perf_counter() - started) * 1e3 - result.record.draft_ms)
             assert result.record.num_accepted == nodes
             context.truncate(1000)

@@ -1,4 +1,5 @@
-"""Drafters by name. A specification is written `name` or `name:setting=value,setting=value`."""
+"""Drafters by name. A specification is written `name` or `name:setting=value,setting=value`; several, joined
+by plus signs, are merged into one tree."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from localspec.drafters.combined import Combined
 from localspec.drafters.draft_model import DraftModel
 from localspec.drafters.ngram import Ngram
 from localspec.drafters.nothing import Nothing
 from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.protocols import Drafter, LanguageModel
 
-__all__ = ["AUTO", "DRAFTERS", "DraftModel", "DrafterSpec", "Ngram", "Nothing", "make_drafter"]
+__all__ = ["AUTO", "DRAFTERS", "Combined", "DraftModel", "DrafterSpec", "Ngram", "Nothing", "make_drafter"]
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {maker.name: maker for maker in (Nothing, DraftModel, Ngram)}
 """Name -> class. Keyword arguments of the class are its settings on the command line."""
@@ -23,14 +25,22 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class DrafterSpec:
-    """A parsed specification: the drafter's name and its settings as written."""
+    """A parsed specification: the drafter's name and its settings as written; others to merge it with."""
 
     name: str
     settings: dict[str, str]
+    others: tuple[DrafterSpec, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> DrafterSpec:
         """Raises UnknownNameError and SettingError, naming what is known."""
+        first, *others = [cls._parse_one(part) for part in text.split("+")]
+        if others and Nothing.name in (first.name, *(other.name for other in others)):
+            raise SettingError(f"the drafter {Nothing.name} has nothing to combine", got=text, fix="Leave it out.")
+        return cls(first.name, first.settings, tuple(others))
+
+    @classmethod
+    def _parse_one(cls, text: str) -> DrafterSpec:
         name, _, rest = text.strip().partition(":")
         if name != AUTO and name not in DRAFTERS:
             raise UnknownNameError.among("drafter", name, [AUTO, *DRAFTERS])
@@ -42,16 +52,40 @@ class DrafterSpec:
             settings[key.strip()] = value.strip()
         return cls(name, settings)
 
+    @property
+    def asks_for_trees(self) -> bool:
+        """Does it need a target that verifies trees?"""
+        return bool(self.others) or self.settings.get("shape", "chain") != "chain"
+
+    def with_settings(self, settings: Mapping[str, str]) -> DrafterSpec:
+        """With more settings. Raises SettingError where it is not clear whose they are."""
+        if settings and self.others:
+            raise SettingError(
+                "of several drafters, whose setting is this?",
+                got=", ".join(settings),
+                fix="Write it behind the drafter's name: draft_model:num=8+ngram.",
+            )
+        return DrafterSpec(self.name, {**self.settings, **settings}, self.others)
+
     def resolved(self, draft: LanguageModel | None) -> DrafterSpec:
         """The same with `auto` decided: the draft model where there is one, lookup otherwise."""
         if self.name != AUTO:
             return self
-        return DrafterSpec(DraftModel.name if draft is not None else Ngram.name, self.settings)
+        return DrafterSpec(DraftModel.name if draft is not None else Ngram.name, self.settings, self.others)
 
 
 def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | None) -> Drafter:
     """Build a drafter for one session. draft: the pair's draft model, if it has one."""
     parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(draft)
+    if parsed.others:
+        parts: list[Drafter] = []
+        try:
+            parts += (make_drafter(part, draft) for part in (DrafterSpec(parsed.name, parsed.settings), *parsed.others))
+        except BaseException:
+            for made in parts:
+                made.close()
+            raise
+        return Combined(parts)
     name, maker = parsed.name, DRAFTERS[parsed.name]
     arguments = inspect.signature(maker).parameters
     settings = {key: _convert(name, key, value, arguments) for key, value in parsed.settings.items()}
@@ -64,12 +98,12 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | None) -> Drafte
     return maker(**settings)
 
 
-def _convert(name: str, key: str, value: str, arguments: Mapping[str, inspect.Parameter]) -> int | float:
+def _convert(name: str, key: str, value: str, arguments: Mapping[str, inspect.Parameter]) -> int | float | str:
     """A setting's text as the type of its default."""
     known = {setting: p.default for setting, p in arguments.items() if p.kind is p.KEYWORD_ONLY}
     if key not in known:
         raise UnknownNameError.among(f"setting of drafter {name}:", key, known)
-    kind: type[int] | type[float] = type(known[key])
+    kind: type[int] | type[float] | type[str] = type(known[key])
     try:
         return kind(value)
     except ValueError:

@@ -1,173 +1,252 @@
 """Drafting with a smaller language model that shares the target's tokenizer.
 
-Guesses are coupled: the drafter takes argmax [log q + g] with the target's own noise g, so at any
-temperature it guesses what the target would sample if the two agreed (DESIGN, "the one idea").
-Under rejection it draws from q with noise of its own instead.
+Guesses are coupled: the drafter ranks tokens by log q + g with the target's own noise g, so at any
+temperature it guesses what the target would sample if the two agreed (DESIGN, "the one idea"); the
+children of a node are the k best by that measure. Under rejection it draws from q, without replacement
+among siblings and with noise of its own, into a tree whose form was fixed before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from localspec import noise
-from localspec.context import Context, common_prefix
+from localspec.context import Context
+from localspec.drafters.draft_cache import ANCHOR, DraftCache
+from localspec.drafters.shape import MOST_CHILDREN, Shape
 from localspec.errors import SettingError
 from localspec.noise import Purpose
-from localspec.protocols import (
-    DraftRequest,
-    HostTokens,
-    LanguageModel,
-    Outcome,
-    Proposal,
-    Scores,
-    Step,
-    Tokens,
-    chain_parents,
-    require_rewind,
-)
-from localspec.sampling import Law, log_softmax_at
-from localspec.types import TokenIds
+from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome, Proposal, Scores, Tokens
+from localspec.sampling import Law, Sampler, chances
+from localspec.tree.grow import Grower, shape
+from localspec.types import Logits, Positions, Probabilities, TokenIds
 
-_PREFILL_CHUNK = 512
+_COUPLED, _GREEDY = "coupled", "greedy"
+_RANK_CHANCES = (0.65, 0.14, 0.05, 0.03)
+"""Assumed chance that the r-th of several draws without replacement is the one accepted."""
 
 
 class DraftModel:
-    """A chain of up to `num` guesses from `model`.
+    """Guesses of `model` in the form of a chain, a tree or a fixed fan-out.
 
-    min_prob: end the chain at a guess whose own probability (of the raw model) is lower (it is left
-    out, unless it is the first or was drawn for the rejection rule); 0 never ends it. Where logits
-    live on a device, min_prob > 0 costs one wait per guess; without it a greedy or plain-temperature
-    chain is built lazily and costs none.
-    The state commits accepted guesses and nothing else, so it is always a prefix of the context.
+    num: most nodes (0: 3 in a chain, 16 in a tree).  shape: chain, tree (best-first by estimated chance of
+    acceptance) or children per level, such as 3-2-1.  depth: most levels (0: as many as nodes, at most 12
+    in a tree).  min_prob: leave out a guess, and what would follow it, whose estimated chance of acceptance
+    is lower, unless it is the very first (with rejection such a draw stays, nothing follows it).
+    guess: coupled, or greedy for the likeliest tokens without noise.
+
+    Where logits live on a device, a chain or fan-out under plain sampling is built without waiting; a tree,
+    or min_prob above 0, waits once per level. The state commits accepted guesses and nothing else.
     """
 
     name = "draft_model"
 
-    def __init__(self, model: LanguageModel, *, num: int = 3, min_prob: float = 0.0) -> None:
-        if not 1 <= num <= 64:
-            raise SettingError("draft_model: num out of range", got=num, expected="1 to 64")
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        num: int = 0,
+        shape: str = "chain",
+        depth: int = 0,
+        min_prob: float = 0.0,
+        guess: str = _COUPLED,
+    ) -> None:
         if not 0.0 <= min_prob < 1.0:
             raise SettingError("draft_model: min_prob out of range", got=min_prob, expected="at least 0 and below 1")
-        require_rewind(model)
+        if guess not in (_COUPLED, _GREEDY):
+            raise SettingError("draft_model: unknown guess", got=guess, expected=f"{_COUPLED} or {_GREEDY}")
+        self.shape = Shape.parse(self.name, shape, num, depth)
+        if not self.shape.is_chain and not model.capabilities.trees:
+            raise SettingError(
+                "draft_model: this draft model can only guess chains",
+                got="; ".join(model.capabilities.limits) or shape,
+                fix="Leave shape out.",
+            )
         self.model = model
-        self.num = num
         self.min_prob = min_prob
-        self._state = model.open()
-        self._committed: list[int] = []  # what the state holds, to compare with a new turn's context
-        self._pending: list[Tokens] = []  # what is pending in the state, in order
-        self._context = Context()
+        self.guess = guess
+        self._cache = DraftCache(model)
+
+    @property
+    def needs_trees(self) -> bool:
+        """True unless it guesses chains."""
+        return not self.shape.is_chain
+
+    @property
+    def num(self) -> int:
+        """Most nodes of a proposal."""
+        return self.shape.num
 
     def begin(self, context: Context) -> None:
-        """Keep what the cache shares with the new context, but for the anchor: its row starts the guessing."""
-        self._context = context
-        same = common_prefix(np.array(self._committed, np.int32), context.tokens)
-        self._reset_to(min(same, len(context) - 1))
+        """Keep what the cache shares with the new context."""
+        self._cache.begin(context)
 
     def propose(self, request: DraftRequest) -> Proposal:
-        """Guess token by token; the shape is known before the tokens are."""
-        context = request.context
-        room = self.model.info.context_length - len(context)
-        num = min(self.num, request.max_nodes, room)
-        if num < 1:
+        """Guess; a chain where trees were not asked for."""
+        room = self.model.info.context_length - len(request.context)
+        num, branching = min(self.num, request.max_nodes, room), self.shape.branching[: request.max_depth]
+        if not request.trees:
+            branching = (1,) * len(branching)
+        if num < 1 or not branching:
             return Proposal(self.name)
-        self._reset_to(self._state.length)
-        scores = self._catch_up(context.tokens)
-        tokens: list[Tokens] = []
-        laws: list[Law] = []
-        mark = len(context)
-        try:
-            for guess, law in self._guesses(scores, request, num):
-                tokens.append(guess)
-                if law is not None:
-                    laws.append(law)
-        finally:
-            context.truncate(mark)
-        parents = np.arange(-1, len(tokens) - 1, dtype=np.int32)
-        return Proposal(self.name, tuple(tokens), parents, tuple(laws) if request.needs_law else None)
+        scores = self._cache.start()
+        if request.needs_law and not request.sampler.is_greedy:
+            return self._draw(request, scores, num, branching)
+        waits = self.shape.by_score or self.min_prob > 0.0 or not request.sampler.is_plain
+        if self.model.capabilities.host_scores or waits:
+            return self._grow(request, scores, num, branching)
+        return self._fan_out(request, scores, num, branching)
 
     def observe(self, outcome: Outcome) -> None:
-        """Commit the pending guesses that were emitted, whoever proposed them."""
-        emitted = self._context.tokens[self._state.length :]
-        if not self._pending:
-            return
-        held = np.concatenate([segment.numpy() for segment in self._pending])
-        kept = common_prefix(held, emitted[:-1])
-        self._state.keep(range(kept))
-        self._committed += held[:kept].tolist()
-        self._pending = []
+        """Commit the guesses that were emitted, whoever proposed them."""
+        self._cache.observe()
 
     def close(self) -> None:
         """Give the draft model's cache back (the model itself belongs to the pair)."""
-        self._state.close()
+        self._cache.close()
 
-    def _reset_to(self, length: int) -> None:
-        self._state.truncate(length)
-        del self._committed[length:]
-        self._pending = []
+    # ------------------------------------------------------------ chosen guesses
 
-    def _forward(self, tokens: Tokens, *, scored: bool = True) -> Scores:
-        """Run a chain below what is pending; the last row is scored."""
-        parents = chain_parents(self._state, len(tokens))
-        rows = (len(tokens) - 1,) if scored else ()
-        [scores] = self.model.forward([Step(self._state, (tokens,), parents, rows)])
-        self._pending.append(tokens)
-        return scores
+    def _grow(self, request: DraftRequest, scores: Scores, num: int, branching: Sequence[int]) -> Proposal:
+        """Best-first, level by level, by scores on the host."""
+        grower = Grower(num, branching)
+        fed = {ANCHOR: ANCHOR}  # offered node -> its number in the cache
+        nodes = [ANCHOR]
+        while nodes:
+            paths = [grower.path(node) for node in nodes]
+            for node, (ids, log_q) in zip(nodes, self._children(request, scores, paths), strict=True):
+                likely = len(ids)
+                if self.min_prob > 0.0:
+                    likely = int(np.count_nonzero(log_q >= math.log(self.min_prob)))
+                    likely = max(likely, int(node == ANCHOR))  # the pass is padded to two tokens anyway
+                grower.offer(node, ids[:likely].tolist(), log_q[:likely].tolist())
+            nodes = [node for node in grower.frontier() if grower.token(node) not in request.stop_tokens]
+            nodes = nodes[: max(self._cache.room, 0)]
+            if nodes:
+                tokens = HostTokens(np.array([grower.token(node) for node in nodes], np.int32))
+                scores = self._cache.extend(tokens, [fed[grower.parent(node)] for node in nodes])
+                fed.update({node: len(fed) - 1 + index for index, node in enumerate(nodes)})
+        tree = grower.finish().tree
+        assert tree.log_q is not None
+        return Proposal(self.name, (HostTokens(tree.token),), tree.parent, log_q=tuple(tree.log_q.tolist()))
 
-    def _catch_up(self, context: TokenIds) -> Scores:
-        """Feed what the draft model has not seen, the anchor last."""
-        while len(context) - self._state.length > _PREFILL_CHUNK:
-            chunk = context[self._state.length : self._state.length + _PREFILL_CHUNK].copy()
-            self._forward(HostTokens(chunk), scored=False)
-            self._state.keep(range(len(chunk)))
-            self._committed += chunk.tolist()
-            self._pending = []
-        return self._forward(HostTokens(context[self._state.length :].copy()))
-
-    def _guesses(self, scores: Scores, request: DraftRequest, num: int) -> Iterator[tuple[Tokens, Law | None]]:
-        """Up to `num` guesses; each is fed to the model only if another one follows."""
-        on_host = self.model.capabilities.host_scores or self.min_prob > 0.0 or not request.sampler.is_plain
-        for index in range(num):
-            guess, law = self._guess(scores, request)
-            if on_host or request.needs_law:
-                token = int(guess.numpy()[0])
-                unlikely = self._is_unlikely(scores, token)
-                # The first guess is free: the verify pass is padded to two tokens anyway. A token that
-                # was drawn from a law must not be taken back: that would be another law.
-                if unlikely and index and not request.needs_law:
-                    return
-                request.context.append(token)
-                yield guess, law
-                if unlikely or token in request.stop_tokens:
-                    return
-            else:
-                yield guess, law
-            if index + 1 < num:
-                scores = self._forward(guess)
-
-    def _guess(self, scores: Scores, request: DraftRequest) -> tuple[Tokens, Law | None]:
-        """One guess at the position that follows the context and the guesses so far."""
+    def _children(
+        self, request: DraftRequest, scores: Scores, paths: Sequence[list[int]]
+    ) -> Iterator[tuple[TokenIds, Probabilities]]:
+        """(ids, log chances), best first, of the likeliest next tokens behind each path; all are equally long."""
         sampler, context = request.sampler, request.context
-        if request.needs_law:
-            law = sampler.law(scores.rows((0,))[0], context)
-            with np.errstate(divide="ignore"):
-                logs = np.log(law.probs) + noise.gumbel(noise.key(sampler.seed, Purpose.DRAFT, len(context)), law.ids)
-            return _host(int(law.ids[int(logs.argmax())])), law
-        if not sampler.is_plain:
-            return _host(sampler.choose(scores.rows((0,))[0], context)), None
-        if sampler.is_greedy:
-            return scores.argmax(), None
-        # appended guesses have moved len(context) only where they were read on the host
-        position = self._state.length + self._state.num_pending
-        return scores.winners(sampler.params.temperature, sampler.keys(np.array([position]))), None
+        temperature = sampler.params.temperature
+        noisy = temperature > 0.0 and self.guess == _COUPLED
+        if sampler.is_plain:
+            position = np.full(len(paths), len(context) + len(paths[0]), np.int32)
+            top = scores.top(MOST_CHILDREN, temperature, sampler.keys(position)) if noisy else scores.top(MOST_CHILDREN)
+            ids, values = top.numpy()
+            # without noise the chance that a sample is this token: q itself
+            log_q = chances(values if noisy or not temperature else values / temperature, temperature if noisy else 0.0)
+            yield from zip(ids, log_q, strict=True)
+            return
+        mark = len(context)
+        rows = scores.rows(range(scores.num_rows))
+        for row, path in zip(rows, paths, strict=True):
+            try:
+                context.extend(path)
+                if noisy or not temperature:
+                    yield sampler.guesses(row, context, MOST_CHILDREN)
+                else:
+                    yield _likeliest(sampler.law(row, context))
+            finally:
+                context.truncate(mark)
 
-    def _is_unlikely(self, scores: Scores, token: int) -> bool:
-        if self.min_prob <= 0.0:
-            return False
-        return log_softmax_at(scores.rows((0,))[0], [token])[0] < math.log(self.min_prob)
+    def _fan_out(self, request: DraftRequest, scores: Scores, num: int, branching: Sequence[int]) -> Proposal:
+        """A form that is known beforehand: tokens stay on the device, and nothing waits for them."""
+        sampler = request.sampler
+        segments: list[Tokens] = []
+        parents: list[int] = []
+        level = [ANCHOR]
+        for depth, most in enumerate(branching):
+            children = min(most, (num - len(parents)) // len(level))  # a level is even or not there
+            if children < 1:
+                break
+            if segments:
+                scores = self._cache.extend(segments[-1], [parents[node] for node in level])
+            position = np.full(len(level), len(request.context) + depth, np.int32)
+            segments.append(self._best(sampler, scores, children, position))
+            start = len(parents)
+            parents += [node for node in level for _ in range(children)]
+            level = list(range(start, len(parents)))
+        return Proposal(self.name, tuple(segments), np.array(parents, np.int32))
+
+    def _best(self, sampler: Sampler, scores: Scores, count: int, positions: Positions) -> Tokens:
+        """[N * count] the best guesses of each row, still on the device."""
+        temperature = sampler.params.temperature
+        if temperature == 0.0 or self.guess == _GREEDY:
+            return scores.argmax() if count == 1 else scores.top(count).tokens
+        keys = sampler.keys(positions)
+        return scores.winners(temperature, keys) if count == 1 else scores.top(count, temperature, keys).tokens
+
+    # ------------------------------------------------------------ drawn guesses
+
+    def _draw(self, request: DraftRequest, scores: Scores, num: int, branching: Sequence[int]) -> Proposal:
+        """Draws from q, siblings without replacement, into a form that no draw can change."""
+        plan = shape(num, branching, [*_RANK_CHANCES, *(0.02,) * (max(branching) - len(_RANK_CHANCES))])
+        tokens: list[int] = []
+        parents: list[int] = []
+        laws: list[Law] = []
+        made = {ANCHOR: ANCHOR}  # node of the plan -> node of the proposal
+        fed = {ANCHOR: ANCHOR}
+        level = [ANCHOR]
+        while level:
+            rows = scores.rows(range(scores.num_rows))
+            grown: list[int] = []
+            for row, node in zip(rows, level, strict=True):
+                path = [tokens[made[above]] for above in plan.path(node)] if node != ANCHOR else []
+                slots = plan.children(node)
+                for slot, (token, law) in zip(slots, _draws(request, row, path, len(slots)), strict=False):
+                    made[slot] = len(tokens)
+                    tokens.append(token)
+                    parents.append(made[node])
+                    laws.append(law)
+                    # A draw must not be taken back: that would be another law. It just has no children.
+                    if token not in request.stop_tokens and law.probability(token) >= self.min_prob:
+                        grown.append(slot)
+            level = [slot for slot in grown if plan.children(slot)][: max(self._cache.room, 0)]
+            if level:
+                ids = HostTokens(np.array([tokens[made[slot]] for slot in level], np.int32))
+                scores = self._cache.extend(ids, [fed[int(plan.parent[slot])] for slot in level])
+                fed.update({slot: len(fed) - 1 + index for index, slot in enumerate(level)})
+        return Proposal(self.name, (HostTokens(np.array(tokens, np.int32)),), np.array(parents, np.int32), tuple(laws))
 
 
-def _host(token: int) -> HostTokens:
-    return HostTokens(np.array([token], np.int32))
+def _likeliest(law: Law) -> tuple[TokenIds, Probabilities]:
+    """The likeliest tokens of a law and the logarithms of their probabilities."""
+    order = np.lexsort((law.ids, -law.probs))[:MOST_CHILDREN]
+    with np.errstate(divide="ignore"):
+        return law.ids[order], np.log(law.probs[order])
+
+
+def _draws(request: DraftRequest, row: Logits, path: Sequence[int], count: int) -> list[tuple[int, Law]]:
+    """Up to `count` draws without replacement behind a path, each with the law it was drawn from."""
+    context, sampler = request.context, request.sampler
+    mark = len(context)
+    try:
+        context.extend(path)
+        law = sampler.law(row, context)
+        with np.errstate(divide="ignore"):  # the best of log q + g, in order, are such draws
+            logs = np.log(law.probs) + noise.gumbel(noise.key(sampler.seed, Purpose.DRAFT, len(context)), law.ids)
+    finally:
+        context.truncate(mark)
+    draws: list[tuple[int, Law]] = []
+    for place in np.argsort(-logs, kind="stable")[:count].tolist():
+        if not law.probs[place] > 0.0:
+            break
+        draws.append((int(law.ids[place]), law))
+        left = law.probs.copy()
+        left[place] = 0.0
+        total = left.sum()
+        if not total > 0.0:
+            break
+        law = Law(law.ids, left / total)
+    return draws

@@ -10,6 +10,7 @@ class Nothing:
     """Guesses nothing, so every round emits the target's next token."""
 
     name = "nothing"
+    needs_trees = False
 
     def begin(self, context: Context) -> None:
         """Nothing to prepare."""

@@ -44,6 +44,14 @@ class Lane:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """How much may be proposed for a lane: nodes in the tree, and tokens on its longest path."""
+
+    nodes: int
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token's log-probability under the model's own distribution, and the best alternatives."""
 
@@ -63,8 +71,8 @@ class RoundResult:
     sources: tuple[str, ...]
 
 
-def run_round(model: LanguageModel, lanes: Sequence[Lane], max_nodes: Sequence[int]) -> list[RoundResult]:
-    """One round of all lanes. max_nodes: per lane, how many nodes may be proposed at most.
+def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]) -> list[RoundResult]:
+    """One round of all lanes. rooms: per lane, how much may be proposed at most.
 
     If a pass or a rule raises, every lane is left as it was before the round.
     """
@@ -72,8 +80,8 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], max_nodes: Sequence[i
     anchors = [lane.context.anchor for lane in lanes]
     replayed = [lane.state.num_replayed for lane in lanes]
     try:
-        trees = model.capabilities.trees
-        proposals = [_propose(lane, limit, trees) for lane, limit in zip(lanes, max_nodes, strict=True)]
+        trees = model.capabilities.trees and model.capabilities.exact_trees
+        proposals = [_propose(lane, room, trees) for lane, room in zip(lanes, rooms, strict=True)]
         drafted = perf_counter()
         steps = _steps(model, lanes, proposals)
         scores = model.forward(steps)
@@ -106,19 +114,23 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], max_nodes: Sequence[i
     return results
 
 
-def _propose(lane: Lane, max_nodes: int, trees: bool) -> Proposal:
+def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
     """The drafter's proposal, held to the request: no drafter may widen a pass or draw in secret."""
     request = DraftRequest(
         context=lane.context,
-        max_nodes=max_nodes,
+        max_nodes=room.nodes,
+        max_depth=room.depth,
         sampler=lane.sampler,
         stop_tokens=lane.stop_tokens,
         trees=trees,
         needs_law=lane.acceptance.needs_law,
     )
     proposal = lane.drafter.propose(request)
-    if proposal.num_nodes > max_nodes:
-        raise ValueError(f"drafter {proposal.source!r} proposed {proposal.num_nodes} nodes, at most {max_nodes} fit")
+    if proposal.num_nodes > room.nodes:
+        raise ValueError(f"drafter {proposal.source!r} proposed {proposal.num_nodes} nodes, at most {room.nodes} fit")
+    levels = int(proposal.depth().max(initial=-1)) + 1
+    if levels > room.depth:
+        raise ValueError(f"drafter {proposal.source!r} proposed {levels} levels, at most {room.depth} fit")
     if sum(len(segment) for segment in proposal.tokens) != proposal.num_nodes:
         raise ValueError(f"drafter {proposal.source!r} proposed tokens and parents of different number")
     if not (trees or is_chain(proposal.parents)):

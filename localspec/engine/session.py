@@ -14,11 +14,11 @@ from localspec.context import Context, common_prefix
 from localspec.drafters.nothing import Nothing
 from localspec.engine.detokenize import Detokenizer
 from localspec.engine.prefix import encode_prompt
-from localspec.engine.round import Lane, RoundResult, TokenLogprob, run_round
+from localspec.engine.round import Lane, Room, RoundResult, TokenLogprob, run_round
 from localspec.engine.stats import Stats
 from localspec.engine.stop import StopStrings
 from localspec.engine.width import pad
-from localspec.errors import PromptError
+from localspec.errors import PromptError, UnsupportedModelError
 from localspec.protocols import Drafter, HostTokens, LanguageModel, Rewind, Step, chain_parents, require_rewind
 from localspec.sampling import Sampler, SamplingParams
 from localspec.types import TokenIds
@@ -190,6 +190,7 @@ class Session:
     def __init__(self, model: LanguageModel, drafter: Drafter, *, acceptance: str | Acceptance = "walk") -> None:
         if not isinstance(drafter, Nothing):
             require_rewind(model)
+        _require_trees(model, drafter)
         self.acceptance = make_acceptance(acceptance) if isinstance(acceptance, str) else acceptance
         self.model = model
         self.drafter = drafter
@@ -295,9 +296,9 @@ class Session:
             lane = Lane(self._state, self._context, self.drafter, answer.sampler, self.acceptance, answer.stop_tokens)
             while answer.finish_reason is None:
                 room = self._room(answer, params, stream)
-                if room > 0:
-                    answer.asked |= self._widest(room) > 0
-                    [result] = run_round(self.model, [lane], [self._widest(room)])
+                if room is not None:
+                    answer.asked |= room.nodes > 0 and room.depth > 0
+                    [result] = run_round(self.model, [lane], [room])
                     hooks.on_round(result)
                     yield from self._take(result, answer)
             yield from answer.finish(answer.sources[-1] if answer.sources else TARGET)
@@ -332,11 +333,11 @@ class Session:
         answer.stats.prefill_ms = (perf_counter() - started) * 1e3
         answer.stats.num_reused, answer.stats.num_prefilled = same, self._state.length - same
 
-    def _room(self, answer: _Answer, params: SamplingParams, stream: Stream) -> int:
-        """How many tokens may still be emitted; sets the finish reason where none may."""
-        min_width = self.model.capabilities.width_class.min_width
+    def _room(self, answer: _Answer, params: SamplingParams, stream: Stream) -> Room | None:
+        """How much may be proposed; None, and a finish reason, where no token may be emitted any more."""
+        capabilities = self.model.capabilities
         length = self.model.info.context_length
-        in_context = length - min_width + 2 - len(self._context)
+        in_context = length - capabilities.width_class.min_width + 2 - len(self._context)
         in_answer = in_context if params.max_tokens is None else params.max_tokens - len(answer.tokens)
         if stream.cancelled:
             answer.finish_reason = "cancelled"
@@ -345,13 +346,11 @@ class Session:
         elif in_context <= 0:
             answer.finish_reason = "context"
             answer.note = f"the context of {length} tokens is full: start over, or load with a larger --context"
-        return 0 if answer.finish_reason else min(in_context, in_answer)
-
-    def _widest(self, room: int) -> int:
-        """Most nodes a round may have: it may emit one token more than that."""
-        capabilities = self.model.capabilities
-        width = min(capabilities.max_width, capabilities.width_class.max_width or capabilities.max_width)
-        return min(room, width) - 1
+        if answer.finish_reason:
+            return None
+        widest = min(capabilities.max_width, capabilities.width_class.max_width or capabilities.max_width)
+        # the anchor needs a place in the pass, and the round emits a token more than it accepts
+        return Room(min(in_context, widest) - 1, min(in_context, in_answer) - 1)
 
     def _take(self, result: RoundResult, answer: _Answer) -> Iterator[Piece]:
         """Turn a round's tokens into text, up to a stop."""
@@ -405,6 +404,17 @@ class _Hooks:
     on_prefill: Progress | None
     on_round: Callable[[RoundResult], None]
     on_result: Callable[[Generation], None]
+
+
+def _require_trees(model: LanguageModel, drafter: Drafter) -> None:
+    """Raise UnsupportedModelError for a drafter that branches where only chains are verified exactly."""
+    capabilities = model.capabilities
+    if drafter.needs_trees and not (capabilities.trees and capabilities.exact_trees):
+        raise UnsupportedModelError(
+            f"the drafter {drafter.name!r} guesses trees, and {model.info.name} verifies chains only as it was loaded",
+            got="; ".join(capabilities.limits) or None,
+            fix="Guess chains (draft_model:shape=chain), or load the model with trees (LoadSettings.trees).",
+        )
 
 
 def _ignore(_: object) -> None:

@@ -102,15 +102,16 @@ class DrafterConformance:
             assert session.generate(tokens, params).tokens == self.answer(Nothing(), tokens, params).tokens
 
     def test_proposals_keep_to_the_budget_and_are_trees(self) -> None:
-        """At most `max_nodes` nodes, parents first, tokens of the vocabulary; 0 gives none."""
+        """At most `max_nodes` nodes and `max_depth` levels, parents first, tokens of the vocabulary; 0 gives none."""
         target = self.target()
         drafter = self.drafter(target)
         for prompt in self.prompts():
             context = Context(prompt)
             drafter.begin(context)
-            for budget in (0, 1, 2, 5, 40):
-                proposal = self.propose(drafter, context, budget, trees=budget > 2)
+            for budget, depth in ((0, 0), (1, 1), (2, 2), (5, 5), (40, 40), (40, 2), (2, 40), (12, 0)):
+                proposal = self.propose(drafter, context, budget, trees=budget > 2, depth=depth)
                 assert proposal.num_nodes <= budget
+                assert int(proposal.depth().max(initial=-1)) < depth
                 assert budget > 2 or is_chain(proposal.parents), "a tree where a chain was asked for"
                 tree = proposal.tree()
                 assert len(tree) == proposal.num_nodes
@@ -130,7 +131,7 @@ class DrafterConformance:
         drafter = self.drafter(self.target())
         context = Context(next(self.prompts()))
         drafter.begin(context)
-        proposal = self.propose(drafter, context, 5, needs_law=True)
+        proposal = self.propose(drafter, context, 5, needs_law=True, trees=True)
         assert (proposal.laws is not None) == self.draws
         if proposal.laws is not None:
             assert len(proposal.laws) == proposal.num_nodes > 0
@@ -140,12 +141,20 @@ class DrafterConformance:
         drafter.close()
 
     def propose(
-        self, drafter: Drafter, context: Context, budget: int, *, trees: bool = False, needs_law: bool = False
+        self,
+        drafter: Drafter,
+        context: Context,
+        budget: int,
+        *,
+        trees: bool = False,
+        needs_law: bool = False,
+        depth: int | None = None,
     ) -> Proposal:
         """One proposal at temperature 0.8."""
         request = DraftRequest(
             context=context,
             max_nodes=budget,
+            max_depth=budget if depth is None else depth,
             sampler=Sampler(SamplingParams(temperature=0.8), 7),
             stop_tokens=frozenset({47}),
             trees=trees,

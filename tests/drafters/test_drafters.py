@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from localspec.context import Context
-from localspec.drafters import AUTO, DRAFTERS, DrafterSpec, DraftModel, Ngram, Nothing, make_drafter
+from localspec.drafters import AUTO, DRAFTERS, Combined, DrafterSpec, DraftModel, Ngram, Nothing, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, Step
 from localspec.sampling import Law, Sampler, SamplingParams
 from localspec.testing.drafters import DrafterConformance
 from localspec.testing.reference import ReferenceModel, random_tree
+from localspec.tree.mask import depths, is_chain
 
 
 class TestNothing(DrafterConformance):
@@ -26,6 +27,18 @@ class TestNothing(DrafterConformance):
 class TestNgram(DrafterConformance):
     def drafter(self, target: ReferenceModel) -> Drafter:
         return Ngram(num=6, max=3, min=1)
+
+
+class TestTrieOfNgrams(DrafterConformance):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return Ngram(num=6, max=3, min=1, shape="tree")
+
+
+class TestCombined(DrafterConformance):
+    draws = True
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return Combined([DraftModel(target.perturbed(0.5), num=6, shape="tree"), Ngram(num=4, max=3, min=1)])
 
 
 class TestGoodDraftModel(DrafterConformance):
@@ -65,10 +78,46 @@ class TestDraftModelOnADevice(DrafterConformance):
         return model
 
 
+class TestTreeOfADraftModel(DrafterConformance):
+    draws = True
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(0.5), num=12, shape="tree")
+
+
+class TestGreedyTreeOfADraftModel(DrafterConformance):
+    draws = True
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(0.5), num=9, shape="tree", depth=4, guess="greedy", min_prob=0.02)
+
+
+class TestFanOutOfADraftModel(DrafterConformance):
+    draws = True
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        return DraftModel(target.perturbed(0.5), shape="3-2-1")
+
+
+class TestTreeOnADevice(TestDraftModelOnADevice):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        draft = target.perturbed(0.5)
+        draft.capabilities = replace(draft.capabilities, host_scores=False)
+        return DraftModel(draft, num=12, shape="tree")
+
+
+class TestFanOutOnADevice(TestDraftModelOnADevice):
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        draft = target.perturbed(0.5)
+        draft.capabilities = replace(draft.capabilities, host_scores=False)
+        return DraftModel(draft, num=8, shape="2-2-1")
+
+
 class Adversary:
     """Guesses a random bush of any tokens: the worst drafter the engine must survive."""
 
     name = "adversary"
+    needs_trees = False
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(3)
@@ -78,9 +127,12 @@ class Adversary:
 
     def propose(self, request: DraftRequest) -> Proposal:
         size = min(request.max_nodes, 9)
-        tokens = self.rng.integers(0, 48, size).astype(np.int32)
-        chain = np.arange(-1, size - 1, dtype=np.int32)
-        return Proposal(self.name, (HostTokens(tokens),), random_tree(self.rng, size) if request.trees else chain)
+        parents = random_tree(self.rng, size) if request.trees else np.arange(-1, size - 1, dtype=np.int32)
+        parents = parents[depths(parents) < request.max_depth] if is_chain(parents) else parents
+        if int(depths(parents).max(initial=-1)) >= request.max_depth:
+            parents = np.full(min(size, request.max_depth * size), -1, np.int32)
+        tokens = self.rng.integers(0, 48, len(parents)).astype(np.int32)
+        return Proposal(self.name, (HostTokens(tokens),), parents)
 
     def observe(self, outcome: Outcome) -> None:
         pass
@@ -96,7 +148,14 @@ class TestAdversary(DrafterConformance):
 
 def request(tokens: list[int], budget: int, params: SamplingParams | None = None) -> DraftRequest:
     sampler = Sampler(params or SamplingParams(), 0)
-    return DraftRequest(context=Context(tokens), max_nodes=budget, sampler=sampler, stop_tokens=frozenset())
+    return DraftRequest(
+        context=Context(tokens),
+        max_nodes=budget,
+        max_depth=budget,
+        sampler=sampler,
+        stop_tokens=frozenset(),
+        trees=True,
+    )
 
 
 def proposed(drafter: Drafter, tokens: list[int], budget: int = 16) -> list[int]:
@@ -112,6 +171,33 @@ def test_lookup_takes_the_longest_match_and_among_those_the_latest() -> None:
     drafter = Ngram(num=2, max=3, min=1)
     assert proposed(drafter, [1, 2, 3, 50, 9, 2, 3, 60, 8, 3, 70, 1, 2, 3]) == [50, 9]  # 1 2 3 beats 2 3
     assert proposed(drafter, [5, 6, 10, 5, 6, 11, 5, 6]) == [11, 5]
+
+
+def test_lookup_as_a_tree_holds_every_continuation_by_how_often_it_came() -> None:
+    tokens = [1, 2, 7, 8, 1, 2, 7, 9, 1, 2, 5, 1, 2]
+    drafter = Ngram(num=4, max=2, min=2, shape="tree")
+    ask = request(tokens, 16)
+    drafter.begin(ask.context)
+    tree = drafter.propose(ask).tree()
+    assert [tuple(tree.token[tree.path(node)].tolist()) for node in range(len(tree))] == [(7,), (5,), (7, 9), (7, 8)]
+    assert tree.log_q is not None  # three occurrences: two go on with 7, one with 5; of the two one each
+    assert np.exp(tree.log_q).tolist() == pytest.approx([2 / 4, 1 / 4, 1 / 3, 1 / 3])
+
+
+def test_a_combination_verifies_each_guess_once_and_knows_whose_it_was() -> None:
+    def both() -> Combined:
+        return Combined([DraftModel(ReferenceModel(48, seed=5), num=3), Ngram(num=4, max=2, min=1)])
+
+    with Session(ReferenceModel(48, seed=5), both()) as session:
+        result = session.generate([1, 2, 3, 1, 2, 3, 1], SamplingParams(max_tokens=40, ignore_eos=True))
+    assert result.stats.accepted_length >= 4.0  # the perfect part's chain is always in the tree
+    ask, drafter = request([1, 2, 3, 1, 2, 3, 1], 16), both()
+    drafter.begin(ask.context)
+    proposal = drafter.propose(ask)
+    tree = proposal.tree()
+    edges = list(zip(tree.parent.tolist(), tree.token.tolist(), strict=True))
+    assert len(set(edges)) == len(edges) == proposal.num_nodes
+    assert proposal.sources is not None and set(proposal.sources) == {"draft_model", "ngram"}
 
 
 def test_lookup_proposes_nothing_without_a_match_of_the_least_size() -> None:
@@ -187,7 +273,7 @@ def test_a_long_prompt_is_fed_in_pieces() -> None:
     tokens = np.random.default_rng(0).integers(0, 48, 700).tolist()
     short = DraftModel(ReferenceModel(48, seed=5, context_length=2000), num=2)
     assert proposed(drafter, tokens) == proposed(short, tokens)
-    assert drafter._state.length == 512
+    assert drafter._cache.length == 512
 
 
 def test_a_drafter_with_a_shorter_context_falls_silent_instead_of_failing() -> None:
@@ -239,6 +325,19 @@ def test_specifications_carry_settings() -> None:
     assert isinstance(drafter, Ngram) and drafter.num == 7 and list(drafter.sizes) == [5, 4, 3]
     model = make_drafter("draft_model:num=2,min_prob=0.5", ReferenceModel(8))
     assert isinstance(model, DraftModel) and (model.num, model.min_prob) == (2, 0.5)
+    tree = make_drafter("draft_model:shape=tree,depth=3", ReferenceModel(8))
+    assert isinstance(tree, DraftModel) and tree.needs_trees and tree.shape.branching == (16, 16, 16)
+
+
+def test_specifications_joined_by_plus_are_combined() -> None:
+    spec = DrafterSpec.parse("draft_model:num=5,shape=tree+ngram:max=3")
+    drafter = make_drafter(spec, ReferenceModel(8))
+    assert isinstance(drafter, Combined) and drafter.name == "draft_model+ngram"
+    assert [part.needs_trees for part in drafter.parts] == [True, False]
+    assert spec.asks_for_trees and not DrafterSpec.parse("ngram:num=3").asks_for_trees
+    assert DrafterSpec.parse("draft_model:shape=3-2").asks_for_trees
+    with pytest.raises(SettingError, match="several drafters"):
+        spec.with_settings({"num": "3"})
 
 
 def test_auto_takes_the_draft_model_where_there_is_one() -> None:
@@ -254,8 +353,17 @@ def test_auto_takes_the_draft_model_where_there_is_one() -> None:
         ("ngram:max", SettingError, "name=value"),
         ("ngram:max=three", SettingError, "a number"),
         ("ngram:min=5,max=2", SettingError, "min <= max"),
-        ("ngram:num=0", SettingError, "1 to 256"),
-        ("draft_model:num=99", SettingError, "1 to 64"),
+        ("ngram:num=999", SettingError, "1 to 256"),
+        ("ngram:shape=2-x", SettingError, "chain, tree, or children"),
+        ("ngram+ngrma", UnknownNameError, "Did you mean 'ngram'"),
+        ("ngram+nothing", SettingError, "nothing"),
+        ("ngram+", UnknownNameError, "drafter"),
+        ("draft_model:num=999", SettingError, "1 to 256"),
+        ("draft_model:shape=bush", SettingError, "chain, tree, or children"),
+        ("draft_model:shape=3-0", SettingError, "chain, tree, or children"),
+        ("draft_model:shape=16-16-16", SettingError, "at most 256"),
+        ("draft_model:guess=wildly", SettingError, "coupled or greedy"),
+        ("draft_model:shape=tree,depth=-1", SettingError, "depth out of range"),
         ("draft_model:min_prob=1", SettingError, "below 1"),
         ("nothing:num=2", UnknownNameError, "setting of drafter nothing"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from localspec.drafters import DraftModel, Ngram, Nothing
 from localspec.engine.chat import Chat
-from localspec.engine.round import Lane, run_round
+from localspec.engine.round import Lane, Room, run_round
 from localspec.engine.session import TARGET, Session
 from localspec.engine.width import pad
 from localspec.errors import PromptError, UnsupportedModelError
@@ -297,7 +297,7 @@ def test_lanes_in_one_pass_say_what_each_says_alone() -> None:
         session.drafter.begin(session._context)
         lanes.append(Lane(session._state, session._context, session.drafter, Sampler(FREE, 2), Walk(), frozenset()))
     while min(len(lane.context) - len(prompt) for lane, prompt in zip(lanes, prompts, strict=True)) < 20:
-        run_round(target, lanes, [4, 4, 4])
+        run_round(target, lanes, [Room(4, 4)] * 3)
     for lane, prompt, want in zip(lanes, prompts, alone, strict=True):
         got = lane.context.tokens[len(prompt) :].tolist()
         assert got[:20] == want[:20]

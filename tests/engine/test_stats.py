@@ -17,14 +17,23 @@ from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, Rew
 from localspec.sampling import SamplingParams
 from localspec.terminal import summary
 from localspec.testing.reference import ReferenceModel, ReferenceState, random_tree
+from localspec.tree.mask import depths
+from localspec.types import NodeIndices
 
 PARAMS = SamplingParams(temperature=0.9, seed=2, max_tokens=60, ignore_eos=True)
+
+
+def shallow(parents: NodeIndices, max_depth: int) -> NodeIndices:
+    """The tree itself, or a fan of its nodes where it is too deep."""
+    too_deep = int(depths(parents).max(initial=-1)) >= max_depth
+    return np.full(len(parents), -1, np.int32) if too_deep else parents
 
 
 class Two:
     """Random trees over a small vocabulary; even tokens are guessed by `even`, odd ones by `odd`."""
 
     name = "two"
+    needs_trees = True
 
     def __init__(self, vocab_size: int) -> None:
         self.rng = np.random.default_rng(1)
@@ -34,10 +43,12 @@ class Two:
         pass
 
     def propose(self, request: DraftRequest) -> Proposal:
-        size = min(request.max_nodes, int(self.rng.integers(0, 12)))
+        size = min(request.max_nodes if request.max_depth else 0, int(self.rng.integers(0, 12)))
         tokens = self.rng.integers(0, self.vocab_size, size).astype(np.int32)
         sources = tuple("odd" if token % 2 else "even" for token in tokens.tolist())
-        return Proposal(self.name, (HostTokens(tokens),), random_tree(self.rng, size), sources=sources)
+        return Proposal(
+            self.name, (HostTokens(tokens),), shallow(random_tree(self.rng, size), request.max_depth), sources=sources
+        )
 
     def observe(self, outcome: Outcome) -> None:
         pass

@@ -32,6 +32,8 @@ from localspec.trace.record import Node, Round, TokenText
 from localspec.trace.summary import stats_lines
 from localspec.trace.svg import odds_text, svg
 from localspec.trace.text import clipped, head, quoted, tail, visible
+from localspec.tree.mask import depths
+from localspec.types import NodeIndices
 
 SVG = "{http://www.w3.org/2000/svg}"
 PARAMS = SamplingParams(
@@ -39,10 +41,17 @@ PARAMS = SamplingParams(
 )
 
 
+def shallow(parents: NodeIndices, max_depth: int) -> NodeIndices:
+    """The tree itself, or a fan of its nodes where it is too deep."""
+    too_deep = int(depths(parents).max(initial=-1)) >= max_depth
+    return np.full(len(parents), -1, np.int32) if too_deep else parents
+
+
 class Bush:
     """Random trees of up to `size` nodes, guessed by three, with scores."""
 
     name = "bush"
+    needs_trees = True
 
     def __init__(self, size: int = 12, *, scored: bool = True) -> None:
         self.rng = np.random.default_rng(1)
@@ -53,11 +62,17 @@ class Bush:
         pass
 
     def propose(self, request: DraftRequest) -> Proposal:
-        size = min(request.max_nodes, int(self.rng.integers(0, self.size + 1)))
+        size = min(request.max_nodes if request.max_depth else 0, int(self.rng.integers(0, self.size + 1)))
         tokens = self.rng.integers(0, 12, size).astype(np.int32)
         log_q = tuple(np.log(self.rng.uniform(size=size)).tolist()) if self.scored else None
         sources = tuple(f"number {token % 3}" for token in tokens.tolist())
-        return Proposal(self.name, (HostTokens(tokens),), random_tree(self.rng, size), log_q=log_q, sources=sources)
+        return Proposal(
+            self.name,
+            (HostTokens(tokens),),
+            shallow(random_tree(self.rng, size), request.max_depth),
+            log_q=log_q,
+            sources=sources,
+        )
 
     def observe(self, outcome: Outcome) -> None:
         pass

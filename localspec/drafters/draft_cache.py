@@ -1,0 +1,102 @@
+"""A draft model's state that follows the conversation: always a prefix of it, plus the guesses in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from localspec.context import Context, common_prefix
+from localspec.protocols import HostTokens, LanguageModel, Scores, Step, Tokens, chain_parents, require_rewind
+
+_PREFILL_CHUNK = 512
+ANCHOR = -1
+
+
+class DraftCache:
+    """Feeds a model what it has not seen and the guesses, and commits those guesses that came true.
+
+    Fed guesses are numbered from 0 since `start`; their parent is such a number, or ANCHOR.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        require_rewind(model)
+        self.model = model
+        self._state = model.open()
+        self._context = Context()
+        self._committed: list[int] = []  # what the state holds, to compare with a new turn's context
+        self._pending: list[Tokens] = []  # segments that are pending in the state, in order
+        self._parents: list[int] = []  # of the pending nodes
+        self._base = 0  # pending nodes before the first guess
+
+    @property
+    def length(self) -> int:
+        """Number of committed tokens."""
+        return self._state.length
+
+    @property
+    def room(self) -> int:
+        """How many more tokens can be fed."""
+        return self.model.info.context_length - self._state.length - self._state.num_pending
+
+    def begin(self, context: Context) -> None:
+        """Follow another context; of what is cached the common prefix stays, but for the anchor: its row
+        starts the guessing."""
+        self._context = context
+        same = common_prefix(np.array(self._committed, np.int32), context.tokens)
+        self._reset_to(min(same, len(context) - 1))
+
+    def start(self) -> Scores:
+        """Forget earlier guesses, feed what is missing; scores [1, V] of the anchor."""
+        self._reset_to(self._state.length)
+        tokens = self._context.tokens
+        while len(tokens) - self._state.length > _PREFILL_CHUNK:
+            chunk = tokens[self._state.length : self._state.length + _PREFILL_CHUNK].copy()
+            self._forward(HostTokens(chunk), chain_parents(self._state, len(chunk)).tolist(), ())
+            self._commit(range(len(chunk)), chunk.tolist())
+        rest = tokens[self._state.length :].copy()
+        scores = self._forward(HostTokens(rest), chain_parents(self._state, len(rest)).tolist(), (len(rest) - 1,))
+        self._base = len(rest)
+        return scores
+
+    def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
+        """Feed guesses; scores [N, V] of all of them."""
+        return self._forward(tokens, [self._base + parent for parent in parents], None)
+
+    def observe(self) -> None:
+        """Commit the fed tokens that the context now holds, whoever proposed them; forget the others."""
+        if not self._pending:
+            return
+        fed = np.concatenate([segment.numpy() for segment in self._pending]).tolist()
+        number = {
+            (parent, token): node
+            for node, (parent, token) in reversed(list(enumerate(zip(self._parents, fed, strict=True))))
+        }
+        path: list[int] = []
+        emitted = self._context.tokens[self._state.length : -1].tolist()  # the last one is the next anchor
+        for token in emitted:
+            node = number.get((path[-1] if path else ANCHOR, token))
+            if node is None:
+                break
+            path.append(node)
+        self._commit(path, emitted[: len(path)])
+
+    def close(self) -> None:
+        """Give the cache back."""
+        self._state.close()
+
+    def _commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
+        self._state.keep(path)
+        self._committed += tokens
+        self._pending, self._parents = [], []
+
+    def _reset_to(self, length: int) -> None:
+        self._state.truncate(length)
+        del self._committed[length:]
+        self._pending, self._parents = [], []
+
+    def _forward(self, tokens: Tokens, parents: list[int], rows: tuple[int, ...] | None) -> Scores:
+        [scores] = self.model.forward([Step(self._state, (tokens,), np.array(parents, np.int32), rows)])
+        self._pending.append(tokens)
+        self._parents += parents
+        return scores
