@@ -94,7 +94,6 @@ def _first_bytes(path: Path) -> bytes:
 
 def header(pair: Pair, session: Session, spec: DrafterSpec, params: SamplingParams) -> Header:
     """What a run of this session is."""
-    settings = ",".join(f"{name}={value}" for name, value in spec.settings.items())
     sampling = {name: sorted(v) if isinstance(v, frozenset) else v for name, v in asdict(params).items()}
     sampling["logit_bias"] = {str(token): str(bias) for token, bias in params.logit_bias.items()}  # may be -inf
     return Header(
@@ -103,12 +102,18 @@ def header(pair: Pair, session: Session, spec: DrafterSpec, params: SamplingPara
         draft=None if pair.draft is None else pair.draft.info.name,
         backend=pair.target.info.backend,
         device=pair.target.info.device,
-        drafter=session.drafter.name + (f":{settings}" if settings else ""),
+        drafter=_written(spec.resolved(pair.draft)),
         acceptance=session.acceptance.name,
         width_class=str(pair.target.capabilities.width_class),
         sampling={name: value for name, value in sampling.items() if name != "seed"},
         seed=params.seed,
     )
+
+
+def _written(spec: DrafterSpec) -> str:
+    """As on the command line."""
+    settings = ",".join(f"{name}={value}" for name, value in spec.settings.items())
+    return "+".join([spec.name + (f":{settings}" if settings else ""), *map(_written, spec.others)])
 
 
 @dataclass(frozen=True, slots=True)
