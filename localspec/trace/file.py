@@ -37,9 +37,9 @@ class TraceWriter:
         self._num_rounds, self._num_answers = 0, 0
         if path is None:
             return
-        if not path.parent.is_dir():
-            raise SettingError(f"--trace: no such folder: {path.parent}", fix="Make it first.")
         try:
+            if not path.parent.is_dir():
+                raise SettingError(f"--trace: no such folder: {path.parent}", fix="Make it first.")
             self._is_new = not path.exists()
             if path.is_file() and _first_bytes(path) not in (b"", _START):
                 raise SettingError(f"--trace: {path} is there already and is no trace", fix="Choose another name.")
