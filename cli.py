@@ -6,6 +6,7 @@ import codecs
 import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -206,6 +207,29 @@ def sampling_options(command: F) -> F:
     return _apply(options, command)
 
 
+def view_options(command: F) -> F:
+    """How to see what was guessed."""
+    options = [
+        click.option(
+            "--show-drafts",
+            is_flag=True,
+            help="Colour the tokens that were guessed ahead; underline those that were not the first guess.",
+        ),
+        click.option(
+            "--trace",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Write every round to FILE, for `localspec trace`.",
+        ),
+    ]
+    return _apply(options, command)
+
+
+def _has_colour() -> bool:
+    """Do escape codes mean anything to whoever reads? (no-color.org; terminals that call themselves dumb)"""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def _apply(options: Sequence[Callable[[Any], Any]], command: F) -> F:
     for option in reversed(options):
         command = option(command)
@@ -217,17 +241,25 @@ def _apply(options: Sequence[Callable[[Any], Any]], command: F) -> F:
 @draft_options
 @sampling_options
 @click.option("--system", metavar="TEXT", help="System message.")
-@click.option("--show-drafts", is_flag=True, help="Colour the tokens that were guessed ahead.")
-def chat(system: str | None, show_drafts: bool, **options: Any) -> None:
+@view_options
+def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: Any) -> None:
     """Talk to a model. With no options: the bundled pair, offline."""
     from localspec.terminal import ChatProgram, decode_argument
+    from localspec.trace.file import TraceWriter
 
     system = system and decode_argument(system, "--system")
     params = _sampling(options, default_temperature=0.7)
     spec = _drafter_spec(options)
-    with _open(options, spec) as pair:
+    with TraceWriter(trace) as writer, _open(options, spec) as pair:
         program = ChatProgram(
-            pair, spec, params, acceptance=options["acceptance"], system=system, show_drafts=show_drafts
+            pair,
+            spec,
+            params,
+            acceptance=options["acceptance"],
+            system=system,
+            show_drafts=show_drafts,
+            colour=_has_colour(),
+            trace=writer,
         )
         program.run()
 
@@ -241,7 +273,7 @@ def chat(system: str | None, show_drafts: bool, **options: Any) -> None:
 @click.option(
     "--logprobs", type=int, metavar="N", help="With --json: log-probabilities, with N alternatives per token."
 )
-@click.option("--show-drafts", is_flag=True, help="Colour the tokens that were guessed ahead.")
+@view_options
 @load_options
 @draft_options
 @sampling_options
@@ -253,22 +285,33 @@ def generate(
     as_json: bool,
     logprobs: int | None,
     show_drafts: bool,
+    trace: Path | None,
     **options: Any,
 ) -> None:
     """Answer one PROMPT (argument, --file, or standard input)."""
+    import secrets
     from dataclasses import replace
+    from functools import partial
 
     from localspec.engine.template import render
     from localspec.errors import SettingError
+    from localspec.highlight import Highlight
     from localspec.terminal import decode_argument, notes, prefill_line, print_stream, read_prompt, summary
+    from localspec.trace.file import TraceWriter
 
     if logprobs is not None and not as_json:
         raise SettingError("--logprobs is printed with --json only", fix="Add --json.")
     text = read_prompt(prompt, file)
     system = system and decode_argument(system, "--system")
     params = replace(_sampling(options, default_temperature=0.0), logprobs=logprobs)
+    if trace is not None and params.seed is None:  # the trace's first line names it
+        params = replace(params, seed=secrets.randbits(32))
     spec = _drafter_spec(options)
-    with _open(options, spec, quiet=as_json) as pair, pair.session(spec, acceptance=options["acceptance"]) as session:
+    with (
+        TraceWriter(trace) as writer,
+        _open(options, spec, quiet=as_json) as pair,
+        pair.session(spec, acceptance=options["acceptance"]) as session,
+    ):
         if not raw and pair.target.tokenizer.chat_template is not None:
             messages = [{"role": "system", "content": system}] if system else []
             text = render(pair.target.tokenizer, [*messages, {"role": "user", "content": text}])
@@ -276,16 +319,35 @@ def generate(
             raise SettingError(
                 "--system needs a chat template", fix="Leave --raw out, or put the text into the prompt."
             )
+        writer.begin(pair, session, spec, params)
+        stream = partial(session.stream, text, params, on_round=writer.on_round, on_result=writer.on_result)
         if as_json:
-            report = _report(pair, session.generate(text, params))
+            report = _report(pair, stream().result)
             click.echo(json.dumps(report, indent=2, ensure_ascii=not _is_utf8(sys.stdout)))
             return
+        highlight = Highlight(colour=_has_colour()) if show_drafts else None
         with prefill_line() as on_prefill:
-            stream = session.stream(text, params, on_prefill=on_prefill)
+            answer = stream(on_prefill=on_prefill)
             for note in notes(pair):
                 click.echo(click.style(f"note: {note}", dim=True), err=True)
-            result = print_stream(stream, show_drafts=show_drafts)
-        click.echo(click.style(summary(result), dim=True), err=True)
+            result = print_stream(answer, highlight)
+        legend = highlight.legend(result.stats) if highlight is not None else ""
+        for line in filter(None, (summary(result), legend)):
+            click.echo(click.style(line, dim=True), err=True)
+
+
+@main.command("trace")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--round", "number", type=int, metavar="N", help="Draw this round [default: all, and the most telling].")
+@click.option(
+    "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT", help="Also write the round as a picture."
+)
+def show_trace(file: Path, number: int | None, svg: Path | None) -> None:
+    """Draw what was guessed and what was taken, from a FILE that `generate --trace` wrote."""
+    from localspec.trace.console import show_trace as show
+    from localspec.trace.file import read_trace
+
+    show(read_trace(file), number, svg)
 
 
 @main.command()

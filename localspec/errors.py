@@ -14,6 +14,7 @@
         ├── BackendError           the runtime failed; its own message is quoted
         │   └── OutOfMemoryError   weights or cache did not fit
         ├── ContextFullError       the sequence has no room left
+        ├── TraceFileError         not a trace file, a damaged one, or one that cannot be written
         └── StaleScoresError       scores were read after the model moved on
 
 Each carries what was got, what was expected and what to do about it. Backends translate their
@@ -38,6 +39,7 @@ __all__ = [
     "PromptError",
     "SettingError",
     "StaleScoresError",
+    "TraceFileError",
     "UnknownNameError",
     "UnsupportedModelError",
     "UsageError",
@@ -132,6 +134,10 @@ class OutOfMemoryError(BackendError):
 
 class ContextFullError(FailureError):
     """The sequence has no room left."""
+
+
+class TraceFileError(FailureError):
+    """A trace file cannot be read or written."""
 
 
 class StaleScoresError(FailureError):

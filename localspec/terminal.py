@@ -19,8 +19,9 @@ from rich.text import Text
 
 from localspec.drafters import DrafterSpec, Nothing, make_drafter
 from localspec.engine.chat import Chat
-from localspec.engine.session import TARGET, Generation, Piece, Progress, Stream
+from localspec.engine.session import Generation, Progress, Stream
 from localspec.errors import LocalspecError, ModelNotFoundError, PromptError, SettingError
+from localspec.highlight import Highlight
 from localspec.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from localspec.doctor import Report
     from localspec.loading import Pair
     from localspec.protocols import ModelInfo
+    from localspec.trace.file import TraceWriter
 
-_DRAFTED, _RESET = "\x1b[1;32m", "\x1b[0m"
 _LONG_PROMPT = 512  # tokens; reading fewer takes no time worth a sign of life
 
 _HELP = """\
@@ -136,24 +137,19 @@ def _joined(lines: Iterable[bytes]) -> Iterator[bytes]:
 # ---------------------------------------------------------------- answers
 
 
-def print_stream(stream: Stream, *, show_drafts: bool) -> Generation:
-    """Print an answer as it is written; Ctrl-C ends it, a second Ctrl-C ends the program."""
+def print_stream(stream: Stream, highlight: Highlight | None = None) -> Generation:
+    """Print an answer as it is written; Ctrl-C ends it, a second Ctrl-C ends the program.
+
+    The very text: not through rich, which expands tabs and drops control characters. Marks were asked for by
+    name, so they are written to files and pipes too.
+    """
     with _cancel_on_interrupt(stream):
         for piece in stream:
-            _print_piece(piece, show_drafts)
+            sys.stdout.write(piece.text if highlight is None else highlight.mark(piece))
+            sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
     return stream.result
-
-
-def _print_piece(piece: Piece, show_drafts: bool) -> None:
-    """The very text: not through rich, which expands tabs and drops control characters.
-
-    Colours were asked for by name, so they are written to files and pipes too.
-    """
-    guessed = show_drafts and piece.source != TARGET
-    sys.stdout.write(f"{_DRAFTED}{piece.text}{_RESET}" if guessed else piece.text)
-    sys.stdout.flush()
 
 
 @contextmanager
@@ -179,11 +175,15 @@ def summary(result: Generation) -> str:
     if result.plain_because is None:
         parts.append(f"{stats.accepted_length:.2f} per round (bonus counted)")
         parts.append(f"{stats.num_accepted} of {stats.num_drafted} guesses accepted")
+        if stats.num_from_branches:
+            parts.append(f"{stats.num_from_branches} of them not the first for their place")
         parts.append(f"drafter {result.drafter}")
     else:
         parts.append(f"plain: {result.plain_because}")
     if stats.num_reused:
         parts.append(f"{stats.num_reused} prompt tokens reused")
+    if stats.num_replayed:
+        parts.append(f"{stats.num_replayed} tokens run again to take guesses back")
     parts.append(f"seed {result.seed}")
     if result.finish_reason == "length":
         parts.append("stopped at --max-tokens")
@@ -221,13 +221,18 @@ class ChatProgram:
         acceptance: str = "walk",
         system: str | None = None,
         show_drafts: bool = False,
+        colour: bool = True,
+        trace: TraceWriter,
     ) -> None:
         self.console = _console()
         self.params = params
         self.show_drafts = show_drafts
+        self.colour = colour
         self.pair = pair
         self.session = pair.session(spec, acceptance=acceptance)
         self.chat = Chat(self.session, system)
+        self.trace = trace
+        trace.begin(pair, self.session, spec, params)
         fallback = "auto" if isinstance(self.session.drafter, Nothing) else "nothing"
         self._other_drafter = make_drafter(fallback, pair.draft)  # what /plain switches to
         self._results: list[Generation] = []
@@ -282,10 +287,17 @@ class ChatProgram:
                 yield message
 
     def _answer(self, message: str) -> None:
+        highlight = Highlight(colour=self.colour) if self.show_drafts else None
         try:
             with prefill_line() as on_prefill:
-                stream = self.chat.say(message, self.params, on_prefill=on_prefill)
-                result = print_stream(stream, show_drafts=self.show_drafts)
+                stream = self.chat.say(
+                    message,
+                    self.params,
+                    on_prefill=on_prefill,
+                    on_round=self.trace.on_round,
+                    on_result=self.trace.on_result,
+                )
+                result = print_stream(stream, highlight)
         except LocalspecError as error:  # the conversation goes on, without this turn
             self.console.print(f"error: {error}", style="red")
             if "context" in str(error):
@@ -293,6 +305,8 @@ class ChatProgram:
             return
         self._results.append(result)
         self.console.print(summary(result), style="dim")
+        if highlight is not None and (legend := highlight.legend(result.stats)):
+            self.console.print(legend, style="dim")
         if result.finish_reason == "context":
             self.console.print("/reset starts a new conversation.", style="dim")
         self.console.print()
@@ -364,6 +378,7 @@ def stats_table(results: list[Generation]) -> Table:
             sum(s.verify_ms for s in group),
             sum(s.host_ms for s in group),
             sum(s.prefill_ms for s in group),
+            sum(s.num_replayed for s in group),
         )
         for group in stats
     ]
@@ -376,6 +391,8 @@ def stats_table(results: list[Generation]) -> Table:
     row("time verifying", [_ratio(100 * t[5], t[4] + t[5] + t[6], 0, "%") for t in totals])
     row("time on the host", [_ratio(100 * t[6], t[4] + t[5] + t[6], 1, "%") for t in totals])
     row("prefill", [f"{t[7]:.0f} ms" for t in totals])
+    if totals[1][8]:
+        row("tokens run again", [str(t[8]) for t in totals])
     depths = results[-1].stats.acceptance_by_depth
     row("accepted by depth", [" ".join(f"{100 * rate:.0f}%" for rate in depths) or "-", "", ""])
     for label, values in rows:

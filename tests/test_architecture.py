@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
     frozenset({"loading"}),
-    frozenset({"server", "bench", "audit", "hub", "doctor", "terminal"}),
+    frozenset({"server", "bench", "audit", "hub", "doctor", "terminal", "highlight", "trace"}),
 )
 RANKS = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 TOP = len(LAYERS) - 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from localspec.engine.round import RoundResult
 from localspec.engine.session import Generation, Progress, Session, Stream
 from localspec.engine.template import Message, render
 from localspec.errors import PromptError
@@ -20,8 +23,17 @@ class Chat:
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = list(self._system)
 
-    def say(self, text: str, params: SamplingParams | None = None, *, on_prefill: Progress | None = None) -> Stream:
-        """Answer the user's next message. Raises PromptError if it is empty or leaves no room."""
+    def say(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        *,
+        on_prefill: Progress | None = None,
+        on_round: Callable[[RoundResult], None] | None = None,
+        on_result: Callable[[Generation], None] | None = None,
+    ) -> Stream:
+        """Answer the user's next message; hooks as in `Session.stream`. Raises PromptError if it is empty or
+        leaves no room."""
         if not text.strip():
             raise PromptError("the message is empty", expected="some text")
         self.session.stop()  # an answer that is still being written joins the history first
@@ -30,8 +42,10 @@ class Chat:
 
         def remember(result: Generation) -> None:
             self.messages = [*messages, {"role": "assistant", "content": result.text}]
+            if on_result is not None:
+                on_result(result)
 
-        return self.session.stream(prompt, params, on_prefill=on_prefill, on_result=remember)
+        return self.session.stream(prompt, params, on_prefill=on_prefill, on_round=on_round, on_result=remember)
 
     def reset(self) -> None:
         """Forget the conversation; the system message stays."""

@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from localspec.context import Context
-from localspec.engine.stats import RoundRecord
+from localspec.engine.stats import RoundRecord, count_sources, sibling_ranks
 from localspec.engine.width import pad
 from localspec.protocols import (
     Drafter,
@@ -62,11 +62,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """What one lane got out of a round."""
+    """What one lane got out of a round. anchor: the token all guesses hang from.  sources: [N] who guessed."""
 
     verdict: Verdict
     record: RoundRecord
     logprobs: tuple[TokenLogprob, ...] | None
+    anchor: int
+    sources: tuple[str, ...]
 
 
 def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]) -> list[RoundResult]:
@@ -75,6 +77,8 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
     If a pass or a rule raises, every lane is left as it was before the round.
     """
     started = perf_counter()
+    anchors = [lane.context.anchor for lane in lanes]
+    replayed = [lane.state.num_replayed for lane in lanes]
     try:
         trees = model.capabilities.trees and model.capabilities.exact_trees
         proposals = [_propose(lane, room, trees) for lane, room in zip(lanes, rooms, strict=True)]
@@ -101,10 +105,13 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
         lane.drafter.observe(Outcome(verdict.tree, verdict.path, verdict.tokens))
     times = ((drafted - started) * 1e3, (verified - drafted) * 1e3, (perf_counter() - verified) * 1e3)
     width = sum(step.num_tokens for step in steps)
-    return [
-        RoundResult(verdict, _record(proposal, verdict, width, times), numbers)
-        for proposal, verdict, numbers in zip(proposals, verdicts, logprobs, strict=True)
-    ]
+    results = []
+    for index, (lane, proposal, verdict) in enumerate(zip(lanes, proposals, verdicts, strict=True)):
+        sources = proposal.sources or (proposal.source,) * proposal.num_nodes
+        num_replayed = lane.state.num_replayed - replayed[index]
+        record = _record(proposal.source, sources, verdict, width, times, num_replayed)
+        results.append(RoundResult(verdict, record, logprobs[index], anchors[index], sources))
+    return results
 
 
 def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
@@ -130,6 +137,9 @@ def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
         raise ValueError(f"drafter {proposal.source!r} proposed a tree, and this target verifies chains only")
     if proposal.laws is not None and len(proposal.laws) != proposal.num_nodes:
         raise ValueError(f"drafter {proposal.source!r} gave {len(proposal.laws)} laws for {proposal.num_nodes} nodes")
+    for name, values in (("log_q", proposal.log_q), ("sources", proposal.sources)):
+        if values is not None and len(values) != proposal.num_nodes:
+            raise ValueError(f"drafter {proposal.source!r} gave {len(values)} {name} for {proposal.num_nodes} nodes")
     return proposal
 
 
@@ -159,10 +169,17 @@ def _token_logprob(row: Logits, token: int, count: int) -> TokenLogprob:
     return TokenLogprob(token, values[0], tuple(zip(best, values[1:], strict=True)))
 
 
-def _record(proposal: Proposal, verdict: Verdict, width: int, times: tuple[float, float, float]) -> RoundRecord:
+def _record(
+    source: str,
+    sources: tuple[str, ...],
+    verdict: Verdict,
+    width: int,
+    times: tuple[float, float, float],
+    num_replayed: int,
+) -> RoundRecord:
     return RoundRecord(
-        source=proposal.source,
-        num_nodes=proposal.num_nodes,
+        source=source,
+        num_nodes=len(sources),
         num_accepted=len(verdict.path),
         num_emitted=len(verdict.tokens),
         width=width,
@@ -170,4 +187,8 @@ def _record(proposal: Proposal, verdict: Verdict, width: int, times: tuple[float
         verify_ms=times[1],
         host_ms=times[2],
         drafted_depth=int(verdict.tree.depth.max(initial=-1)) + 1,
+        drafted_by_source=count_sources(sources),
+        accepted_by_source=count_sources(sources[node] for node in verdict.path),
+        accepted_ranks=sibling_ranks(verdict.tree.parent, verdict.path),
+        num_replayed=num_replayed,
     )

@@ -34,10 +34,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text of the stream and who guessed its tokens: a drafter's name, or TARGET."""
+    """Some text of the stream and who guessed its tokens (`Proposal.sources`), or TARGET.
+
+    rank: how many guesses for the same place stood before it in the tree; 0 in a chain.
+    """
 
     text: str
     source: str
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +118,10 @@ class _Answer:
             return None
         return f"the drafter {drafter!r} proposed nothing" if self.asked else "no round had room for a guess"
 
-    def say(self, text: str, source: str) -> Iterator[Piece]:
+    def say(self, text: str, source: str, rank: int = 0) -> Iterator[Piece]:
         """Pass text through the stop strings; yields what may be shown, split by source."""
         if text:
-            self.waiting.append(Piece(text, source))
+            self.waiting.append(Piece(text, source, rank))
         yield from self._release(len(self.stops.push(text)))
 
     def finish(self, source: str) -> Iterator[Piece]:
@@ -212,12 +216,14 @@ class Session:
         params: SamplingParams | None = None,
         *,
         on_prefill: Progress | None = None,
+        on_round: Callable[[RoundResult], None] | None = None,
         on_result: Callable[[Generation], None] | None = None,
     ) -> Stream:
         """Answer a prompt (text, in which special tokens are recognised, or token ids).
 
         The whole prompt is given each time; what the cache shares with it is not computed again. A
         session writes one answer at a time: an earlier stream that was not read to its end is closed.
+        on_round: called with each round as it is done, before its text is given out.
         on_result: called with the answer when it ends or is cancelled, not when it fails.
         Raises PromptError for an empty prompt or one longer than the context.
         """
@@ -226,7 +232,8 @@ class Session:
         tokens = np.array(ids, np.int32)
         self._check(tokens)
         self.stop()
-        self._live = Stream(lambda stream: self._answer(tokens, params, stream, on_prefill, on_result or _ignore))
+        hooks = _Hooks(on_prefill, on_round or _ignore, on_result or _ignore)
+        self._live = Stream(lambda stream: self._answer(tokens, params, stream, hooks))
         return self._live
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
@@ -278,8 +285,7 @@ class Session:
         tokens: TokenIds,
         params: SamplingParams,
         stream: Stream,
-        on_prefill: Progress | None,
-        on_result: Callable[[Generation], None],
+        hooks: _Hooks,
     ) -> Generator[Piece, None, None]:
         seed = params.seed if params.seed is not None else secrets.randbits(32)
         tokenizer = self.model.tokenizer
@@ -293,13 +299,14 @@ class Session:
         )
         failure: BaseException | None = None
         try:
-            self._prefill(tokens, answer, stream, on_prefill)
+            self._prefill(tokens, answer, stream, hooks.on_prefill)
             lane = Lane(self._state, self._context, self.drafter, answer.sampler, self.acceptance, answer.stop_tokens)
             while answer.finish_reason is None:
                 room = self._room(answer, params, stream)
                 if room is not None:
                     answer.asked |= room.nodes > 0 and room.depth > 0
                     [result] = run_round(self.model, [lane], [room])
+                    hooks.on_round(result)
                     yield from self._take(result, answer)
             yield from answer.finish(answer.sources[-1] if answer.sources else TARGET)
         except GeneratorExit:  # the reader stopped reading: the answer ends here
@@ -311,7 +318,7 @@ class Session:
             generation = self._result(answer)
             stream.finish(generation, failure)
             if failure is None:
-                on_result(generation)
+                hooks.on_result(generation)
 
     def _prefill(self, tokens: TokenIds, answer: _Answer, stream: Stream, on_prefill: Progress | None) -> None:
         """Bring the state to all of the prompt but its last token, the anchor."""
@@ -356,8 +363,10 @@ class Session:
         """Turn a round's tokens into text, up to a stop."""
         answer.stats.add(result.record)
         emitted = result.verdict.tokens
+        guessed = [result.sources[node] for node in result.verdict.path]
+        ranks = result.record.accepted_ranks
         for index, token in enumerate(emitted):
-            source = result.record.source if index < len(result.verdict.path) else TARGET
+            source, rank = (guessed[index], ranks[index]) if index < len(guessed) else (TARGET, 0)
             answer.tokens.append(token)
             answer.sources.append(source)
             if result.logprobs is not None:
@@ -365,7 +374,7 @@ class Session:
             if token in answer.stop_tokens:
                 answer.finish_reason = "stop"
                 return
-            yield from answer.say(answer.detokenizer.push(token), source)
+            yield from answer.say(answer.detokenizer.push(token), source, rank)
             if answer.stops.matched is not None:
                 answer.finish_reason = "stop"
                 self._cut(len(self._context) - (len(emitted) - index - 1))
@@ -395,6 +404,15 @@ class Session:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Hooks:
+    """Who wants to be told what."""
+
+    on_prefill: Progress | None
+    on_round: Callable[[RoundResult], None]
+    on_result: Callable[[Generation], None]
+
+
 def _require_trees(model: LanguageModel, drafter: Drafter) -> None:
     """Raise UnsupportedModelError for a drafter that branches where only chains are verified exactly."""
     capabilities = model.capabilities
@@ -406,5 +424,5 @@ def _require_trees(model: LanguageModel, drafter: Drafter) -> None:
         )
 
 
-def _ignore(_: Generation) -> None:
+def _ignore(_: object) -> None:
     pass

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from localspec.types import NodeIndices
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """One round. Times in milliseconds; on a device that works lazily, waiting is counted as verify."""
+    """One round. Times in milliseconds; on a device that works lazily, waiting is counted as verify.
+
+    source: who proposed; `drafted_by_source` and `accepted_by_source` count the nodes of each who guessed.
+    accepted_ranks: per accepted node how many siblings stood before it (0: the first guess for its place).
+    num_replayed: tokens the target ran again because its state cannot take tokens back.
+    """
 
     source: str
     num_nodes: int
@@ -19,6 +27,30 @@ class RoundRecord:
     verify_ms: float
     host_ms: float
     drafted_depth: int
+    drafted_by_source: Mapping[str, int]
+    accepted_by_source: Mapping[str, int]
+    accepted_ranks: tuple[int, ...]
+    num_replayed: int = 0
+
+
+def count_sources(sources: Iterable[str]) -> dict[str, int]:
+    """Source -> number of nodes, in order of first appearance."""
+    counts: dict[str, int] = {}
+    for source in sources:
+        counts[source] = counts.get(source, 0) + 1
+    return counts
+
+
+def sibling_ranks(parents: NodeIndices, path: Sequence[int]) -> tuple[int, ...]:
+    """Per node of `path` the number of its siblings that stand before it in the tree [N]."""
+    if not path:
+        return ()
+    seen: dict[int, int] = {}  # parent -> children so far
+    ranks = []
+    for parent in parents[: path[-1] + 1].tolist():
+        ranks.append(seen.get(parent, 0))
+        seen[parent] = ranks[-1] + 1
+    return tuple(ranks[node] for node in path)
 
 
 @dataclass(slots=True)
@@ -35,10 +67,12 @@ class Stats:
     prefill_ms: float = 0.0
     num_prefilled: int = 0
     num_reused: int = 0
+    num_replayed: int = 0
     drafted_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     drafted_by_source: dict[str, int] = field(default_factory=dict)
     accepted_by_source: dict[str, int] = field(default_factory=dict)
+    accepted_by_rank: list[int] = field(default_factory=list)
     widths: dict[int, int] = field(default_factory=dict)
 
     def add(self, record: RoundRecord) -> None:
@@ -50,6 +84,7 @@ class Stats:
         self.draft_ms += record.draft_ms
         self.verify_ms += record.verify_ms
         self.host_ms += record.host_ms
+        self.num_replayed += record.num_replayed
         self.widths[record.width] = self.widths.get(record.width, 0) + 1
         for counts, depth in (
             (self.drafted_by_depth, record.drafted_depth),
@@ -58,12 +93,18 @@ class Stats:
             counts.extend([0] * (depth - len(counts)))
             for level in range(depth):
                 counts[level] += 1
-        if record.num_nodes:
-            for by_source, amount in (
-                (self.drafted_by_source, record.num_nodes),
-                (self.accepted_by_source, record.num_accepted),
-            ):
-                by_source[record.source] = by_source.get(record.source, 0) + amount
+        for source, amount in record.drafted_by_source.items():
+            self.drafted_by_source[source] = self.drafted_by_source.get(source, 0) + amount
+            accepted = record.accepted_by_source.get(source, 0)
+            self.accepted_by_source[source] = self.accepted_by_source.get(source, 0) + accepted
+        for rank in record.accepted_ranks:
+            self.accepted_by_rank.extend([0] * (rank + 1 - len(self.accepted_by_rank)))
+            self.accepted_by_rank[rank] += 1
+
+    @property
+    def num_from_branches(self) -> int:
+        """Accepted tokens that were not the first guess for their place: what a chain would have missed."""
+        return sum(self.accepted_by_rank[1:])
 
     @property
     def accepted_length(self) -> float:
@@ -103,10 +144,12 @@ class Stats:
             "acceptance_by_depth": [round(rate, 4) for rate in self.acceptance_by_depth],
             "drafted_by_source": self.drafted_by_source,
             "accepted_by_source": self.accepted_by_source,
+            "accepted_by_rank": self.accepted_by_rank,
             "tokens_per_second": round(self.tokens_per_second, 2),
             "prefill_ms": round(self.prefill_ms, 3),
             "num_prefilled": self.num_prefilled,
             "num_reused": self.num_reused,
+            "num_replayed": self.num_replayed,
             "draft_ms": round(self.draft_ms, 3),
             "verify_ms": round(self.verify_ms, 3),
             "host_ms": round(self.host_ms, 3),

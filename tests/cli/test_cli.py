@@ -53,12 +53,12 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    for command in ("chat", "generate", "doctor", "bench"):
+    for command in ("chat", "generate", "trace", "doctor", "bench"):
         assert command in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command", ["chat", "generate", "doctor", "bench", "bench speed", "bench equality", "bench core"]
+    "command", ["chat", "generate", "trace", "doctor", "bench", "bench speed", "bench equality", "bench core"]
 )
 def test_every_command_has_help(command: str) -> None:
     assert run(*command.split(), "--help").exit_code == 0
@@ -154,7 +154,9 @@ def test_logprobs_stops_and_biases_reach_the_answer() -> None:
 
 
 @pytest.mark.real
-def test_show_drafts_colours_tokens_even_into_a_file() -> None:
+def test_show_drafts_colours_tokens_even_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
     result = run("generate", "What is 4 * 78?", "--show-drafts", *QUICK)
     assert "\x1b[1;32m" in result.stdout
 

@@ -23,6 +23,7 @@ from localspec import terminal
 from localspec.doctor import Report
 from localspec.engine.session import TARGET, Generation, Piece, Stream
 from localspec.errors import PromptError
+from localspec.highlight import Highlight
 from localspec.loading import Pair
 from localspec.protocols import BackendReport
 from localspec.testing.reference import ReferenceModel
@@ -68,12 +69,12 @@ def streamed(*pieces: Piece) -> Stream:
 @pytest.mark.parametrize("show_drafts", [False, True])
 def test_an_answer_is_printed_byte_for_byte(show_drafts: bool, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     texts = ["a\tb", "\r", "\f", "[b]x[/b]", ":smile:", "\x07\x0b", "é\n", " " * 200 + "end  "]
-    terminal.print_stream(streamed(*(Piece(text, TARGET) for text in texts)), show_drafts=show_drafts)
+    terminal.print_stream(streamed(*(Piece(text, TARGET) for text in texts)), Highlight() if show_drafts else None)
     assert capfdbinary.readouterr().out == "".join(texts).encode() + b"\n"
 
 
 def test_only_guessed_pieces_are_coloured(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    terminal.print_stream(streamed(Piece("a\t", "ngram"), Piece("b\r", TARGET)), show_drafts=True)
+    terminal.print_stream(streamed(Piece("a\t", "ngram"), Piece("b\r", TARGET)), Highlight())
     assert capfdbinary.readouterr().out == b"\x1b[1;32ma\t\x1b[0mb\r\n"
 
 
