@@ -150,7 +150,8 @@ class Capabilities:
 
     rewind: cost of `keep` and `truncate` that drop tokens.  trees: may a node have two children?
     exact_trees: are the rows of a tree the same bits as those of chains? Otherwise only drafters may use trees.
-    max_width: most tokens in one scored forward.  num_sequences: most states open at once.
+    max_width: most tokens in one scored forward.  max_leaves: most leaves of a sequence's pending nodes (None: any
+    number).  num_sequences: most states open at once.
     host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice
     beats deciding all rows at once.  limits: why trees, their exactness or free rewinding are missing.
     """
@@ -162,6 +163,7 @@ class Capabilities:
     width_class: WidthClass
     host_scores: bool
     exact_trees: bool = True
+    max_leaves: int | None = None
     limits: tuple[str, ...] = ()
 
 

@@ -36,8 +36,11 @@ class DraftCache:
 
     @property
     def room(self) -> int:
-        """How many more tokens can be fed."""
-        return self.model.info.context_length - self._state.length - self._state.num_pending
+        """How many more guesses can be fed: each could be a leaf."""
+        pending = self._state.num_pending
+        in_context = self.model.info.context_length - self._state.length - pending
+        leaves = self.model.capabilities.max_leaves
+        return max(in_context if leaves is None else min(in_context, leaves - 1 - (pending - self._base)), 0)
 
     def begin(self, context: Context) -> None:
         """Follow another context; of what is cached the common prefix stays, but for the anchor: its row

@@ -123,8 +123,8 @@ class DraftModel:
                     likely = int(np.count_nonzero(log_q >= math.log(self.min_prob)))
                     likely = max(likely, int(node == ANCHOR))  # the pass is padded to two tokens anyway
                 grower.offer(node, ids[:likely].tolist(), log_q[:likely].tolist())
-            nodes = [node for node in grower.frontier() if grower.token(node) not in request.stop_tokens]
-            nodes = nodes[: max(self._cache.room, 0)]
+            nodes = grower.frontier(self._cache.room)
+            nodes = [node for node in nodes if grower.token(node) not in request.stop_tokens]
             if nodes:
                 tokens = HostTokens(np.array([grower.token(node) for node in nodes], np.int32))
                 scores = self._cache.extend(tokens, [fed[grower.parent(node)] for node in nodes])
@@ -212,7 +212,7 @@ class DraftModel:
                     # A draw must not be taken back: that would be another law. It just has no children.
                     if token not in request.stop_tokens and law.probability(token) >= self.min_prob:
                         grown.append(slot)
-            level = [slot for slot in grown if plan.children(slot)][: max(self._cache.room, 0)]
+            level = [slot for slot in grown if plan.children(slot)][: self._cache.room]
             if level:
                 ids = HostTokens(np.array([tokens[made[slot]] for slot in level], np.int32))
                 scores = self._cache.extend(ids, [fed[int(plan.parent[slot])] for slot in level])

@@ -94,14 +94,18 @@ class Grower:
                 heapq.heapreplace(self._best, reach)
             floor = self._floor()
 
-    def frontier(self) -> list[int]:
-        """The nodes of the newest level that are among the best so far: those whose children are worth asking
-        for. Empty when the tree can no longer change."""
+    def frontier(self, most: int | None = None) -> list[int]:
+        """The nodes of the newest level that are among the best so far, at most the best `most` of them: those
+        whose children are worth asking for. Empty when the tree can no longer change."""
         newest = range(self._level_start, len(self._tokens))
         self._level_start = len(self._tokens)
         if not newest or self._depth[-1] + 1 >= len(self.branching):
             return []
-        return [node for node in newest if self._reach[node] > self._floor()]
+        floor = self._floor()
+        nodes = [node for node in newest if self._reach[node] > floor]
+        if most is None or len(nodes) <= most:
+            return nodes
+        return sorted(sorted(nodes, key=lambda node: -self._reach[node])[:most])
 
     def _floor(self) -> float:
         """A path must beat this chance to get into the tree."""

@@ -15,7 +15,7 @@ from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, Step
 from localspec.sampling import Law, Sampler, SamplingParams
 from localspec.testing.drafters import DrafterConformance
-from localspec.testing.reference import ReferenceModel, random_tree
+from localspec.testing.reference import ReferenceModel, ReferenceState, random_tree
 from localspec.tree.mask import depths, is_chain
 
 
@@ -265,6 +265,26 @@ def test_a_turn_may_start_inside_what_the_draft_cache_already_holds() -> None:
         session.reset()
         again = session.generate([1, 2, 3, *tokens[:4]], SamplingParams(max_tokens=5, ignore_eos=True))
     assert again.tokens == tokens[4:9]
+
+
+def test_growing_stays_within_the_leaves_that_the_draft_model_can_hold() -> None:
+    """llama.cpp has so many sequence ids and no more; a tree grows through more nodes than it keeps."""
+    most = 0
+
+    class Counting(ReferenceModel):
+        def forward(self, steps: Sequence[Step]) -> list[Scores]:
+            nonlocal most
+            scores = super().forward(steps)
+            [state] = [step.state for step in steps]
+            assert isinstance(state, ReferenceState)
+            most = max(most, len(set(range(len(state.parents))) - set(state.parents)))
+            return scores
+
+    draft = Counting(48, seed=5, sharpness=1.0)
+    draft.capabilities = replace(draft.capabilities, max_leaves=20)
+    drafter = DraftModel(draft, num=64, shape="tree")
+    assert len(proposed(drafter, [1, 2, 3], 64)) == 64
+    assert 10 < most <= 20
 
 
 def test_a_long_prompt_is_fed_in_pieces() -> None:

@@ -21,11 +21,16 @@ pytestmark = pytest.mark.real
 
 
 @cache
-def pair_on(backend: str) -> Pair:
-    """The bundled pair, opened once per backend."""
+def pair_on(backend: str, trees: bool = False) -> Pair:
+    """The bundled pair, opened once per backend, and once more so that trees are exact."""
     if not get_backend(backend).is_installed():
         pytest.skip(f"needs {backend}: {get_backend(backend).report().install_command}")
-    return open_pair(backend=backend, settings=LoadSettings(context=1024))
+    return open_pair(
+        backend=backend,
+        settings=LoadSettings(
+            context=1024, trees=trees, num_sequences=6, flash_attention=(trees and backend == "llamacpp") or None
+        ),
+    )
 
 
 @pytest.mark.slow
@@ -39,6 +44,27 @@ def test_text_equals_plain_decoding_on_held_out_prompts(backend: str, per_domain
     assert sum(row.num_tokens for row in guessed) > 1.3 * sum(row.num_rounds for row in guessed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "domains", "budgets", "tokens", "temperatures"),
+    [
+        ("llamacpp", ("chat", "code", "prose"), (8, 16, 32, 64), 24, (0.0, 0.7, 1.0)),
+        ("mlx", ("code",), (16, 64), 8, (0.7,)),
+    ],
+)
+def test_text_equals_plain_decoding_under_trees(
+    backend: str, domains: tuple[str, ...], budgets: tuple[int, ...], tokens: int, temperatures: tuple[float, ...]
+) -> None:
+    prompts = load_prompts(domains=domains, per_domain=1)
+    drafters = [f"draft_model:num={budget},shape=tree" for budget in budgets]
+    drafters.append("draft_model:shape=3-2-1+ngram:min=1,shape=tree")
+    report = compare(pair_on(backend, trees=True), prompts, drafters, temperatures, tokens)
+    assert report.differences == []
+    for name in drafters:
+        rows = [row for row in report.rows if row.drafter == name]
+        assert sum(row.num_tokens for row in rows) > 1.3 * sum(row.num_rounds for row in rows)
+
+
 HARD = {
     "truncated": SamplingParams(temperature=1.0, top_k=40, top_p=0.95, min_p=0.02),
     "penalties": SamplingParams(temperature=0.7, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2),
@@ -50,12 +76,19 @@ HARD = {
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["llamacpp", "mlx"])
 @pytest.mark.parametrize("name", HARD)
-def test_every_sampling_setting_works_under_speculation(backend: str, name: str) -> None:
-    pair = pair_on(backend)
+@pytest.mark.parametrize(
+    ("trees", "drafters"),
+    [(False, ("draft_model", "ngram:min=1")), (True, ("draft_model:num=12,shape=tree", "draft_model:shape=3-2+ngram"))],
+    ids=["chains", "trees"],
+)
+def test_every_sampling_setting_works_under_speculation(
+    backend: str, name: str, trees: bool, drafters: tuple[str, ...]
+) -> None:
+    pair = pair_on(backend, trees)
     params = replace(HARD[name], seed=11, max_tokens=24 if backend == "llamacpp" else 12, ignore_eos=True, logprobs=2)
     prompt = load_prompts(domains=["code"], per_domain=1)[0].encode(pair.target.tokenizer)[:48].tolist()
     answers = []
-    for drafter in ("nothing", "draft_model", "ngram:min=1"):
+    for drafter in ("nothing", *drafters):
         with pair.session(drafter) as session:
             answers.append(session.generate(prompt, params))
     assert answers[0].tokens == answers[1].tokens == answers[2].tokens
