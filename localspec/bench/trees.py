@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from localspec.bench.prompts import Prompt
 from localspec.drafters import DraftModel
+from localspec.engine.round import RoundResult
 from localspec.errors import UsageError
 from localspec.loading import Pair
 from localspec.sampling import SamplingParams
@@ -36,6 +38,8 @@ METHODS = (
     Method("tree", "coupled", "rejection"),
     Method("tree", "coupled", "walk"),
 )
+NUM_BINS = 5
+_ALL = "all"
 GREEDY_METHODS = (METHODS[0], METHODS[3])
 """At temperature 0 there is nothing to draw and no noise: the others are the same as these."""
 
@@ -50,6 +54,22 @@ class Row:
     num_prompts: int = 0
     num_tokens: dict[int, int] = field(default_factory=dict)
     num_rounds: dict[int, int] = field(default_factory=dict)
+    expected: list[float] = field(default_factory=lambda: [0.0] * NUM_BINS)
+    observed: list[int] = field(default_factory=lambda: [0] * NUM_BINS)
+    judged: list[int] = field(default_factory=lambda: [0] * NUM_BINS)
+
+    def judge(self, result: RoundResult) -> None:
+        """Compare the estimated chance of every node whose parent was accepted with what happened."""
+        verdict = result.verdict
+        tree, reached = verdict.tree, {-1, *verdict.path}
+        for node in range(len(tree) if tree.log_q is not None else 0):
+            if int(tree.parent[node]) in reached:
+                assert tree.log_q is not None
+                chance = math.exp(float(tree.log_q[node]))
+                place = min(int(chance * NUM_BINS), NUM_BINS - 1)
+                self.expected[place] += chance
+                self.observed[place] += int(tree.token[node]) == verdict.tokens[int(tree.depth[node])]
+                self.judged[place] += 1
 
     def length(self, budget: int) -> float:
         """Accepted length, the bonus counted."""
@@ -112,7 +132,8 @@ def measure(
                         drafter = DraftModel(pair.draft, num=budget, shape=method.shape, guess=method.guess)
                         try:
                             session.use(drafter, make_acceptance(method.acceptance))
-                            stats = session.generate(tokens, params).stats
+                            judge = row.judge if method.acceptance == "walk" else None
+                            stats = session.stream(tokens, params, on_round=judge).result.stats
                         finally:
                             drafter.close()
                         row.num_tokens[budget] = row.num_tokens.get(budget, 0) + stats.num_tokens
@@ -137,14 +158,38 @@ def table(report: Report) -> str:
     for row in rows:
         lengths = " | ".join(f"{row.length(budget):.2f}" for budget in report.budgets)
         lines.append(f"| {row.temperature:g} | {row.domain} | {row.num_prompts} | {row.method} | {lengths} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_calibration(rows)])
+
+
+def _calibration(rows: Sequence[Row]) -> list[str]:
+    """How far the drafter's estimates can be trusted: by estimated chance, the mean of it and what came true."""
+    lines = [
+        "nodes whose parent was accepted, by the drafter's estimate: mean estimate -> share accepted (number)",
+        "",
+        "| T | method | "
+        + " | ".join(f"{i / NUM_BINS:.1f} to {(i + 1) / NUM_BINS:.1f}" for i in range(NUM_BINS))
+        + " |",
+        "|---" * (2 + NUM_BINS) + "|",
+    ]
+    for row in rows:
+        if row.domain == _ALL and any(row.judged):
+            cells = [
+                f"{expected / judged:.2f} -> {observed / judged:.2f} ({judged})" if judged else "-"
+                for expected, observed, judged in zip(row.expected, row.observed, row.judged, strict=True)
+            ]
+            lines.append(f"| {row.temperature:g} | {row.method} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _totals(report: Report) -> list[Row]:
     totals: dict[tuple[str, float], Row] = {}
     for row in report.rows:
-        total = totals.setdefault((row.method, row.temperature), Row(row.method, row.temperature, "all"))
+        total = totals.setdefault((row.method, row.temperature), Row(row.method, row.temperature, _ALL))
         total.num_prompts += row.num_prompts
+        for place in range(NUM_BINS):
+            total.expected[place] += row.expected[place]
+            total.observed[place] += row.observed[place]
+            total.judged[place] += row.judged[place]
         for budget in report.budgets:
             total.num_tokens[budget] = total.num_tokens.get(budget, 0) + row.num_tokens.get(budget, 0)
             total.num_rounds[budget] = total.num_rounds.get(budget, 0) + row.num_rounds.get(budget, 0)
