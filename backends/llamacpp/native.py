@@ -246,6 +246,10 @@ class Context:
         if end > start:
             self._lib.llama_memory_seq_cp(self._memory, source, target, start, end)
 
+    def copy(self, source: int, target: int) -> None:
+        """Give `target`, which must be empty, all of `source`; recurrent states are copied when one of them runs."""
+        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
     def save(self, sequence: int) -> Any:
         """A copy of an id's cells, for `restore` into this or a like context."""
         size = int(self._lib.llama_state_seq_get_size(self._pointer, sequence))
