@@ -5,10 +5,11 @@ a copy of the recurrent state (attention cells are shared). Dropping tokens make
 snapshot again, and the committed tokens behind that *wait*: they go along with the next pass, in front of its
 own tokens. So a rejected guess costs a wider pass, not another one.
 
-Rows must not depend on how often that happened. They do not, because every pass has at least two tokens (one
-width class, one kernel), and recurrences run token by token whatever the width. Padding that a caller hangs
-below his tokens is not run: it would have to be taken back every time. Instead a lone token is accompanied by
-one of another sequence, which is forgotten at once.
+Rows must not depend on how often that happened. They do not, because recurrences run token by token whatever
+the width, and because no token is ever run in a pass of one where a caller pads his (one width class, one
+kernel). Padding that a caller hangs below his tokens is only run where the pass would else be too narrow, that
+is where nothing waits: in plain decoding every second pass. It is then taken back, and its token waits for the
+next pass, which needs no padding.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NUM_SNAPSHOTS = 3
 """Older snapshots that are kept beside the newest, for going back further."""
 
 NUM_IDS = NUM_SNAPSHOTS + 4
-"""WORK, the companion, the newest snapshot, and one in the making."""
+"""WORK, the newest snapshot, one in the making, and one that llama.cpp copies into."""
 
 _MOST_WAITING = 8
 """More tokens than this are run by themselves and then remembered: else each later pass would run them again."""
@@ -57,7 +58,7 @@ class RecurrentState(State):
 
     def __init__(self, cache: Cache) -> None:
         super().__init__(cache)
-        self._work, self._companion = cache.take(), cache.take()
+        self._work = cache.take()
         self._history: History[int] = History(NUM_SNAPSHOTS)
         self._ids: set[int] = set()  # of snapshots
         self._tokens: list[int] = []
@@ -97,6 +98,8 @@ class RecurrentState(State):
         between = above if goes_back or self._tip is None else above[above.index(self._tip) + 1 :]
         scored = np.flatnonzero(outputs)
         num_run = int(scored[-1]) + 1 if len(scored) else len(wanted)
+        if num_run == 1 and not between and not 0 < len(self._waiting(goes_back)) <= _MOST_WAITING:
+            num_run = min(2, len(wanted))  # nothing would go along
         self._plan = _Plan(tokens, wanted, outputs, goes_back, between, num_run)
 
     def _path(self, node: int) -> list[int]:
@@ -113,7 +116,7 @@ class RecurrentState(State):
         assert plan is not None
         if plan.goes_back:
             self._go_back()
-        waiting = self._waiting() if self._tip is None else np.zeros(0, np.int32)
+        waiting = self._waiting(False)
         start = self.length - len(waiting)
         num_again = len(waiting) - self._num_fresh if len(waiting) else 0
         num_again += sum(self._was_run[node] for node in plan.between)
@@ -128,25 +131,10 @@ class RecurrentState(State):
         tokens = np.array([*before, *plan.tokens[: plan.num_run].tolist()], np.int32)
         outputs = np.concatenate([np.zeros(len(before), np.int8), plan.outputs[: plan.num_run]])
         self._num_replayed += num_again
-        if len(tokens) == 1 and len(plan.parents) > 1:
-            return self._accompanied(decode, tokens, start, outputs)
         return decode(self._pass(tokens, start, outputs))
 
     def _pass(self, tokens: TokenIds, start: int, outputs: NDArray[np.int8]) -> Pass:
         return Pass(tokens, np.arange(start, start + len(tokens), dtype=np.int32), self._work, outputs)
-
-    def _accompanied(self, decode: Decode, tokens: TokenIds, start: int, outputs: NDArray[np.int8]) -> Logits:
-        """A lone token beside one of another sequence: a pass of the width class that leaves nothing behind."""
-        both = Pass(
-            np.array([tokens[0], 0], np.int32),
-            np.array([start, 0], np.int32),
-            [[self._work], [self._companion]],
-            np.repeat(outputs, 2),
-        )
-        try:
-            return decode(both)[: int(outputs[0])]
-        finally:
-            self.cache.context.remove(self._companion)
 
     def commit(self) -> None:
         """The planned nodes are pending now, and WORK has got to the last one that was run."""
@@ -204,9 +192,10 @@ class RecurrentState(State):
     def _newest(self) -> Mark[int] | None:
         return self._history.rewind(self.length)
 
-    def _waiting(self) -> TokenIds:
-        """[T] committed tokens that WORK does not hold while it equals the newest snapshot."""
-        return self._history.since(self._newest())
+    def _waiting(self, goes_back: bool) -> TokenIds:
+        """[T] committed tokens that WORK does not hold, now or once it went back."""
+        is_behind = goes_back or self._tip is None
+        return self._history.since(self._newest()) if is_behind else np.zeros(0, np.int32)
 
     def _go_back(self) -> None:
         """Make WORK the newest snapshot again, or empty."""
@@ -243,7 +232,7 @@ class RecurrentState(State):
                 copy.cache.context.restore(copy._work, self.cache.context.save(self._work))
                 copy._history.extend(self._history.since(None)[: mark.length].tolist())
                 copy._remember()
-            copy._history.extend(self._waiting().tolist())
+            copy._history.extend(self._waiting(False).tolist())
         except BaseException:
             copy.close()
             raise

@@ -21,7 +21,7 @@ from localspec.errors import ModelFileError, SettingError, UnsupportedModelError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["QUANTIZATIONS", "Checkpoint", "read_safetensors", "write_gguf_file"]
+__all__ = ["QUANTIZATIONS", "Checkpoint", "add_tokenizer", "read_safetensors", "write_gguf_file"]
 
 QUANTIZATIONS = ("Q4_0", "Q8_0", "F16", "F32")
 """Types a matrix may be stored in. Norms and biases are always F32."""
@@ -126,7 +126,7 @@ def write_gguf_file(
     writer.add_description(description)
     writer.add_license(licence)
     _add_shape(writer, checkpoint.config, quantization)
-    _add_tokenizer(writer, checkpoint)
+    add_tokenizer(writer, checkpoint)
     _add_tensors(writer, checkpoint, quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -160,7 +160,8 @@ def _add_shape(writer: GGUFWriter, config: Mapping[str, Any], quantization: str)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+def add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint's byte-level BPE tokenizer as GGUF metadata."""
     from gguf import TokenType
 
     tokenizer, settings = checkpoint.tokenizer, checkpoint.tokenizer_config
