@@ -39,6 +39,7 @@ _DEFAULT_CONTEXT = 4096
 _MAX_WIDTH = 128
 _MAX_TREE_WIDTH = MAX_IDS - 2  # the sequence's own id is its first leaf's, too; one is a carrier for `keep`
 _MAX_BATCH = 512
+_MAX_FLASH_BATCH = 63  # from 64 tokens on, flash attention on a CPU works in tiles and rounds otherwise
 _MAX_SEQUENCES = 64
 _ALL_LAYERS = 999
 _FLASH_AUTO, _FLASH_OFF, _FLASH_ON = -1, 0, 1
@@ -47,7 +48,8 @@ _CPU_CLASS = WidthClass(
     2,
     None,
     "llama.cpp on CPU runs other kernels at width 1; chains of 2, 3, 4, 5, 8 and 16 tokens had identical rows "
-    "(bundled Q4_0 and Q8_0 models, contexts of 20 to 701 tokens, extra buffers off; with them on, not measured here)",
+    "(bundled Q4_0 and Q8_0 models, contexts of 20 to 701 tokens, extra buffers off; with them on, not measured here); "
+    "with flash attention passes of 64 and more would differ and are cut",
 )
 _GPU_CLASS = WidthClass(
     1,
@@ -252,13 +254,14 @@ def _with_context(
     if settings.trees and not on_gpu and settings.flash_attention is None:
         notes += ("flash attention is on because token trees need it; on a CPU that makes each pass slower",)
     params = _parameters(context_length, threads, flash)
+    params.n_batch = params.n_ubatch = _MAX_FLASH_BATCH if flash == _FLASH_ON and not on_gpu else _MAX_BATCH
     params.n_seq_max = recurrent.NUM_IDS if replays else max_width + 2
     params.n_outputs_max = max_width + 2  # llama.cpp aborts if it is below n_seq_max; room for so many rows is made
 
     def make_context() -> native.Context:
         native.forget_errors()
         try:
-            return native.Context(weights.pointer, params, weights.vocab_size)
+            return native.Context(weights.pointer, params, weights.vocab_size, weights.number("n_swa"))
         except BackendError as error:
             raise _context_error(path, native.complaints(), error) from error
 
@@ -301,7 +304,6 @@ def _limits(replays: bool, on_gpu: bool, exact_trees: bool) -> tuple[str, ...]:
 def _parameters(context_length: int, threads: int, flash_attention: int) -> Any:
     params = native.library().llama_context_default_params()
     params.n_ctx = context_length
-    params.n_batch = params.n_ubatch = _MAX_BATCH
     params.kv_unified = True
     params.swa_full = True  # a window that forgets cannot be rewound
     params.n_threads = params.n_threads_batch = threads

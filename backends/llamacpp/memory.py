@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from numpy import int8
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from localspec.errors import BackendError
 from localspec.types import Logits, NodeIndices, Positions, TokenIds
 
-from .native import Context
+from .native import Context, Saved
 
 
 @dataclass(slots=True)
@@ -35,6 +36,15 @@ MAX_IDS = 256
 
 Decode = Callable[[Pass], Logits]
 """Runs a pass in the state's own context; [N, V] its scored rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Cells at positions start to end, as llama.cpp wrote them."""
+
+    start: int
+    end: int
+    cells: Saved
 
 
 class Cache:
@@ -75,6 +85,30 @@ class Cache:
         for one in taken:
             self.context.remove(one)
         self._free = list(self._all)
+
+    def copied(self, source: int, end: int, start: int = 0) -> list[Piece]:
+        """The cells of an id at positions `start` to `end`, outside of llama.cpp.
+
+        In pieces no longer than a sliding window: of longer ones llama.cpp would leave out what the last
+        token does not see, and a rewind would miss it.
+        """
+        step = self.context.window or max(1, end - start)
+        bounds = [start, *range((start // step + 1) * step, end, step), end]
+        pieces = []
+        for first, last in pairwise(bounds):
+            carrier = self.take()
+            self.context.share(source, carrier, last, first)
+            pieces.append(Piece(first, last, self.context.save(carrier)))
+            self.empty([carrier])
+        return pieces
+
+    def insert(self, target: int, pieces: Sequence[Piece]) -> None:
+        """Put copied cells behind those that `target` has, side by side and in order."""
+        for piece in pieces:
+            carrier = self.take()
+            self.context.restore(carrier, piece.cells)
+            self.context.share(carrier, target, piece.end, piece.start)
+            self.empty([carrier])
 
     def give_back(self, ids: Sequence[int]) -> None:
         """Take back ids that own no cells."""

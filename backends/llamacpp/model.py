@@ -149,8 +149,8 @@ def _cuts(outputs: NDArray[np.int8], max_batch: int, max_outputs: int) -> list[t
     """(start, end) of the decodes that make up a pass: as few as possible and of equal size, for a
     short last one could fall out of the width class."""
     total = len(outputs)
-    if total <= max_outputs:
+    largest = max_batch if int(outputs.sum()) <= max_outputs else min(max_batch, max_outputs)
+    if total <= largest:
         return [(0, total)] if total else []
-    largest = max_batch if int(outputs.sum()) <= max_outputs else max_outputs
     count = -(-total // largest)
     return [(total * part // count, total * (part + 1) // count) for part in range(count)]

@@ -29,8 +29,8 @@ from .memory import Cache, Decode, Pass, State
 NUM_SNAPSHOTS = 3
 """Older snapshots that are kept beside the newest, for going back further."""
 
-NUM_IDS = NUM_SNAPSHOTS + 4
-"""WORK, the newest snapshot, one in the making, and one that llama.cpp copies into."""
+NUM_IDS = NUM_SNAPSHOTS + 3
+"""WORK, the newest snapshot, and one in the making."""
 
 _MOST_WAITING = 8
 """More tokens than this are run by themselves and then remembered: else each later pass would run them again."""
@@ -229,7 +229,7 @@ class RecurrentState(State):
         try:
             mark = self._newest()
             if mark is not None:
-                copy.cache.context.restore(copy._work, self.cache.context.save(self._work))
+                copy.cache.insert(copy._work, self.cache.copied(self._work, mark.length))
                 copy._history.extend(self._history.since(None)[: mark.length].tolist())
                 copy._remember()
             copy._history.extend(self._waiting(False).tolist())

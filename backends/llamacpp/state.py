@@ -181,16 +181,10 @@ class LlamaState(State):
 
     def _move_together(self, leaf: int, count: int) -> None:
         """Copy the path's cells out, drop everything pending, and put them behind the committed ones."""
-        context, end = self.cache.context, self._length + count
-        carrier = self.cache.take()
-        context.share(self._lines[leaf], carrier, end, self._length)
-        saved = context.save(carrier)
-        context.remove(carrier)
-        context.remove(self._id, self._length)
+        pieces = self.cache.copied(self._lines[leaf], self._length + count, self._length)
+        self.cache.context.remove(self._id, self._length)
         self.cache.empty(self._borrowed)
-        context.restore(carrier, saved)
-        context.share(carrier, self._id, end, self._length)
-        self.cache.empty([carrier])
+        self.cache.insert(self._id, pieces)
 
     def truncate(self, length: int) -> None:
         """Drop everything pending and all committed tokens from `length` on. Raises ValueError."""
@@ -211,7 +205,7 @@ class LlamaState(State):
         assert isinstance(copy, LlamaState)
         try:
             if self._length:
-                copy.cache.context.restore(copy._id, self.cache.context.save(self._id))
+                copy.cache.insert(copy._id, self.cache.copied(self._id, self._length))
         except BaseException:
             copy.close()
             raise

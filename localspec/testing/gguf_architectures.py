@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localspec.errors import SettingError
-from localspec.testing.conversion import add_tokenizer
+from localspec.testing.conversion import FILE_TYPES, add_tokenizer
 from localspec.testing.files import tiny_checkpoint
 
 __all__ = ["ARCHITECTURES", "Architecture", "write_architecture"]
@@ -174,7 +174,11 @@ _SINKS: Tensors = {
 
 _LORA = 8
 _RWKV7: Tensors = {
-    **{f"{norm}.{part}": (HIDDEN,) for norm in ("attn_norm", "attn_norm_2", "time_mix_ln") for part in ("weight", "bias")},
+    **{
+        f"{norm}.{part}": (HIDDEN,)
+        for norm in ("attn_norm", "attn_norm_2", "time_mix_ln")
+        for part in ("weight", "bias")
+    },
     **{f"time_mix_{name}.weight": (HIDDEN,) for name in ("w0", "a0", "v0", "k_k", "k_a", "r_k")},
     **{f"time_mix_{name}1.weight": (HIDDEN, _LORA) for name in "wavg"},
     **{f"time_mix_{name}2.weight": (_LORA, HIDDEN) for name in "wavg"},
@@ -227,10 +231,22 @@ _LIST = (
         _every(_GEMMA, _HEAD_NORMS),
         _NORM,
     ),
-    Architecture("mixtral", "experts", 2, _MIXTURE_KEYS | {"feed_forward_length": _EXPERT_SIZE}, _every(_ATTENTION, _MIXTURE), _NORM_AND_HEAD),
+    Architecture(
+        "mixtral",
+        "experts",
+        2,
+        _MIXTURE_KEYS | {"feed_forward_length": _EXPERT_SIZE},
+        _every(_ATTENTION, _MIXTURE),
+        _NORM_AND_HEAD,
+    ),
     Architecture("qwen3moe", "experts", 2, _MIXTURE_KEYS, _every(_ATTENTION, _HEAD_NORMS, _MIXTURE), _NORM),
     Architecture(
-        "gpt-oss", "attention sinks, sliding window, experts", 2, {**_NARROW, **_MIXTURE_KEYS}, _every(_SINKS), _NORM_AND_HEAD
+        "gpt-oss",
+        "attention sinks, sliding window, experts",
+        2,
+        {**_NARROW, **_MIXTURE_KEYS},
+        _every(_SINKS),
+        _NORM_AND_HEAD,
     ),
     Architecture(
         "deepseek2",
@@ -261,7 +277,7 @@ _LIST = (
         2,
         {
             **_NO_ATTENTION,
-            "wkv.head_size": HEAD,
+            "wkv.head_size": HIDDEN,  # the kernel on CPU works on 64 numbers at a time
             "attention.layer_norm_epsilon": 1e-5,
             "attention.decay_lora_rank": _LORA,
             "attention.iclr_lora_rank": _LORA,
@@ -270,18 +286,40 @@ _LIST = (
             "token_shift_count": 2,
         },
         _every(_RWKV7),
-        {**_NORM_AND_HEAD, "output_norm.bias": (HIDDEN,), "token_embd_norm.weight": (HIDDEN,), "token_embd_norm.bias": (HIDDEN,)},
+        {
+            **_NORM_AND_HEAD,
+            "output_norm.bias": (HIDDEN,),
+            "token_embd_norm.weight": (HIDDEN,),
+            "token_embd_norm.bias": (HIDDEN,),
+        },
     ),
     Architecture(
         "jamba",
         "hybrid",
         4,
         {**_SSM_KEYS, **_EVERY_SECOND},
-        _second(_ATTENTION, {**_MAMBA, "ssm_dt_norm.weight": (_RANK,), "ssm_b_norm.weight": (_STATE,), "ssm_c_norm.weight": (_STATE,)}, _DENSE),
+        _second(
+            _ATTENTION,
+            {**_MAMBA, "ssm_dt_norm.weight": (_RANK,), "ssm_b_norm.weight": (_STATE,), "ssm_c_norm.weight": (_STATE,)},
+            _DENSE,
+        ),
         _NORM,
     ),
-    Architecture("granitehybrid", "hybrid", 4, {**_MAMBA2_KEYS, **_EVERY_SECOND}, _second(_ATTENTION, _MAMBA2, _DENSE), _NORM),
-    Architecture("falcon-h1", "hybrid", 2, _MAMBA2_KEYS, _every(_ATTENTION, _MAMBA2, {("ffn_norm" if name == "ffn_norm.weight" else name): shape for name, shape in _DENSE.items()}), _NORM),
+    Architecture(
+        "granitehybrid", "hybrid", 4, {**_MAMBA2_KEYS, **_EVERY_SECOND}, _second(_ATTENTION, _MAMBA2, _DENSE), _NORM
+    ),
+    Architecture(
+        "falcon-h1",
+        "hybrid",
+        2,
+        _MAMBA2_KEYS,
+        _every(
+            _ATTENTION,
+            _MAMBA2,
+            {("ffn_norm" if name == "ffn_norm.weight" else name): shape for name, shape in _DENSE.items()},
+        ),
+        _NORM,
+    ),
     Architecture(
         "lfm2",
         "hybrid",
@@ -327,13 +365,14 @@ ARCHITECTURES = {architecture.name: architecture for architecture in _LIST}
 # ---------------------------------------------------------------- the file
 
 
-def write_architecture(path: Path, name: str, *, seed: int = 0, jitter: float = 0.0) -> Path:
+def write_architecture(path: Path, name: str, *, quantization: str = "F32", seed: int = 0, jitter: float = 0.0) -> Path:
     """Write a tiny model and return `path`.
 
-    seed: the weights.  jitter: standard deviation of noise added to them, relative to their own: a drafter that
-    often agrees.
+    quantization: of the large matrices, as converters choose them.  seed: the weights.  jitter: standard deviation
+    of noise added to them, relative to their own: a drafter that often agrees.
     """
-    from gguf import GGUFWriter, LlamaFileType
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
 
     if name not in ARCHITECTURES:
         raise SettingError("unknown architecture", got=name, expected=", ".join(ARCHITECTURES))
@@ -342,19 +381,26 @@ def write_architecture(path: Path, name: str, *, seed: int = 0, jitter: float = 
     in_file = "llama" if name == "mixtral" else name
     writer = GGUFWriter(path, in_file)
     writer.add_name(path.stem)
-    writer.add_file_type(LlamaFileType.ALL_F32)
+    writer.add_file_type(FILE_TYPES[quantization])
     for key, value in {**_common_metadata(num_rows, architecture.num_layers), **architecture.metadata}.items():
         _add(writer, f"{in_file}.{key}", value)
     add_tokenizer(writer, tokenizer)
     values, noise = np.random.default_rng((seed, 0)), np.random.default_rng((seed, 1))
     for tensor, shape in architecture.tensors(num_rows):
         weight = _initial(tensor, shape, values, noise, np.float32(jitter))
-        writer.add_tensor(tensor, np.ascontiguousarray(weight))
+        kind = GGMLQuantizationType[quantization if _is_large(tensor, shape) else "F32"]
+        writer.add_tensor(tensor, quantize(np.ascontiguousarray(weight), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _is_large(name: str, shape: tuple[int, ...]) -> bool:
+    """Would a converter quantise it? Not what is small or takes part in no matrix product."""
+    is_small = any(part in name for part in ("norm", "conv", "lerp", "ssm_a", "ssm_d.", "ssm_dt.", "gate_inp", "bias"))
+    return len(shape) > 1 and shape[0] % 32 == 0 and not is_small
 
 
 def _common_metadata(num_rows: int, num_layers: int) -> dict[str, Value]:
@@ -396,9 +442,12 @@ def _initial(
     weight += jitter * noise.standard_normal(shape[::-1], np.float32)
     kind = name.split(".", 2)[-1] if name.startswith("blk.") else name
     if "norm" in kind or kind in ("ssm_d", "time_mix_ln.weight"):
-        return weight / np.float32(10) + np.float32(0 if kind.endswith("bias") else 1)
+        weight /= np.float32(10)
+        weight += np.float32(0 if kind.endswith("bias") else 1)
+        return weight
     if kind == "ssm_a":  # how fast the state fades, always negative
-        return -np.exp(weight / np.float32(2)) / np.float32(4)
+        fading: NDArray[np.float32] = np.exp(weight / np.float32(2))
+        return fading * np.float32(-0.25)
     if "lerp" in kind:
         return np.float32(0.5) + weight / np.float32(8)
     if kind in ("token_embd.weight", "output.weight"):
