@@ -261,7 +261,7 @@ def _with_context(
     def make_context() -> native.Context:
         native.forget_errors()
         try:
-            return native.Context(weights.pointer, params, weights.vocab_size, weights.number("n_swa"))
+            return native.Context(weights.pointer, params, weights.vocab_size, max(0, weights.number("n_swa")))
         except BackendError as error:
             raise _context_error(path, native.complaints(), error) from error
 

@@ -32,7 +32,7 @@ NUM_SNAPSHOTS = 3
 NUM_IDS = NUM_SNAPSHOTS + 3
 """WORK, the newest snapshot, and one in the making."""
 
-_MOST_WAITING = 8
+_MOST_WAITING = 4
 """More tokens than this are run by themselves and then remembered: else each later pass would run them again."""
 
 

@@ -160,7 +160,12 @@ def check_tree(parents: NodeIndices, seed: int, *, num_kept: int = 4, name: str 
         path = tree.path(node)
         state.keep(path)
         after = forward(model, state, [5, 6, 7])
+        half = len(prefix) + len(path) // 2
+        state.truncate(half)
+        earlier = forward(model, state, [5, 6, 7])
         state.truncate(len(prefix))
+        want = path_rows(model, other, [*(ids[node] for node in path[: len(path) // 2]), 5, 6, 7])[-3:]
+        assert np.array_equal(earlier, want), path
         want = path_rows(model, other, [*(ids[node] for node in path), 5, 6, 7])[-3:]
         assert np.array_equal(after, want), path
     state.close()
