@@ -47,6 +47,11 @@ class History(Generic[S]):
         """Lengths at which there is a snapshot, ascending."""
         return [mark.length for mark in self._marks]
 
+    @property
+    def snapshots(self) -> list[S]:
+        """The snapshots that are kept, oldest first."""
+        return [mark.snapshot for mark in self._marks]
+
     def extend(self, tokens: Iterable[int]) -> None:
         """Tokens were committed."""
         self._tokens.extend(int(token) for token in tokens)

@@ -8,6 +8,7 @@ for the next one, with room for `context` tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from localspec.errors import (
 )
 from localspec.protocols import Capabilities, LoadSettings, ModelInfo, Rewind, WidthClass
 
-from . import native, probe
+from . import native, probe, recurrent, selfcheck
+from .memory import MAX_IDS, Memory
 from .model import LlamaModel
 from .processors import num_cores
-from .state import Memory
+from .state import LlamaState
 from .weights import Weights
 
 NAME = "llamacpp"
@@ -35,7 +37,9 @@ _MAGIC = b"GGUF"
 _DRAFT_HEADS = frozenset({"dflash", "dspark", "eagle3", "medusa"})
 _DEFAULT_CONTEXT = 4096
 _MAX_WIDTH = 128
+_MAX_TREE_WIDTH = MAX_IDS - 2  # the sequence's own id is its first leaf's, too; one is a carrier for `keep`
 _MAX_BATCH = 512
+_MAX_FLASH_BATCH = 63  # from 64 tokens on, flash attention on a CPU works in tiles and rounds otherwise
 _MAX_SEQUENCES = 64
 _ALL_LAYERS = 999
 _FLASH_AUTO, _FLASH_OFF, _FLASH_ON = -1, 0, 1
@@ -44,7 +48,8 @@ _CPU_CLASS = WidthClass(
     2,
     None,
     "llama.cpp on CPU runs other kernels at width 1; chains of 2, 3, 4, 5, 8 and 16 tokens had identical rows "
-    "(bundled Q4_0 and Q8_0 models, contexts of 20 to 701 tokens, extra buffers off; with them on, not measured here)",
+    "(bundled Q4_0 and Q8_0 models, contexts of 20 to 701 tokens, extra buffers off; with them on, not measured here); "
+    "with flash attention passes of 64 and more would differ and are cut",
 )
 _GPU_CLASS = WidthClass(
     1,
@@ -53,6 +58,13 @@ _GPU_CLASS = WidthClass(
     "speculation may differ from plain decoding (`localspec bench equality` shows whether it does)",
     measured=False,
 )
+_TREES_NEED_FLASH = (
+    "token trees are exact on a CPU only with --flash-attention: without it attention sums over a branch's cells in "
+    "another order than over a chain's"
+)
+_TREES_ON_GPU = "whether rows of a token tree are the bits of chain rows on this GPU was not measured"
+_TREES_OF_RECURRENT = "its recurrent layers run one chain at a time, so token trees are not verified"
+_NO_SNAPSHOTS = {"deepseek4": "llama.cpp cannot keep a snapshot of its compressed cache beside the sequence"}
 
 
 def is_model_file(path: Path) -> bool:
@@ -80,7 +92,8 @@ def load(path: Path, settings: LoadSettings) -> LlamaModel:
     weights = Weights(path, gpu_layers=gpu_layers, extra_buffers=extra_buffers)
     try:
         check_supported(weights)
-        return _with_context(path, weights, settings, gpu_layers, notes)
+        _check_trees_are_possible(weights, settings)
+        return _checked(_with_context(path, weights, settings, gpu_layers, notes), settings)
     except BaseException:
         weights.close()
         raise
@@ -148,18 +161,19 @@ def check_settings(settings: LoadSettings) -> None:
 def check_supported(weights: Weights) -> None:
     """Raise UnsupportedModelError for models whose cache cannot be rewound, or that are no decoders."""
     reasons = {
-        "is_recurrent": "its state is recurrent, so tokens cannot be taken back",
-        "is_hybrid": "part of its state is recurrent, so tokens cannot be taken back",
         "is_diffusion": "it is a diffusion model, which does not write from left to right",
         "has_encoder": "it has an encoder, which the core does not drive",
     }
-    check_is_whole(weights.text("general.architecture"))
+    architecture = weights.text("general.architecture")
+    check_is_whole(architecture)
     found = [reason for fact, reason in reasons.items() if weights.number(fact)]
+    if architecture in _NO_SNAPSHOTS:
+        found.append(f"{_NO_SNAPSHOTS[architecture]}, so tokens cannot be taken back")
     if not weights.number("has_decoder"):
         found = ["it has no decoder"]
     if found:
         raise UnsupportedModelError(
-            f"a model of architecture {weights.text('general.architecture')} cannot be used yet: {found[0]}",
+            f"a model of architecture {architecture} cannot be used yet: {found[0]}",
             fix="Use a decoder-only transformer.",
         )
 
@@ -193,10 +207,34 @@ def _gpu_layers(settings: LoadSettings, has_gpu: bool) -> int:
     return settings.gpu_layers
 
 
+def is_recurrent(weights: Weights) -> bool:
+    """Does any layer keep a state that depends on the path by which it was reached?"""
+    return bool(weights.number("is_recurrent") or weights.number("is_hybrid"))
+
+
 def _flash_attention(settings: LoadSettings, on_gpu: bool) -> int:
+    """llama.cpp's value for it. Raises SettingError where trees are asked for and what they need is ruled out."""
+    if settings.trees and not on_gpu:
+        if settings.flash_attention is False:
+            raise SettingError(
+                "trees and flash_attention=False exclude each other on a CPU",
+                got="trees, no flash attention",
+                fix="Leave flash_attention to the backend, or load without trees.",
+            )
+        return _FLASH_ON
     if settings.flash_attention is None:
         return _FLASH_AUTO if on_gpu else _FLASH_OFF
     return _FLASH_ON if settings.flash_attention else _FLASH_OFF
+
+
+def _check_trees_are_possible(weights: Weights, settings: LoadSettings) -> None:
+    """Raise UnsupportedModelError where trees are asked for and can never be had."""
+    if settings.trees and is_recurrent(weights):
+        raise UnsupportedModelError(
+            f"a model of architecture {weights.text('general.architecture')} cannot verify token trees: "
+            f"{_TREES_OF_RECURRENT}",
+            fix="Load it without trees; drafters then propose chains.",
+        )
 
 
 # ---------------------------------------------------------------- the context
@@ -210,24 +248,34 @@ def _with_context(
     if context_length > trained:
         notes += (f"context {context_length} is longer than the model was trained for ({trained})",)
     threads = settings.threads or num_cores()
-    params = _parameters(settings, context_length, threads, gpu_layers > 0)
+    on_gpu, replays = gpu_layers > 0, is_recurrent(weights)
+    flash = _flash_attention(settings, on_gpu)
+    max_width = _MAX_TREE_WIDTH if settings.trees else _MAX_WIDTH
+    if settings.trees and not on_gpu and settings.flash_attention is None:
+        notes += ("flash attention is on because token trees need it; on a CPU that makes each pass slower",)
+    params = _parameters(context_length, threads, flash)
+    params.n_batch = params.n_ubatch = _MAX_FLASH_BATCH if flash == _FLASH_ON and not on_gpu else _MAX_BATCH
+    params.n_seq_max = recurrent.NUM_IDS if replays else max_width + 2
+    params.n_outputs_max = max_width + 2  # llama.cpp aborts if it is below n_seq_max; room for so many rows is made
 
     def make_context() -> native.Context:
         native.forget_errors()
         try:
-            return native.Context(weights.pointer, params, weights.vocab_size)
+            return native.Context(weights.pointer, params, weights.vocab_size, max(0, weights.number("n_swa")))
         except BackendError as error:
             raise _context_error(path, native.complaints(), error) from error
 
-    memory = Memory(make_context, settings.num_sequences)
+    memory = Memory(make_context, settings.num_sequences, recurrent.RecurrentState if replays else LlamaState)
+    exact_trees = flash == _FLASH_ON and not on_gpu and not replays
+    limits = _limits(replays, on_gpu, exact_trees)
     capabilities = Capabilities(
-        rewind=Rewind.FREE,
-        # Without flash attention the CPU's kernels round a branch's rows otherwise than a chain's; on
-        # GPUs that was not measured. `forward` takes trees all the same, only their last bits differ.
-        trees=bool(settings.flash_attention) and not gpu_layers,
-        max_width=_MAX_WIDTH,
+        rewind=Rewind.REPLAY if replays else Rewind.FREE,
+        trees=not replays,
+        exact_trees=exact_trees,
+        limits=limits,
+        max_width=max_width,
         num_sequences=settings.num_sequences,
-        width_class=_GPU_CLASS if gpu_layers else _CPU_CLASS,
+        width_class=_GPU_CLASS if on_gpu else _CPU_CLASS,
         host_scores=True,
     )
     info = ModelInfo(
@@ -245,17 +293,81 @@ def _with_context(
     return LlamaModel(weights, memory, info, capabilities)
 
 
-def _parameters(settings: LoadSettings, context_length: int, threads: int, on_gpu: bool) -> Any:
+def _limits(replays: bool, on_gpu: bool, exact_trees: bool) -> tuple[str, ...]:
+    if replays:
+        return (_TREES_OF_RECURRENT, "it cannot forget tokens: what was kept since a snapshot is run again")
+    if exact_trees:
+        return ()
+    return (_TREES_ON_GPU if on_gpu else _TREES_NEED_FLASH,)
+
+
+def _parameters(context_length: int, threads: int, flash_attention: int) -> Any:
     params = native.library().llama_context_default_params()
     params.n_ctx = context_length
-    params.n_batch = params.n_ubatch = _MAX_BATCH
-    params.n_seq_max = 2 + _MAX_WIDTH  # the sequence, each leaf of the widest tree, and a carrier for `keep`
-    params.n_outputs_max = params.n_seq_max  # llama.cpp aborts if it is smaller; room for logits is made for so many
     params.kv_unified = True
     params.swa_full = True  # a window that forgets cannot be rewound
     params.n_threads = params.n_threads_batch = threads
-    params.flash_attn_type = _flash_attention(settings, on_gpu)
+    params.flash_attn_type = flash_attention
     return params
+
+
+# ---------------------------------------------------------------- the model's own word
+
+
+def _checked(model: LlamaModel, settings: LoadSettings) -> LlamaModel:
+    """The model with promises that its own rows confirm. Raises UnsupportedModelError."""
+    try:
+        if model.info.context_length < selfcheck.CONTEXT:
+            return _unchecked(model, settings)
+        if model.capabilities.rewind is Rewind.REPLAY:
+            return _with_replay(model)
+        return _with_trees(model, settings)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _unchecked(model: LlamaModel, settings: LoadSettings) -> LlamaModel:
+    """Without room for the checks nothing is promised."""
+    said = f"a context of {model.info.context_length} tokens is too short to check it"
+    if settings.trees:
+        raise SettingError("no room to check trees", got=said, expected=f"context of {selfcheck.CONTEXT} or more")
+    if model.capabilities.rewind is Rewind.REPLAY:
+        return _unsure(model, said)
+    if model.capabilities.exact_trees:
+        model.capabilities = replace(model.capabilities, exact_trees=False, limits=(said,))
+    return model
+
+
+def _unsure(model: LlamaModel, said: str) -> LlamaModel:
+    unsure = replace(model.capabilities.width_class, measured=False, evidence=said)
+    limits = (*model.capabilities.limits, f"{said}: near-ties may fall otherwise under speculation")
+    model.capabilities = replace(model.capabilities, width_class=unsure, limits=limits)
+    return model
+
+
+def _with_replay(model: LlamaModel) -> LlamaModel:
+    difference = selfcheck.replay_difference(model)
+    if not difference:
+        return model
+    if not selfcheck.is_rounding(difference):
+        raise UnsupportedModelError(
+            f"{model.info.name} gave other rows after tokens were taken back, so nothing it says could be trusted",
+            got=f"a difference of {difference:.2g} standard deviations",
+            fix="Use another model, or another build of llama.cpp.",
+        )
+    said = f"rows after a replay differed by {difference:.1e} standard deviations from plain decoding's"
+    return _unsure(model, said)
+
+
+def _with_trees(model: LlamaModel, settings: LoadSettings) -> LlamaModel:
+    if not model.capabilities.exact_trees or selfcheck.tree_rows_are_exact(model):
+        return model
+    said = "rows of a token tree were not the bits of chain rows, although flash attention was asked for"
+    if settings.trees:
+        raise UnsupportedModelError(f"{model.info.name} cannot verify token trees exactly: {said}", fix="Load without.")
+    model.capabilities = replace(model.capabilities, exact_trees=False, limits=(said,))
+    return model
 
 
 def _context_error(path: Path, complaints: Sequence[str], error: BackendError) -> FailureError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,23 +11,13 @@ from numpy.typing import NDArray
 from localspec.errors import BackendError, ContextFullError
 from localspec.protocols import Capabilities, ModelInfo, Scores, Step
 from localspec.sampling import HostScores
-from localspec.types import Logits, Positions, TokenIds
+from localspec.types import Logits, TokenIds
 
 from . import native
+from .memory import Memory, Pass, State
 from .native import Context
-from .state import LlamaState, Memory, Plan
 from .tokenizer import LlamaTokenizer
 from .weights import Weights
-
-
-@dataclass(slots=True)
-class _Pass:
-    """The tokens of one step as llama.cpp wants them."""
-
-    tokens: TokenIds
-    positions: Positions
-    ids: list[list[int]] | int
-    outputs: NDArray[np.int8]
 
 
 class LlamaModel:
@@ -42,7 +32,7 @@ class LlamaModel:
         self._generation = [0]
         self._min_outputs = capabilities.width_class.min_width
 
-    def open(self) -> LlamaState:
+    def open(self) -> State:
         """A new, empty sequence. Raises BackendError when all are in use."""
         if self._closed:
             raise ValueError("this model is closed")
@@ -57,24 +47,24 @@ class LlamaModel:
         states = [self._own(step) for step in steps]
         if len(states) > 1 and len({id(state) for state in states}) < len(states):
             raise ValueError("a state may have one step per forward")
-        plans: list[Plan] = []
         try:
             for state, step in zip(states, steps, strict=True):
-                plans.append(state.plan(step.parents))
+                tokens, outputs = _gathered(step)
+                state.plan(tokens, step.parents, outputs)
             self._generation[0] += 1
-            rows = self._run(states, steps, plans)
+            rows = [state.run(partial(self._in_one_context, state.cache.context)) for state in states]
         except BaseException:
-            for state, plan in zip(states, plans, strict=False):
-                state.undo(plan)
+            for state in states:
+                state.undo()
             raise
-        for state, plan in zip(states, plans, strict=True):
-            state.commit(plan)
+        for state in states:
+            state.commit()
         return [HostScores(part, self._generation) for part in rows]
 
-    def _own(self, step: Step) -> LlamaState:
+    def _own(self, step: Step) -> State:
         """The step's state, checked. Raises ContextFullError, ValueError."""
         state = step.state
-        if not isinstance(state, LlamaState) or state.cache.memory is not self._memory:
+        if not isinstance(state, State) or state.cache.memory is not self._memory:
             raise ValueError("this state belongs to another model")
         state.check_open()
         room = self.info.context_length - state.length - state.num_pending
@@ -89,16 +79,7 @@ class LlamaModel:
 
     # ------------------------------------------------------------ one pass
 
-    def _run(self, states: list[LlamaState], steps: Sequence[Step], plans: list[Plan]) -> list[Logits]:
-        """[N, V] scored rows of each step, views where one decode was enough."""
-        for state, plan in zip(states, plans, strict=True):
-            state.prepare(plan)
-        return [
-            self._in_one_context(state.cache.context, _gathered(step, plan))
-            for state, step, plan in zip(states, steps, plans, strict=True)
-        ]
-
-    def _in_one_context(self, context: Context, whole: _Pass) -> Logits:
+    def _in_one_context(self, context: Context, whole: Pass) -> Logits:
         """[N, V] scored rows of a pass, cut into as many decodes as it takes."""
         cuts = _cuts(whole.outputs, context.max_batch, self.capabilities.max_width)
         parts: list[Logits] = []
@@ -109,7 +90,7 @@ class LlamaModel:
             return parts[0]
         return np.concatenate(parts) if parts else np.zeros((0, self.vocab_size), np.float32)
 
-    def _decode(self, context: Context, whole: _Pass, start: int, end: int) -> Logits:
+    def _decode(self, context: Context, whole: Pass, start: int, end: int) -> Logits:
         """[N', V] scored rows among tokens start to end."""
         outputs = whole.outputs[start:end]
         count = int(np.count_nonzero(outputs))
@@ -148,29 +129,28 @@ class LlamaModel:
         self._weights.close()
 
 
-def _gathered(step: Step, plan: Plan) -> _Pass:
-    """Tokens, places and wanted rows of a step. Raises ValueError for misfits."""
+def _gathered(step: Step) -> tuple[TokenIds, NDArray[np.int8]]:
+    """[T] tokens of a step, and 1 for those whose rows are wanted. Raises ValueError for misfits."""
     segments = [segment.numpy() for segment in step.tokens]
     tokens = segments[0] if len(segments) == 1 else np.concatenate([np.zeros(0, np.int32), *segments])
     if len(tokens) != step.num_tokens:
         raise ValueError(f"a step has {len(tokens)} tokens but {step.num_tokens} parents")
     if step.rows is None:
-        outputs = np.ones(step.num_tokens, np.int8)
-    else:
-        rows = list(step.rows)
-        if rows and (rows[0] < 0 or rows[-1] >= step.num_tokens or rows != sorted(set(rows))):
-            raise ValueError(f"rows {step.rows} of {step.num_tokens} tokens: not ascending, or out of range")
-        outputs = np.zeros(step.num_tokens, np.int8)
-        outputs[rows] = 1
-    return _Pass(tokens, plan.positions, plan.ids, outputs)
+        return tokens, np.ones(step.num_tokens, np.int8)
+    rows = list(step.rows)
+    if rows and (rows[0] < 0 or rows[-1] >= step.num_tokens or rows != sorted(set(rows))):
+        raise ValueError(f"rows {step.rows} of {step.num_tokens} tokens: not ascending, or out of range")
+    outputs = np.zeros(step.num_tokens, np.int8)
+    outputs[rows] = 1
+    return tokens, outputs
 
 
 def _cuts(outputs: NDArray[np.int8], max_batch: int, max_outputs: int) -> list[tuple[int, int]]:
     """(start, end) of the decodes that make up a pass: as few as possible and of equal size, for a
     short last one could fall out of the width class."""
     total = len(outputs)
-    if total <= max_outputs:
+    largest = max_batch if int(outputs.sum()) <= max_outputs else min(max_batch, max_outputs)
+    if total <= largest:
         return [(0, total)] if total else []
-    largest = max_batch if int(outputs.sum()) <= max_outputs else max_outputs
     count = -(-total // largest)
     return [(total * part // count, total * (part + 1) // count) for part in range(count)]

@@ -15,6 +15,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
@@ -162,14 +163,23 @@ def _address(array: NDArray[Any]) -> int:
     return int(array.ctypes.data)
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Cells as llama.cpp wrote them."""
+
+    buffer: Any
+
+
 class Context:
     """A llama_context and its batch: decode, and move cache cells between sequence ids.
 
-    max_batch: tokens per decode.  max_ids: sequence ids 0 to max_ids - 1 exist.
+    max_batch: tokens per decode.  max_ids: sequence ids 0 to max_ids - 1 exist.  window: of sliding-window
+    attention, else 0.
     """
 
-    def __init__(self, model: Any, params: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any, params: Any, vocab_size: int, window: int) -> None:
         self._lib = library()
+        self.window = window
         self.max_batch, self.max_ids = int(params.n_batch), int(params.n_seq_max)
         self._vocab_size = vocab_size
         self._pointer = self._lib.llama_init_from_model(model, params)
@@ -246,17 +256,22 @@ class Context:
         if end > start:
             self._lib.llama_memory_seq_cp(self._memory, source, target, start, end)
 
-    def save(self, sequence: int) -> Any:
-        """A copy of an id's cells, for `restore` into this or a like context."""
+    def copy(self, source: int, target: int) -> None:
+        """Give `target`, which must be empty, all of `source`; recurrent states are copied when one of them runs."""
+        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def save(self, sequence: int) -> Saved:
+        """A copy of an id's cells, for `restore` into this or a like context. Of sliding-window layers only
+        the cells in the window of the last one."""
         size = int(self._lib.llama_state_seq_get_size(self._pointer, sequence))
         buffer = (ctypes.c_uint8 * size)()
         if self._lib.llama_state_seq_get_data(self._pointer, buffer, size, sequence) != size:
             raise BackendError("llama.cpp could not copy a sequence out of its cache")
-        return buffer
+        return Saved(buffer)
 
-    def restore(self, sequence: int, saved: Any) -> None:
+    def restore(self, sequence: int, saved: Saved) -> None:
         """Put saved cells, now side by side and in order, into an empty id."""
-        if not self._lib.llama_state_seq_set_data(self._pointer, saved, len(saved), sequence):
+        if not self._lib.llama_state_seq_set_data(self._pointer, saved.buffer, len(saved.buffer), sequence):
             raise BackendError("llama.cpp could not put a sequence into its cache")
 
     @property

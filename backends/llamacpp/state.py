@@ -9,86 +9,21 @@ sequence's own and the others are emptied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localspec.errors import BackendError
 from localspec.tree.mask import check_path
-from localspec.types import NodeIndices, Positions
+from localspec.types import Logits, NodeIndices, Positions, TokenIds
 
-from .native import Context
-
-
-class Cache:
-    """The cells of one context and the sequence ids in it that are free."""
-
-    def __init__(self, memory: Memory, context: Context) -> None:
-        self.memory, self.context = memory, context
-        self._free = list(range(context.max_ids - 1, -1, -1))
-
-    def take(self) -> int:
-        """A free id. Raises BackendError when none is left."""
-        if not self._free:
-            raise BackendError(
-                "llama.cpp has no sequence id left for another branch", fix="Use trees with fewer leaves."
-            )
-        return self._free.pop()
-
-    def empty(self, ids: Sequence[int]) -> None:
-        """Forget the cells of these ids and take the ids back."""
-        for one in ids:
-            self.context.remove(one)
-        self._free.extend(ids)
-
-    def give_back(self, ids: Sequence[int]) -> None:
-        """Take back ids that own no cells."""
-        self._free.extend(ids)
-
-
-class Memory:
-    """All caches of a model, one per open sequence, made when first needed and kept for the next one.
-
-    Sequences do not share a cache: attention sums over cells in the order in which they lie, so the
-    same tokens in other cells give other last bits.
-    """
-
-    def __init__(self, make_context: Callable[[], Context], num_sequences: int) -> None:
-        self._make_context = make_context
-        self._num_sequences = num_sequences
-        self._num_open = 0
-        self._caches = [Cache(self, make_context())]  # the first at once: memory may be too small
-        self._idle = list(self._caches)
-
-    def open(self) -> LlamaState:
-        """A new, empty sequence. Raises BackendError when all are in use, OutOfMemoryError."""
-        if self._num_open >= self._num_sequences:
-            raise BackendError(
-                "too many open sequences",
-                got=self._num_open + 1,
-                expected=f"at most {self._num_sequences}",
-                fix="Close one, or load the model with a larger num_sequences.",
-            )
-        if not self._idle:
-            self._caches.append(Cache(self, self._make_context()))
-            self._idle.append(self._caches[-1])
-        self._num_open += 1
-        return LlamaState(self._idle.pop())
-
-    def release(self, cache: Cache) -> None:
-        """A sequence was closed; its cache serves the next one."""
-        self._num_open -= 1
-        self._idle.append(cache)
-
-    def close(self) -> None:
-        """Free all contexts."""
-        for cache in self._caches:
-            cache.context.close()
+from .memory import Cache, Decode, Pass, State
 
 
 @dataclass(slots=True)
-class Plan:
+class _Plan:
     """What one step will do to a state, decided before anything happens.
 
     ids: of each new token, or the one id of them all.  lines: per new node the id that runs through it.
@@ -104,18 +39,20 @@ class Plan:
     borrowed: list[int] = field(default_factory=list)
 
 
-class LlamaState:
-    """`SequenceState` over one context. Pending node i: parents[i], depths[i], and lines[i], an id through it."""
+class LlamaState(State):
+    """A state that forgets for free. Pending node i: parents[i], depths[i], and lines[i], an id through it."""
 
     def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+        super().__init__(cache)
         self._id = cache.take()
         self._length = 0
         self._parents: list[int] = []
         self._depths: list[int] = []
         self._lines: list[int] = []
         self._borrowed: list[int] = []
-        self.closed = False
+        self._plan: _Plan | None = None
+        self._tokens = np.zeros(0, np.int32)
+        self._outputs = np.zeros(0, np.int8)
 
     @property
     def length(self) -> int:
@@ -132,15 +69,14 @@ class LlamaState:
         """Rewinding is free here."""
         return 0
 
-    def check_open(self) -> None:
-        """Raise ValueError once the state or its model is closed."""
-        if self.closed or self.cache.context.is_closed:
-            raise ValueError("this state is closed")
-
     # ------------------------------------------------------------ growing
 
-    def plan(self, parents: NodeIndices) -> Plan:
-        """How new nodes with these parents [T] will lie in the cache. Raises ValueError for a bad parent."""
+    def plan(self, tokens: TokenIds, parents: NodeIndices, outputs: NDArray[np.int8]) -> None:
+        """Decide how new nodes [T] will lie in the cache. Raises ValueError for a bad parent, BackendError."""
+        self._plan = self._planned(parents)
+        self._tokens, self._outputs = tokens, outputs
+
+    def _planned(self, parents: NodeIndices) -> _Plan:
         first, count = len(self._parents), len(parents)
         wanted = parents.tolist()
         if wanted == list(range(first - 1, first - 1 + count)):  # a chain below the newest node: its id goes on
@@ -148,15 +84,15 @@ class LlamaState:
             depth = self._depths[-1] + 1 if first else 0
             depths = list(range(depth, depth + count))
             start = self._length + depth
-            return Plan(wanted, depths, np.arange(start, start + count, dtype=np.int32), line, [line] * count)
+            return _Plan(wanted, depths, np.arange(start, start + count, dtype=np.int32), line, [line] * count)
         return self._plan_tree(wanted)
 
-    def _plan_tree(self, wanted: list[int]) -> Plan:
+    def _plan_tree(self, wanted: list[int]) -> _Plan:
         first = len(self._parents)
         parents, depths, lines = self._parents + wanted, list(self._depths), list(self._lines)
         has_child = set(self._parents)
         ids: list[list[int]] = []
-        plan = Plan(wanted, [], np.zeros(0, np.int32), ids, [])
+        plan = _Plan(wanted, [], np.zeros(0, np.int32), ids, [])
         for number, parent in enumerate(wanted, first):
             if not -1 <= parent < number:
                 self.cache.give_back(plan.borrowed)
@@ -173,10 +109,10 @@ class LlamaState:
         plan.positions = np.array(plan.depths, np.int32) + np.int32(self._length)
         return plan
 
-    def _branch(self, plan: Plan, parents: list[int], depths: list[int], lines: list[int], parent: int) -> int:
+    def _branch(self, plan: _Plan, parents: list[int], depths: list[int], lines: list[int], parent: int) -> int:
         """Borrow an id for another child of `parent`: new ancestors will carry it, old cells get it by a copy."""
         try:
-            line = self.cache.take()
+            line = self.cache.take_for_leaf()
         except BackendError:
             self.cache.give_back(plan.borrowed)
             raise
@@ -190,20 +126,28 @@ class LlamaState:
         plan.borrowed.append(line)
         return line
 
-    def prepare(self, plan: Plan) -> None:
-        """Share the old cells with the borrowed ids."""
+    def run(self, decode: Decode) -> Logits:
+        """Share the old cells with the borrowed ids, then one pass; [N, V] its scored rows."""
+        plan = self._plan
+        assert plan is not None
         for source, target, end in plan.copies:
             self.cache.context.share(source, target, end)
+        return decode(Pass(self._tokens, plan.positions, plan.ids, self._outputs))
 
-    def commit(self, plan: Plan) -> None:
+    def commit(self) -> None:
         """The tokens are in the cache: they are pending nodes now."""
+        plan, self._plan = self._plan, None
+        assert plan is not None
         self._parents += plan.parents
         self._depths += plan.depths
         self._lines += plan.lines
         self._borrowed += plan.borrowed
 
-    def undo(self, plan: Plan) -> None:
+    def undo(self) -> None:
         """The pass failed: leave no cell behind."""
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return
         for line in dict.fromkeys(plan.lines):
             if line not in plan.borrowed:
                 self.cache.context.remove(line, self._length + plan.depths[plan.lines.index(line)])
@@ -237,16 +181,10 @@ class LlamaState:
 
     def _move_together(self, leaf: int, count: int) -> None:
         """Copy the path's cells out, drop everything pending, and put them behind the committed ones."""
-        context, end = self.cache.context, self._length + count
-        carrier = self.cache.take()
-        context.share(self._lines[leaf], carrier, end, self._length)
-        saved = context.save(carrier)
-        context.remove(carrier)
-        context.remove(self._id, self._length)
+        pieces = self.cache.copied(self._lines[leaf], self._length + count, self._length)
+        self.cache.context.remove(self._id, self._length)
         self.cache.empty(self._borrowed)
-        context.restore(carrier, saved)
-        context.share(carrier, self._id, end, self._length)
-        self.cache.empty([carrier])
+        self.cache.insert(self._id, pieces)
 
     def truncate(self, length: int) -> None:
         """Drop everything pending and all committed tokens from `length` on. Raises ValueError."""
@@ -258,26 +196,18 @@ class LlamaState:
             self.cache.context.remove(self._id, length)
             self._length = length
 
-    def fork(self) -> LlamaState:
+    def fork(self) -> State:
         """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
         self.check_open()
         if self._parents:
             raise ValueError("cannot fork while nodes are pending")
         copy = self.cache.memory.open()
+        assert isinstance(copy, LlamaState)
         try:
             if self._length:
-                copy.cache.context.restore(copy._id, self.cache.context.save(self._id))
+                copy.cache.insert(copy._id, self.cache.copied(self._id, self._length))
         except BaseException:
             copy.close()
             raise
         copy._length = self._length
         return copy
-
-    def close(self) -> None:
-        """Empty the ids and give them back. Twice does nothing."""
-        if self.closed:
-            return
-        self.closed = True
-        if not self.cache.context.is_closed:
-            self.cache.empty([self._id, *self._borrowed])
-            self.cache.memory.release(self.cache)

@@ -21,10 +21,13 @@ from localspec.errors import ModelFileError, SettingError, UnsupportedModelError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["QUANTIZATIONS", "Checkpoint", "read_safetensors", "write_gguf_file"]
+__all__ = ["FILE_TYPES", "QUANTIZATIONS", "Checkpoint", "add_tokenizer", "read_safetensors", "write_gguf_file"]
 
 QUANTIZATIONS = ("Q4_0", "Q8_0", "F16", "F32")
 """Types a matrix may be stored in. Norms and biases are always F32."""
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
+"""Numbers that GGUF metadata name them by."""
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -126,7 +129,7 @@ def write_gguf_file(
     writer.add_description(description)
     writer.add_license(licence)
     _add_shape(writer, checkpoint.config, quantization)
-    _add_tokenizer(writer, checkpoint)
+    add_tokenizer(writer, checkpoint)
     _add_tensors(writer, checkpoint, quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -135,16 +138,8 @@ def write_gguf_file(
 
 
 def _add_shape(writer: GGUFWriter, config: Mapping[str, Any], quantization: str) -> None:
-    from gguf import LlamaFileType
-
-    file_types = {
-        "F32": LlamaFileType.ALL_F32,
-        "F16": LlamaFileType.MOSTLY_F16,
-        "Q4_0": LlamaFileType.MOSTLY_Q4_0,
-        "Q8_0": LlamaFileType.MOSTLY_Q8_0,
-    }
     head_size = _head_size(config)
-    writer.add_file_type(file_types[quantization])
+    writer.add_file_type(FILE_TYPES[quantization])
     writer.add_quantization_version(2)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -160,7 +155,8 @@ def _add_shape(writer: GGUFWriter, config: Mapping[str, Any], quantization: str)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+def add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint's byte-level BPE tokenizer as GGUF metadata."""
     from gguf import TokenType
 
     tokenizer, settings = checkpoint.tokenizer, checkpoint.tokenizer_config
