@@ -274,6 +274,7 @@ def _with_context(
         exact_trees=exact_trees,
         limits=limits,
         max_width=max_width,
+        max_leaves=None if replays else params.n_seq_max - 1,  # one id is kept free to carry a kept branch
         num_sequences=settings.num_sequences,
         width_class=_GPU_CLASS if on_gpu else _CPU_CLASS,
         host_scores=True,

@@ -27,9 +27,7 @@ def pair_on(backend: str, trees: bool = False) -> Pair:
         pytest.skip(f"needs {backend}: {get_backend(backend).report().install_command}")
     return open_pair(
         backend=backend,
-        settings=LoadSettings(
-            context=1024, trees=trees, num_sequences=6, flash_attention=(trees and backend == "llamacpp") or None
-        ),
+        settings=LoadSettings(context=1024, trees=trees, num_sequences=6),
     )
 
 
@@ -48,7 +46,7 @@ def test_text_equals_plain_decoding_on_held_out_prompts(backend: str, per_domain
 @pytest.mark.parametrize(
     ("backend", "domains", "budgets", "tokens", "temperatures"),
     [
-        ("llamacpp", ("chat", "code", "prose"), (8, 16, 32, 64), 24, (0.0, 0.7, 1.0)),
+        ("llamacpp", ("chat", "code", "prose"), (8, 16, 32, 64), 12, (0.0, 0.7, 1.0)),
         ("mlx", ("code",), (16, 64), 8, (0.7,)),
     ],
 )
