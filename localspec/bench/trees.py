@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -107,7 +108,7 @@ def measure(
     max_tokens: int,
     on_prompt: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Decode every prompt with every method and budget; same seed for all. Raises UsageError without a draft model.
+    """Decode every prompt with every method and budget, always with the prompt's own seed. Raises UsageError without a draft model.
 
     on_prompt: called with the report so far after each prompt.
     """
@@ -121,10 +122,11 @@ def measure(
         tuple(budgets),
     )
     with pair.session("nothing") as session:
-        for number, prompt in enumerate(prompts):
+        for prompt in prompts:
+            seed = zlib.crc32(prompt.id.encode())  # the same in whatever company a prompt is run
             tokens = prompt.encode(pair.target.tokenizer).tolist()
             for temperature in temperatures:
-                params = SamplingParams(temperature=temperature, seed=1000 + number, max_tokens=max_tokens)
+                params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
                 for method in METHODS if temperature else GREEDY_METHODS:
                     row = report.row(method.label, temperature, prompt.domain)
                     row.num_prompts += 1
