@@ -68,6 +68,14 @@ class TreeCache(KVCache):
             raise ValueError(f"the model asked for a mask of {N} rows in a pass of {layout and layout.num_new}")
         return layout.mask(window_size or self._window, return_array)
 
+    @property
+    def start_position(self) -> int:
+        """Where chunked layers believe their oldest row to stand: here none is ever given up."""
+        return 0
+
+    def maybe_trim_front(self) -> None:
+        """Chunked layers ask for this before a pass; their masks leave out what is over."""
+
     def keep_rows(self, start: int, rows: mx.array | None, count: int) -> None:
         """Make `rows` (None: those that are there) the `count` rows from `start` on, and the last."""
         if rows is not None:
