@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 
-from localspec.errors import LocalspecError
 from localspec.loading import get_backend
 from localspec.protocols import LanguageModel, LoadSettings
 from localspec.testing.reference import ByteTokenizer
+from localspec.types import Logits
 
 VOCABULARY = 64
 
@@ -108,6 +112,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"rope_scaling": _YARN},
     "exaone4": {"sliding_window_pattern": "LG"},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "gear": {"layer_types": ["conv_mixer", "sliding_attention", "conv_mixer", "full_attention"]},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "mellum": _ROPE_BY_TYPE,
     "spark2_5": _ROPE_BY_TYPE,
     "minicpm3": {"rope_scaling": {"original_max_position_embeddings": 512}},
@@ -137,7 +143,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": _GEMMA_4},
     "gemma4_text": _GEMMA_4,
     "gptj": {"n_kv_heads": 4},
-    "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2, "rope_scaling": {"alpha": 1000.0}},
+    "hunyuan": {
+        "use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2,
+        "rope_scaling": {"alpha": 10.0, "factor": 1.0, "type": "dynamic"},
+    },
     "iquestloopcoder": {"loop_window_size": 8},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "kimi_k25": {"text_config": {}},
@@ -163,7 +172,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral3": {"text_config": {}},
     "muse_spark": {"text_config": {
         "post_norm_eps": 1e-8, "layer_rope_theta": [1e4, 0, 1e4, 0], "final_logit_softcapping": 20.0,
-        "output_multiplier": 0.2, "moe_hidden_size": 32,
+        "output_multiplier": 0.2, "moe_hidden_size": 32, "num_shared_experts": 0,
     }},
     "nemotron": {"hidden_act": "relu2"},
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "M", "-", "E"]},
@@ -183,7 +192,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "pixtral": {"text_config": {}},
     "plamo2": {"hidden_size_per_head": 16},
-    "prism_hadamard_qwen35": {"text_config": {}},
     "qwen2_vl": {"text_config": {}},
     "qwen3_5": {"text_config": {}},
     "qwen3_5_moe": {"text_config": {}},
@@ -193,11 +201,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+OTHERS = {
+    "prism_hadamard_qwen35": "qwen3_5 whose weights come in 2-bit rotated packs only: the same layers, caches and "
+    "rows as qwen3_5",
+}
+
+
 def names() -> list[str]:
-    """All model files, helpers left out."""
+    """All files that are models with weights of their own."""
     import mlx_lm.models
 
-    return sorted({entry.name for entry in pkgutil.iter_modules(mlx_lm.models.__path__)} - set(HELPERS))
+    files = {entry.name for entry in pkgutil.iter_modules(mlx_lm.models.__path__)}
+    return sorted(files - set(HELPERS) - set(OTHERS))
+
+
+def versions() -> str:
+    """Of the runtime, and what it computes on."""
+    return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, {mx.default_device().type.name}, float32"
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -209,14 +229,14 @@ def build(name: str, seed: int = 0) -> nn.Module:
     config = BASE | {"model_type": name} | override
     if "text_config" in override:
         config["text_config"] = BASE | {"model_type": name} | override["text_config"]
+    mx.random.seed(seed)  # what is not replaced below is drawn when a layer is made
     module: nn.Module = file.Model(file.ModelArgs.from_dict(config))
-    randomize(module, seed)
+    randomize(module)
     return module
 
 
-def randomize(module: nn.Module, seed: int) -> None:
+def randomize(module: nn.Module) -> None:
     """Weights that keep activations at their size: matrices by their inputs, vectors near where they begin."""
-    mx.random.seed(seed)
     weights = []
     for path, start in tree_flatten(module.parameters()):
         if not mx.issubdtype(start.dtype, mx.floating):
@@ -225,7 +245,7 @@ def randomize(module: nn.Module, seed: int) -> None:
         if start.ndim < 2 or path.endswith(("A_log", "dt_bias", ".D")):
             weights.append((path, start.astype(mx.float32) + 0.1 * noise))
         else:
-            inputs = start.shape[-1] if start.ndim == 2 or "conv" not in path else start[0].size
+            inputs = start[0].size if "conv" in path else start.shape[-1]
             weights.append((path, noise * (1.0 if "embed" in path else inputs**-0.5)))
     module.update(tree_unflatten(weights))
     mx.eval(module.parameters())
@@ -240,4 +260,9 @@ def open_model(name: str, seed: int = 0) -> LanguageModel:
     return model
 
 
-__all__ = ["HELPERS", "build", "names", "open_model", "LocalspecError"]
+def native_rows(name: str, ids: Sequence[int], seed: int = 0) -> Logits:
+    """[T, V] the rows that mlx-lm gives with its own caches, token by token."""
+    module: Any = build(name, seed)
+    cache = make_prompt_cache(module)
+    rows = [np.array(module(mx.array([[token]]), cache=cache)[0, 0].astype(mx.float32)) for token in ids]
+    return np.array(rows)

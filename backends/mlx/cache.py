@@ -61,6 +61,10 @@ class TreeCache(KVCache):
         finally:
             self._current.shift = shift
 
+    def keys_and_values(self) -> Any:
+        """All rows, for layers that read another layer's."""
+        return tuple(cells[..., : self.num_rows, :] for cells in self.arrays())
+
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:  # noqa: N803 - as models call it
         """The mask of the N new rows."""
         layout = self._current.layout

@@ -20,18 +20,22 @@ def describe_device() -> str:
     return f"gpu ({info.get('device_name', info.get('architecture', 'unnamed'))})"
 
 
-def width_class(width_one_differs: bool, replays: bool = False) -> WidthClass:
-    """The widths whose rows are the same bits, as far as is known.
-
-    A state that replays is never padded: padding is dropped again, which would replay every token, and the
-    token that is kept would run at another width all the same.
-    """
+def width_class(width_one_differs: bool) -> WidthClass:
+    """The widths whose rows are the same bits, as far as is known."""
     found = "differed from" if width_one_differs else "equalled"
     evidence = f"{_CPU_EVIDENCE if on_cpu() else _GPU_EVIDENCE}; here width 1 {found} width 2"
-    if replays and width_one_differs:
-        evidence += "; kept tokens are replayed at other widths than they were scored at, equal within rounding"
-        return WidthClass(1, None, evidence, measured=False)
     return WidthClass(2 if width_one_differs else 1, None, evidence, measured=on_cpu())
+
+
+def replay_class(same_bits: bool) -> WidthClass:
+    """The same for states that replay.
+
+    They are never padded: padding is dropped again, so every token would be replayed, and a token that is
+    kept may be replayed at another width than it was scored at whatever the padding.
+    """
+    found = "the same bits" if same_bits else "equal within rounding, not bit for bit"
+    evidence = f"at load rows of one, two and six tokens at a time, and of replays, were {found}"
+    return WidthClass(1, None, evidence, measured=on_cpu() and same_bits)
 
 
 # MLX computes each row of a product alone on the CPU, which is also why a pass costs there in

@@ -34,6 +34,10 @@ class PlacedRope(nn.Module):
         turned = self.inner(x.transpose(2, 1, 0, 3), *args, offset=positions, **kwargs)
         return turned.transpose(2, 1, 0, 3)  # type: ignore[no-any-return]
 
+    def __getattr__(self, name: str) -> Any:
+        """Models read settings of the embedding: those of the inner one."""
+        return _inner_attribute(self, name)
+
 
 class Body(nn.Module):
     """A model without its head, that hands on only the rows whose logits are wanted."""
@@ -51,10 +55,15 @@ class Body(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Heads reach into the body, for tied embeddings."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+        return _inner_attribute(self, name)
+
+
+def _inner_attribute(module: nn.Module, name: str) -> Any:
+    """An attribute of a module, or of the one that it wraps."""
+    try:
+        return nn.Module.__getattr__(module, name)
+    except AttributeError:
+        return getattr(nn.Module.__getattr__(module, "inner"), name)
 
 
 def place_ropes(model: nn.Module, current: Pass) -> None:

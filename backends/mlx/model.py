@@ -14,7 +14,7 @@ from localspec.protocols import Capabilities, ModelInfo, Rewind, Scores, Step
 from localspec.types import NodeIndices
 
 from .border import translated
-from .device import width_class
+from .device import replay_class, width_class
 from .network import Network
 from .replay_state import ReplayState
 from .scores import DeviceScores, DeviceTokens, Ledger
@@ -38,7 +38,7 @@ class MlxModel:
             trees=network.trees,
             max_width=min(_CHUNK, info.context_length),
             num_sequences=num_sequences,
-            width_class=width_class(network.width_one_differs, network.replays),
+            width_class=replay_class(network.same_bits) if network.replays else width_class(network.width_one_differs),
             host_scores=False,
             limits=tuple(network.limits),
         )

@@ -14,18 +14,20 @@ from .cache import Pass
 from .grafts import Body, place_ropes, wrap_body
 from .layout import Layout
 from .memory import planned, states_in
-from .selfcheck import SelfCheck
+from .selfcheck import SelfCheck, refuse_broken, small_budgets
 
 
 class Network:
     """Runs passes. `vocab_size` is V; the rest is what the self-check found.
 
     replays: part of the memory depends on the path, so it is rewound by snapshot and replay.  trees: may nodes
-    have siblings?  width_one_differs: in the last bits.  limits: why something is missing.  notes: for people.
+    have siblings?  width_one_differs: in the last bits.  same_bits: does a replay give the bits of the chain?
+    limits: why something is missing.  notes: for people.
     Raises UnsupportedModelError for a model that does not run here, or not as it must.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        refuse_broken(module)
         self._module: Any = module
         self.current = Pass()
         self.notes: list[str] = []
@@ -37,17 +39,9 @@ class Network:
         self.replays = bool(kinds)
         place_ropes(module, self.current)
         self._graft = wrap_body(module, self.current)
-        check = SelfCheck(self)
-        self.vocab_size = self._check_rows(check)
-        self.width_one_differs = check.chain()
-        if self.replays:
-            check.replay()
-            self.limits.append(f"part of the memory depends on the path by which it was reached ({', '.join(kinds)})")
-        why = None if self.replays else check.tree()
-        self.trees = not self.replays and why is None
-        if why is not None:
-            self.limits.append(why)
-            self.notes.append(f"No token trees: {why}.")
+        self.vocab_size, self.same_bits, self.trees = 0, True, False
+        with small_budgets(module):
+            self._check(SelfCheck(self), ", ".join(kinds))
 
     def caches(self) -> list[Any]:
         """Empty caches for one sequence."""
@@ -63,6 +57,19 @@ class Network:
             return logits
         finally:
             self.current.end()
+
+    def _check(self, check: SelfCheck, kinds: str) -> None:
+        self.vocab_size = self._check_rows(check)
+        self.width_one_differs = check.chain()
+        if self.replays:
+            self.same_bits = check.replay() and not self.width_one_differs
+            self.limits.append(f"part of the memory depends on the path by which it was reached ({kinds})")
+            return
+        why = check.tree()
+        self.trees = why is None
+        if why is not None:
+            self.limits.append(why)
+            self.notes.append(f"No token trees: {why}.")
 
     def _check_rows(self, check: SelfCheck) -> int:
         """V; takes the body's graft out again where it does not select rows before the head."""
