@@ -64,6 +64,7 @@ class Network:
         if self.replays:
             self.same_bits = check.replay() and not self.width_one_differs
             self.limits.append(f"part of the memory depends on the path by which it was reached ({kinds})")
+            self.notes.append(f"Chains only, and kept tokens are replayed when guesses are dropped: {self.limits[0]}.")
             return
         why = check.tree()
         self.trees = why is None
