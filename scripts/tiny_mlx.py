@@ -207,8 +207,8 @@ OTHERS = {
 }
 
 UNCACHED = {
-    "plamo3": "its mask asks for one row more than its ring buffer holds, so mlx-lm's own rows change with the width of "
-    "a pass. It gets what the mask asks for, and is compared with a pass without cache",
+    "plamo3": "its mask asks for one row more than its ring buffer holds, so mlx-lm's own rows change with the width "
+    "of a pass. It gets what the mask asks for, and is compared with a pass without cache",
 }
 
 
@@ -239,17 +239,20 @@ def build(name: str, seed: int = 0, jitter: float = 0.0) -> nn.Module:
     module: nn.Module = file.Model(file.ModelArgs.from_dict(config))
     randomize(module)
     if jitter:
-        noisy = [
-            (path, w * (1.0 + jitter * mx.random.normal(w.shape))) for path, w in tree_flatten(module.parameters())
-        ]
+        weights = _weights(module)
+        noisy = [(path, weight * (1.0 + jitter * mx.random.normal(weight.shape))) for path, weight in weights]
         module.update(tree_unflatten(noisy))
     return module
+
+
+def _weights(module: nn.Module) -> list[tuple[str, mx.array]]:
+    return tree_flatten(module.parameters())  # type: ignore[return-value]
 
 
 def randomize(module: nn.Module) -> None:
     """Weights that keep activations at their size: matrices by their inputs, vectors near where they begin."""
     weights = []
-    for path, start in tree_flatten(module.parameters()):
+    for path, start in _weights(module):
         if not mx.issubdtype(start.dtype, mx.floating):
             continue
         noise = mx.random.normal(start.shape)

@@ -1,4 +1,4 @@
-"""Two small modules set into mlx-lm's own, so that its model files stay as they are."""
+"""Small modules set into mlx-lm's own, so that its model files stay as they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import mlx.nn as nn
 from .cache import Pass
 
 _ROPE_NAMES = ("rope", "rotary_emb")
+_TABLE_NAMES = ("wpe",)
 _BODY_PATHS = (("model",), ("language_model", "model"))
 
 
@@ -36,6 +37,26 @@ class PlacedRope(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Models read settings of the embedding: those of the inner one."""
+        return _inner_attribute(self, name)
+
+
+class PlacedTable(nn.Module):
+    """A table of learned positions that gives each row of a tree the entry of the row's own position."""
+
+    def __init__(self, inner: Any, current: Pass) -> None:
+        super().__init__()
+        self.inner = inner
+        self._current = current
+
+    def __call__(self, places: mx.array) -> mx.array:
+        """[..., T, hidden]; `places` are right where the rows are a chain."""
+        positions = self._current.positions
+        if positions is not None:
+            places = mx.broadcast_to(positions, places.shape)
+        return self.inner(places)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        """Models read settings of the table: those of the inner one."""
         return _inner_attribute(self, name)
 
 
@@ -66,13 +87,14 @@ def _inner_attribute(module: nn.Module, name: str) -> Any:
         return getattr(nn.Module.__getattr__(module, "inner"), name)
 
 
-def place_ropes(model: nn.Module, current: Pass) -> None:
-    """Wrap every rotary embedding that an attention calls as a child module of its own."""
+def place_positions(model: nn.Module, current: Pass) -> None:
+    """Wrap every rotary embedding, and every table of positions, that a module calls as a child of its own."""
     for module in model.modules():
-        for name in _ROPE_NAMES:
-            child = module.get(name)
-            if isinstance(child, nn.Module) and not isinstance(child, PlacedRope):
-                module[name] = PlacedRope(child, current)
+        for names, wrapper in ((_ROPE_NAMES, PlacedRope), (_TABLE_NAMES, PlacedTable)):
+            for name in names:
+                child = module.get(name)
+                if isinstance(child, nn.Module) and not isinstance(child, wrapper):
+                    module[name] = wrapper(child, current)
 
 
 def wrap_body(model: nn.Module, current: Pass) -> tuple[nn.Module, str] | None:

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from localspec.errors import ModelFileError
 
 from .cache import Pass
-from .grafts import Body, place_ropes, wrap_body
+from .grafts import Body, place_positions, wrap_body
 from .layout import Layout
 from .memory import planned, states_in
 from .selfcheck import SelfCheck, refuse_broken, small_budgets
@@ -37,7 +37,7 @@ class Network:
             raise ModelFileError("the model has no layers", got=0, expected="at least 1")
         kinds = sorted({type(state).__name__ for state in states_in(caches)})
         self.replays = bool(kinds)
-        place_ropes(module, self.current)
+        place_positions(module, self.current)
         self._graft = wrap_body(module, self.current)
         self.vocab_size, self.same_bits, self.trees = 0, True, False
         with small_budgets(module):

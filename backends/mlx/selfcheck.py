@@ -138,7 +138,10 @@ class SelfCheck:
             finally:
                 current.shift = 0
             if not difference <= (1e-3 if rows.dtype == mx.float32 else 0.1):
-                return f"their rows differ from rows decoded alone by {difference:.2g} of a row's spread"
+                where = (
+                    "positions are used outside its embeddings of them" if shift else "masks or positions are its own"
+                )
+                return f"a tree's rows are not those of chains ({difference:.2g} of a row's spread): {where}"
         return None
 
     # ------------------------------------------------------------ helpers

@@ -46,7 +46,7 @@ def opened(name: str, jitter: float = 0.0) -> LanguageModel:
         ("qwen3", "tree", Rewind.FREE),
         ("gemma3_text", "tree", Rewind.FREE),  # sliding windows
         ("deepseek_v3", "tree", Rewind.FREE),  # latent attention and experts
-        ("gpt2", "chain", Rewind.FREE),  # learned positions
+        ("gpt2", "tree", Rewind.FREE),  # learned positions
         ("llama4", "chain", Rewind.FREE),  # chunks, whose mask the model makes itself
         ("qwen3_next", "chain", Rewind.REPLAY),  # gated delta rule
         ("mamba2", "chain", Rewind.REPLAY),
