@@ -23,7 +23,7 @@ from typing import Any
 
 from localspec.testing.architectures import Finding, examine, table
 
-# Each has names, HELPERS, OTHERS, UNCACHED, versions, open_model and native_rows, as tiny_mlx.py has them.
+# Each has names, HELPERS, UNCACHED, versions, open_model and native_rows, as tiny_mlx.py has them.
 SUITES = {"mlx": "tiny_mlx"}
 
 HEADING = """# Architectures
@@ -95,11 +95,11 @@ def _in_children(backend: str, names: Sequence[str], num_rounds: int) -> Iterato
 def _section(backend: str, suite: Any, findings: Sequence[Finding], num_rounds: int) -> str:
     kinds = Counter(found.kind for found in findings)
     counts = ", ".join(f"{kinds[kind]} {kind}" for kind in ("tree", "chain", "refused", "failed") if kinds[kind])
-    skipped = [f"`{name}` ({why})" for name, why in {**suite.OTHERS, **suite.HELPERS}.items()]
+    skipped = [f"`{name}` ({why})" for name, why in suite.HELPERS.items()]
     remarks = "".join(f"`{name}`: {why}.\n\n" for name, why in suite.UNCACHED.items())
     return (
         f"## {backend}\n\n{suite.versions()}; {num_rounds} rounds each. {len(findings)} models: {counts}.\n\n"
-        f"{table(findings)}\n{remarks}Not examined: {'; '.join(skipped)}.\n"
+        f"{table(findings)}\n{remarks}No models: {'; '.join(skipped)}.\n"
     )
 
 

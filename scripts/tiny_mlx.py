@@ -192,19 +192,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "pixtral": {"text_config": {}},
     "plamo2": {"hidden_size_per_head": 16},
+    "prism_hadamard_qwen35": {
+        "text_config": {"intermediate_size": 128, "num_experts": 0}, "tensor_namespace": "mlx-vlm-qwen3_5",
+        "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+        "modules": [{"path": "model.layers.0.mlp.down_proj", "embedding": False, "dtype": "float16", "block": 0}],
+    },
     "qwen2_vl": {"text_config": {}},
-    "qwen3_5": {"text_config": {}},
+    "qwen3_5": {"text_config": {"num_experts": 0}},
     "qwen3_5_moe": {"text_config": {}},
     "qwen3_vl": {"text_config": {}},
     "qwen3_vl_moe": {"text_config": {}},
     "step3p5": {"num_attention_groups": 2},
 }  # fmt: skip
 
-
-OTHERS = {
-    "prism_hadamard_qwen35": "qwen3_5 whose weights come in 2-bit rotated packs only: the same layers, caches and "
-    "rows as qwen3_5",
-}
 
 UNCACHED = {
     "plamo3": "its mask asks for one row more than its ring buffer holds, so mlx-lm's own rows change with the width "
@@ -213,11 +213,11 @@ UNCACHED = {
 
 
 def names() -> list[str]:
-    """All files that are models with weights of their own."""
+    """All model files, helpers left out."""
     import mlx_lm.models
 
     files = {entry.name for entry in pkgutil.iter_modules(mlx_lm.models.__path__)}
-    return sorted(files - set(HELPERS) - set(OTHERS))
+    return sorted(files - set(HELPERS))
 
 
 def versions() -> str:

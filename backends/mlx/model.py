@@ -116,11 +116,12 @@ class MlxModel:
         ids = _joined(step)
         wanted = range(step.num_tokens) if step.rows is None else step.rows
         parts = []
+        state.note(step.tokens)
         for start in range(0, step.num_tokens, _CHUNK):
             end = min(start + _CHUNK, step.num_tokens)
             rows = tuple(row - start for row in wanted if start <= row < end)
             every = len(rows) == end - start
-            layout = state.add(step.parents[start:end], ids[start:end])
+            layout = state.add(step.parents[start:end])
             logits = network.run(ids[start:end], state.caches, layout, None if every or not rows else rows)
             if rows:
                 parts.append(logits)

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from localspec.protocols import Tokens
 from localspec.replay import History
 from localspec.tree.mask import check_path
-from localspec.types import NodeIndices
+from localspec.types import NodeIndices, TokenIds
 
 from .border import translated
 from .layout import Layout, chain
@@ -40,7 +41,7 @@ class ReplayState(MlxState):
         self._states = list(states_in(caches))
         self._empty = snapshot(self._states)
         self._history: History[Snapshot] = History()
-        self._pending_ids: list[mx.array] = []  # one array per pass
+        self._noted: list[tuple[int, Tokens]] = []  # (number of the first node, tokens), ascending
         self._marks: list[tuple[int, Snapshot]] = []  # (pending nodes that it holds, snapshot), ascending
         self._num_replayed = 0
 
@@ -51,17 +52,23 @@ class ReplayState(MlxState):
 
     # ------------------------------------------------------------ for the model
 
-    def add(self, parents: NodeIndices, ids: mx.array) -> Layout:
+    def note(self, tokens: Sequence[Tokens]) -> None:
+        """Tokens are about to be added. They may still be on the device, and are read when they are kept."""
+        number = self.num_pending
+        for segment in tokens:
+            self._noted.append((number, segment))
+            number += len(segment)
+
+    def add(self, parents: NodeIndices) -> Layout:
         """Append pending nodes, which must go on the chain; returns their layout."""
         self._marks.append((self.num_pending, snapshot(self._states)))
-        self._pending_ids.append(ids)
-        return super().add(parents, ids)
+        return super().add(parents)
 
     def forget(self, num_pending: int) -> None:
         """Drop the pending nodes from `num_pending` on; passes are forgotten whole."""
         while self._marks and self._marks[-1][0] >= num_pending:
             restore(self._states, self._marks.pop()[1])
-            self._pending_ids.pop()
+        self._noted = [(number, tokens) for number, tokens in self._noted if number < num_pending]
         super().forget(num_pending)
 
     def arrays(self) -> list[mx.array]:
@@ -78,7 +85,7 @@ class ReplayState(MlxState):
         check_path(self._parents, [int(node) for node in path])
         if not self._marks:
             return
-        count, ids = len(path), mx.concatenate(self._pending_ids)
+        count, ids = len(path), self._pending_ids()
         whole = count == self.num_pending
         number, taken = (count, None) if whole else next(m for m in reversed(self._marks) if m[0] <= count)
         self._forget_pending()
@@ -104,7 +111,7 @@ class ReplayState(MlxState):
         restore(self._states, mark.snapshot if mark is not None else self._empty)
         self._rewind(self._length)
         if len(again):
-            self._replay(mx.array(again))
+            self._replay(again)
             self._history.mark(snapshot(self._states))
 
     def copy_from(self, other: MlxState) -> None:
@@ -123,27 +130,31 @@ class ReplayState(MlxState):
 
     # ------------------------------------------------------------ inside
 
+    def _pending_ids(self) -> TokenIds:
+        """[P] the newest first: then the older ones are there too."""
+        return np.concatenate([tokens.numpy() for _, tokens in reversed(self._noted)][::-1])
+
     def _forget_pending(self) -> None:
-        self._marks, self._pending_ids = [], []
+        self._marks, self._noted = [], []
         self._parents = self._parents[:0]
 
-    def _commit(self, ids: mx.array) -> None:
-        self._history.extend(np.array(ids).tolist())
-        self._length += ids.shape[0]
+    def _commit(self, ids: TokenIds) -> None:
+        self._history.extend(ids.tolist())
+        self._length += len(ids)
 
-    def _replay(self, ids: mx.array) -> None:
+    def _replay(self, ids: TokenIds) -> None:
         """Run committed tokens once more, as a chain behind what there is."""
-        for start in range(0, ids.shape[0], _CHUNK):
+        for start in range(0, len(ids), _CHUNK):
             part = ids[start : start + _CHUNK]
-            size = part.shape[0]
+            layout = Layout(self._length, chain(len(part)), len(part))
             before = snapshot(self._states)
             try:
                 with translated("replaying kept tokens"):
-                    self._run(part, self.caches, Layout(self._length, chain(size), size), None)
+                    self._run(mx.array(part), self.caches, layout, None)
                     mx.async_eval(*self.arrays())
             except Exception:
                 restore(self._states, before)
                 self._rewind(self._length)
                 raise
             self._commit(part)
-            self._num_replayed += size
+            self._num_replayed += len(part)

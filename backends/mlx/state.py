@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from localspec.protocols import Tokens
 from localspec.tree.mask import check_path
 from localspec.types import NodeIndices
 
@@ -56,7 +57,10 @@ class MlxState:
 
     # ------------------------------------------------------------ for the model
 
-    def add(self, parents: NodeIndices, ids: mx.array) -> Layout:
+    def note(self, tokens: Sequence[Tokens]) -> None:
+        """Tokens are about to be added; who replays remembers them."""
+
+    def add(self, parents: NodeIndices) -> Layout:
         """Append pending nodes, whose rows the coming pass writes; returns their layout."""
         self._parents = np.concatenate([self._parents, parents])
         return Layout(self._length, self._parents, len(parents))
