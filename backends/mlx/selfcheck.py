@@ -48,18 +48,18 @@ def refuse_broken(module: object) -> None:
 def small_budgets(module: Any) -> Iterator[None]:
     """Let sparse attention run out of its budget within a few tokens."""
     changed = [
-        (child, name, child[name])
+        (child, name, value)
         for child in module.modules()
-        for name in _BUDGETS
-        if isinstance(child.get(name), int) and child[name] > _BUDGETS[name]
+        for name, value in vars(child).items()
+        if name in _BUDGETS and isinstance(value, int) and value > _BUDGETS[name]
     ]
     try:
         for child, name, _ in changed:
-            child[name] = _BUDGETS[name]
+            setattr(child, name, _BUDGETS[name])
         yield
     finally:
         for child, name, value in changed:
-            child[name] = value
+            setattr(child, name, value)
 
 
 class SelfCheck:

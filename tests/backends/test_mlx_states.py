@@ -180,3 +180,41 @@ def test_a_failed_replay_says_how_many_tokens_are_left(monkeypatch: pytest.Monke
     assert np.array_equal(forward(model, state, [6])[0], forward(model, fresh, [1, 2, 6])[2])
     state.close()
     fresh.close()
+
+
+# ---------------------------------------------------------------- the self-check can fail
+
+
+def part(name: str) -> Any:
+    """A module of the backend, which is loaded under a name of the core's choosing."""
+    return import_module(f"{type(BACKEND).__module__.rpartition('.')[0]}.{name}")
+
+
+def test_sparse_attention_is_judged_beyond_its_budget() -> None:
+    """With real sizes a few tokens stay inside it, where any tree looks right; the sizes are put back."""
+    built = tiny().build("minimax_m3_vl")
+    sparse = [child for child in built.modules() if "index_block_size" in vars(child)]
+    for child in sparse:
+        child.index_block_size, child.index_topk_blocks = 128, 16
+    network = part("network").Network(built)
+    assert sparse and not network.trees
+    assert {(child.index_block_size, child.index_topk_blocks) for child in sparse} == {(128, 16)}
+
+
+def test_a_state_that_is_not_put_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be where a cache hides something from the snapshot."""
+    monkeypatch.setattr(part("selfcheck"), "restore", lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match="run again from a snapshot"):
+        part("network").Network(tiny().build("mamba"))
+
+
+def test_a_cache_that_overwrites_its_rows_is_refused() -> None:
+    """A ring buffer that keeps its first rows cannot be laid out at full length."""
+    built = tiny().build("qwen3")
+    ring = part("memory").RotatingKVCache(max_size=8, keep=2)
+    type(built).make_cache = lambda _: [ring]
+    try:
+        with pytest.raises(UnsupportedModelError, match="RotatingKVCache"):
+            part("network").Network(built)
+    finally:
+        del type(built).make_cache
