@@ -61,12 +61,24 @@ class TreeCache(KVCache):
         finally:
             self._current.shift = shift
 
+    def keys_and_values(self) -> Any:
+        """All rows, for layers that read another layer's."""
+        return tuple(cells[..., : self.num_rows, :] for cells in self.arrays())
+
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:  # noqa: N803 - as models call it
         """The mask of the N new rows."""
         layout = self._current.layout
         if layout is None or layout.num_new != N:
             raise ValueError(f"the model asked for a mask of {N} rows in a pass of {layout and layout.num_new}")
         return layout.mask(window_size or self._window, return_array)
+
+    @property
+    def start_position(self) -> int:
+        """Where chunked layers believe their oldest row to stand: here none is ever given up."""
+        return 0
+
+    def maybe_trim_front(self) -> None:
+        """Chunked layers ask for this before a pass; their masks leave out what is over."""
 
     def keep_rows(self, start: int, rows: mx.array | None, count: int) -> None:
         """Make `rows` (None: those that are there) the `count` rows from `start` on, and the last."""

@@ -27,6 +27,17 @@ def width_class(width_one_differs: bool) -> WidthClass:
     return WidthClass(2 if width_one_differs else 1, None, evidence, measured=on_cpu())
 
 
+def replay_class(same_bits: bool) -> WidthClass:
+    """The same for states that replay.
+
+    They are never padded: padding is dropped again, so every token would be replayed, and a token that is
+    kept may be replayed at another width than it was scored at whatever the padding.
+    """
+    found = "the same bits" if same_bits else "equal within rounding, not bit for bit"
+    evidence = f"at load rows of one, two and six tokens at a time, and of replays, were {found}"
+    return WidthClass(1, None, evidence, measured=on_cpu() and same_bits)
+
+
 # MLX computes each row of a product alone on the CPU, which is also why a pass costs there in
 # proportion to its width.
 _CPU_EVIDENCE = (

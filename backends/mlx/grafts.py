@@ -1,4 +1,4 @@
-"""Two small modules set into mlx-lm's own, so that its model files stay as they are."""
+"""Small modules set into mlx-lm's own, so that its model files stay as they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import mlx.nn as nn
 from .cache import Pass
 
 _ROPE_NAMES = ("rope", "rotary_emb")
+_TABLE_NAMES = ("wpe",)
 _BODY_PATHS = (("model",), ("language_model", "model"))
 
 
@@ -34,6 +35,30 @@ class PlacedRope(nn.Module):
         turned = self.inner(x.transpose(2, 1, 0, 3), *args, offset=positions, **kwargs)
         return turned.transpose(2, 1, 0, 3)  # type: ignore[no-any-return]
 
+    def __getattr__(self, name: str) -> Any:
+        """Models read settings of the embedding: those of the inner one."""
+        return _inner_attribute(self, name)
+
+
+class PlacedTable(nn.Module):
+    """A table of learned positions that gives each row of a tree the entry of the row's own position."""
+
+    def __init__(self, inner: Any, current: Pass) -> None:
+        super().__init__()
+        self.inner = inner
+        self._current = current
+
+    def __call__(self, places: mx.array) -> mx.array:
+        """[..., T, hidden]; `places` are right where the rows are a chain."""
+        positions = self._current.positions
+        if positions is not None:
+            places = mx.broadcast_to(positions, places.shape)
+        return self.inner(places)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        """Models read settings of the table: those of the inner one."""
+        return _inner_attribute(self, name)
+
 
 class Body(nn.Module):
     """A model without its head, that hands on only the rows whose logits are wanted."""
@@ -51,19 +76,25 @@ class Body(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Heads reach into the body, for tied embeddings."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+        return _inner_attribute(self, name)
 
 
-def place_ropes(model: nn.Module, current: Pass) -> None:
-    """Wrap every rotary embedding that an attention calls as a child module of its own."""
+def _inner_attribute(module: nn.Module, name: str) -> Any:
+    """An attribute of a module, or of the one that it wraps."""
+    try:
+        return nn.Module.__getattr__(module, name)
+    except AttributeError:
+        return getattr(nn.Module.__getattr__(module, "inner"), name)
+
+
+def place_positions(model: nn.Module, current: Pass) -> None:
+    """Wrap every rotary embedding, and every table of positions, that a module calls as a child of its own."""
     for module in model.modules():
-        for name in _ROPE_NAMES:
-            child = module.get(name)
-            if isinstance(child, nn.Module) and not isinstance(child, PlacedRope):
-                module[name] = PlacedRope(child, current)
+        for names, wrapper in ((_ROPE_NAMES, PlacedRope), (_TABLE_NAMES, PlacedTable)):
+            for name in names:
+                child = module.get(name)
+                if isinstance(child, nn.Module) and not isinstance(child, wrapper):
+                    module[name] = wrapper(child, current)
 
 
 def wrap_body(model: nn.Module, current: Pass) -> tuple[nn.Module, str] | None:

@@ -11,6 +11,11 @@ from localspec.tree.mask import ancestor_mask, depths, is_chain
 from localspec.types import BoolMask, NodeIndices, Positions
 
 
+def chain(num_tokens: int) -> NodeIndices:
+    """[T] parents of tokens that follow one another behind the committed ones."""
+    return np.arange(-1, num_tokens - 1, dtype=np.int32)
+
+
 class Layout:
     """One pass over the last `num_new` of a sequence's pending nodes.
 

@@ -49,6 +49,11 @@ def open_model(path: Path, settings: LoadSettings, ledger: Ledger) -> MlxModel:
         from .gguf_model import open_gguf
 
         opened = open_gguf(path)
+    return assemble(opened, path, settings, ledger)
+
+
+def assemble(opened: Opened, path: Path, settings: LoadSettings, ledger: Ledger) -> MlxModel:
+    """A running model from what was read. Raises UnsupportedModelError where the self-check refuses it."""
     num_parameters = int(get_total_parameters(opened.module))
     notes = [*opened.notes, *_set_dtype(opened, settings.dtype)]
     mx.eval(opened.module.parameters())

@@ -14,8 +14,9 @@ from localspec.protocols import Capabilities, ModelInfo, Rewind, Scores, Step
 from localspec.types import NodeIndices
 
 from .border import translated
-from .device import width_class
+from .device import replay_class, width_class
 from .network import Network
+from .replay_state import ReplayState
 from .scores import DeviceScores, DeviceTokens, Ledger
 from .state import MlxState
 from .tokenizer import MlxTokenizer
@@ -33,12 +34,13 @@ class MlxModel:
         self.tokenizer = tokenizer
         self.vocab_size = network.vocab_size
         self.capabilities = Capabilities(
-            rewind=Rewind.FREE,
+            rewind=Rewind.REPLAY if network.replays else Rewind.FREE,
             trees=network.trees,
             max_width=min(_CHUNK, info.context_length),
             num_sequences=num_sequences,
-            width_class=width_class(network.width_one_differs),
+            width_class=replay_class(network.same_bits) if network.replays else width_class(network.width_one_differs),
             host_scores=False,
+            limits=tuple(network.limits),
         )
         self._network: Network | None = network
         self._ledger = ledger
@@ -62,7 +64,14 @@ class MlxModel:
         if len(self._open) >= self.capabilities.num_sequences:
             limit = self.capabilities.num_sequences
             raise BackendError("too many open sequences", got=limit + 1, expected=f"at most {limit}")
-        state = MlxState(network.caches(), self, self._fork, lambda: self._open.discard(state))
+
+        def on_close() -> None:
+            self._open.discard(state)
+
+        if network.replays:
+            state: MlxState = ReplayState(network.caches(), network.run, self, self._fork, on_close)
+        else:
+            state = MlxState(network.caches(), self, self._fork, on_close)
         self._open.add(state)
         return state
 
@@ -107,6 +116,7 @@ class MlxModel:
         ids = _joined(step)
         wanted = range(step.num_tokens) if step.rows is None else step.rows
         parts = []
+        state.note(step.tokens)
         for start in range(0, step.num_tokens, _CHUNK):
             end = min(start + _CHUNK, step.num_tokens)
             rows = tuple(row - start for row in wanted if start <= row < end)
@@ -135,7 +145,7 @@ class MlxModel:
         num_tokens = sum(len(segment) for segment in step.tokens)
         if num_tokens != step.num_tokens:
             raise ValueError(f"{num_tokens} tokens with {step.num_tokens} parents")
-        _check_parents(step.parents, state.num_pending)
+        _check_parents(step.parents, state.num_pending, self.capabilities.trees)
         rows = step.rows or ()
         if any(b <= a for a, b in pairwise(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < num_tokens):
             raise ValueError(f"rows {rows} of {num_tokens} tokens: not ascending, or out of range")
@@ -149,8 +159,10 @@ class MlxModel:
             raise ContextFullError("context full", got=f"{num_tokens} more tokens", expected=f"at most {room}")
 
 
-def _check_parents(parents: NodeIndices, num_pending: int) -> None:
+def _check_parents(parents: NodeIndices, num_pending: int, trees: bool) -> None:
     numbers = np.arange(num_pending, num_pending + len(parents))
+    if not trees and np.any(parents != numbers - 1):
+        raise ValueError(f"parents {parents.tolist()}: this model takes chains only, each node below the one before")
     if np.any(parents < -1) or np.any(parents >= numbers):
         raise ValueError(f"parents {parents.tolist()}: each must be -1 or smaller than the node's own number")
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from localspec.protocols import Tokens
 from localspec.tree.mask import check_path
 from localspec.types import NodeIndices
 
-from .cache import TreeCache
 from .layout import Layout
+from .memory import copied, rows_in
 
 
 class MlxState:
@@ -19,12 +21,13 @@ class MlxState:
 
     def __init__(
         self,
-        caches: list[TreeCache],
+        caches: list[Any],
         owner: object,
         on_fork: Callable[[MlxState], MlxState],
         on_close: Callable[[], None],
     ) -> None:
         self.caches = caches
+        self._rows = list(rows_in(caches))
         self.owner = owner
         self._on_fork = on_fork
         self._on_close = on_close
@@ -54,6 +57,9 @@ class MlxState:
 
     # ------------------------------------------------------------ for the model
 
+    def note(self, tokens: Sequence[Tokens]) -> None:
+        """Tokens are about to be added; who replays remembers them."""
+
     def add(self, parents: NodeIndices) -> Layout:
         """Append pending nodes, whose rows the coming pass writes; returns their layout."""
         self._parents = np.concatenate([self._parents, parents])
@@ -66,7 +72,7 @@ class MlxState:
 
     def arrays(self) -> list[mx.array]:
         """What must be computed for all rows to exist."""
-        return [array for cache in self.caches for array in cache.arrays()]
+        return [array for cache in self._rows for array in cache.arrays()]
 
     # ------------------------------------------------------------ protocol
 
@@ -79,7 +85,7 @@ class MlxState:
         moved = nodes[settled:]
         start = self._length + settled
         rows = mx.array(moved, mx.int32) + self._length if moved else None
-        for cache in self.caches:
+        for cache in self._rows:
             cache.keep_rows(start, rows, len(moved))
         self._length += len(nodes)
         self._parents = self._parents[:0]
@@ -102,7 +108,8 @@ class MlxState:
 
     def copy_from(self, other: MlxState) -> None:
         """Become a copy of another state's committed tokens."""
-        self.caches = [cache.copy() for cache in other.caches]
+        self.caches = [copied(cache) for cache in other.caches]
+        self._rows = list(rows_in(self.caches))
         self._length = other._length
 
     def close(self) -> None:
@@ -110,11 +117,11 @@ class MlxState:
         if self._closed:
             return
         self._closed = True
-        for cache in self.caches:
+        for cache in self._rows:
             cache.drop()
         self._length, self._parents = 0, self._parents[:0]
         self._on_close()
 
     def _rewind(self, num_rows: int) -> None:
-        for cache in self.caches:
+        for cache in self._rows:
             cache.num_rows = num_rows

@@ -108,9 +108,9 @@ def measure(
     max_tokens: int,
     on_prompt: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Decode every prompt with every method and budget, always with the prompt's own seed. Raises UsageError without a draft model.
+    """Decode every prompt with every method and budget, always with the prompt's own seed.
 
-    on_prompt: called with the report so far after each prompt.
+    Raises UsageError without a draft model.  on_prompt: called with the report so far after each prompt.
     """
     if pair.draft is None:
         raise UsageError("trees are grown by a draft model", fix="Name one with --draft.")

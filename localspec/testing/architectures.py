@@ -63,9 +63,11 @@ def examine(
     seed: int = 0,
     max_length: int = 60,
     tolerance: float = TOLERANCE,
+    own_rows: Callable[[Sequence[int]], Logits] | None = None,
 ) -> Finding:
     """Open a model, judge it and close it. Whatever it raises becomes "failed", with the message.
 
+    own_rows: ids [T] to the rows [T, V] that the runtime gives without this backend, to compare with.
     max_length: the committed tokens stay below it; longer than any window or chunk of the model, please.
     tolerance: in standard deviations of a row; TOLERANCE is right for float32.
     """
@@ -85,6 +87,8 @@ def examine(
     try:
         examination.check_sensitivity()
         examination.check_rows()
+        if own_rows is not None:
+            examination.check_own_rows(own_rows)
         examination.check_rounds(num_rounds)
     except Exception as error:
         label = "" if isinstance(error, MismatchError) else f"{type(error).__name__}: "
@@ -232,6 +236,18 @@ class _Examination:
                 path = tree.path(node)
                 want = self._one_by_one(prefix, [ids[i] for i in path])
                 self._compare(got[path], want, f"tree {parents.tolist()}, path {path}")
+
+    def check_own_rows(self, own_rows: Callable[[Sequence[int]], Logits]) -> None:
+        """The rows of a chain, prefilled and in one pass, are those of the runtime itself."""
+        ids = self._tokens(self._max_length)
+        state = self._model.open()
+        try:
+            half = self._max_length // 2
+            self._commit(state, ids[:half])
+            got = self._run(state, ids[half:], chain_parents(state, len(ids) - half))
+            self._compare(got, own_rows(ids)[half:], "the runtime's own rows")
+        finally:
+            self._close(state)
 
     def check_rounds(self, num_rounds: int) -> None:
         """Propose, keep, truncate and fork at random; the state is that of a fresh prefill."""

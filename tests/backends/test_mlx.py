@@ -28,7 +28,16 @@ from localspec.errors import (
 )
 from localspec.loading import get_backend
 from localspec.noise import Purpose
-from localspec.protocols import HostTokens, LanguageModel, LoadSettings, SequenceState, Step, Tokens, chain_parents
+from localspec.protocols import (
+    HostTokens,
+    LanguageModel,
+    LoadSettings,
+    Rewind,
+    SequenceState,
+    Step,
+    Tokens,
+    chain_parents,
+)
 from localspec.testing.conformance import BackendConformance
 from localspec.testing.files import write_gguf, write_safetensors
 from localspec.types import Logits
@@ -346,7 +355,7 @@ _SIZES = {
     [
         ("gemma2", True, False),
         ("deepseek_v3", True, True),  # latent attention, which goes another way for a single token
-        ("gpt2", False, False),  # learned positions
+        ("gpt2", True, False),  # learned positions
         ("ministral3", False, False),  # scales queries by their position, from 16384 on
     ],
 )
@@ -620,7 +629,7 @@ def test_faults_of_a_folder_are_named(tmp_path: Path, fault: str) -> None:
 
 
 @needs_mlx
-def test_recurrent_models_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_a_recurrent_model_in_a_folder_opens_and_says_that_it_replays(tmp_path: Path) -> None:
     """Told by the type of memory that the model asks for."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -636,8 +645,9 @@ def test_recurrent_models_are_refused_with_the_reason(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
     weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights)
-    with pytest.raises(UnsupportedModelError, match="ArraysCache"):
-        BACKEND.load(path, LoadSettings())
+    model = BACKEND.load(path, LoadSettings())
+    assert model.capabilities.rewind is Rewind.REPLAY and not model.capabilities.trees
+    assert "ArraysCache" in model.capabilities.limits[0] and any("replayed" in note for note in model.info.notes)
 
 
 # ---------------------------------------------------------------- GGUF headers: no mlx needed
