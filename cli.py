@@ -301,6 +301,8 @@ def generate(
 
     if logprobs is not None and not as_json:
         raise SettingError("--logprobs is printed with --json only", fix="Add --json.")
+    if show_drafts and as_json:
+        raise SettingError("--show-drafts colours text, and --json prints none", fix="Leave one out; see `sources`.")
     text = read_prompt(prompt, file)
     system = system and decode_argument(system, "--system")
     params = replace(_sampling(options, default_temperature=0.0), logprobs=logprobs)

@@ -188,6 +188,7 @@ def test_rejection_can_be_asked_for() -> None:
         (["--plain", "--num-draft", "3"], 2, ["--plain"]),
         (["--spec-type", "ngram-mod", "--drafter", "ngram"], 2, ["--spec-type"]),
         (["--logprobs", "3"], 2, ["--json"]),
+        (["--json", "--show-drafts"], 2, ["--show-drafts", "--json"]),
         (["--raw", "--system", "x"], 2, ["--system"]),
         (["--dtype", "float16", "--backend", "llamacpp"], 2, ["dtype"]),
         (["--file", "no-such-prompt.txt"], 2, ["twice"]),
