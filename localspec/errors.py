@@ -14,6 +14,7 @@
         ├── BackendError           the runtime failed; its own message is quoted
         │   └── OutOfMemoryError   weights or cache did not fit
         ├── ContextFullError       the sequence has no room left
+        ├── CatalogFileError       not a catalog of pairs, or an entry that breaks its schema
         ├── TraceFileError         not a trace file, a damaged one, or one that cannot be written
         └── StaleScoresError       scores were read after the model moved on
 
@@ -29,6 +30,7 @@ from difflib import get_close_matches
 __all__ = [
     "BackendError",
     "BackendMissingError",
+    "CatalogFileError",
     "ContextFullError",
     "FailureError",
     "LocalspecError",
@@ -134,6 +136,10 @@ class OutOfMemoryError(BackendError):
 
 class ContextFullError(FailureError):
     """The sequence has no room left."""
+
+
+class CatalogFileError(FailureError):
+    """A catalog of pairs cannot be read, or an entry breaks its schema."""
 
 
 class TraceFileError(FailureError):
