@@ -102,6 +102,13 @@ def _is_utf8(stream: io.TextIOBase | TextIO) -> bool:
     return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
 
 
+def catalog_option(command: F) -> F:
+    """A catalog over those that are always read."""
+    help_text = "A catalog of your own, over localspec's."
+    path = click.Path(path_type=Path, dir_okay=False)
+    return click.option("--catalog", type=path, metavar="FILE", help=help_text)(command)
+
+
 def load_options(command: F) -> F:
     """What to load."""
     options = [
@@ -117,6 +124,8 @@ def load_options(command: F) -> F:
             metavar="MODEL",
             help="Draft model of the same tokenizer.",
         ),
+        click.option("--pair", metavar="NAME[:QUANTISATION]", help="Both from the catalog; see `localspec pairs`."),
+        catalog_option,
         click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, llamacpp or mlx."),
         click.option(
             "--context", "-c", "--ctx-size", type=click.IntRange(min=8), metavar="N", help="Tokens of context."
@@ -244,9 +253,12 @@ def _apply(options: Sequence[Callable[[Any], Any]], command: F) -> F:
 @view_options
 def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: Any) -> None:
     """Talk to a model. With no options: the bundled pair, offline."""
+    from localspec.doctor import memory_bytes
+    from localspec.hub.choose import suggestion
     from localspec.terminal import ChatProgram, decode_argument
     from localspec.trace.file import TraceWriter
 
+    named = any(options[name] is not None for name in ("target", "draft", "pair"))
     system = system and decode_argument(system, "--system")
     params = _sampling(options, default_temperature=0.7)
     spec = _drafter_spec(options)
@@ -260,6 +272,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
             show_drafts=show_drafts,
             colour=_has_colour(),
             trace=writer,
+            hint="" if named else suggestion(memory_bytes()),
         )
         program.run()
 
@@ -350,6 +363,104 @@ def show_trace(file: Path, number: int | None, svg: Path | None) -> None:
     from localspec.trace.file import read_trace
 
     show(read_trace(file), number, svg)
+
+
+def pairs_options(command: F) -> F:
+    """Which pairs, for which machine."""
+    options = [
+        click.option("--memory", metavar="SIZE", help="For a machine with so much, e.g. 16G [default: this machine]."),
+        click.option("--backend", metavar="NAME", help="Only pairs with files for it: llamacpp or mlx."),
+        click.option("--drafter", metavar="KIND", help="Only this kind, e.g. draft_model, dspark, eagle3."),
+        catalog_option,
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON list."),
+    ]
+    return _apply(options, command)
+
+
+@main.group(invoke_without_command=True)
+@pairs_options
+@click.pass_context
+def pairs(ctx: click.Context, /, **options: Any) -> None:
+    """List known pairs: what fits this machine and what this version can run."""
+    from localspec.errors import SettingError
+
+    if ctx.invoked_subcommand is None:
+        _print_pairs("", options)
+    elif any(options.values()):
+        raise SettingError(
+            f"options of `pairs` stand before `{ctx.invoked_subcommand}`",
+            fix="Write them behind it, where it has them.",
+        )
+
+
+@pairs.command("search")
+@click.argument("text")
+@pairs_options
+def search_pairs(text: str, **options: Any) -> None:
+    """List the pairs that have every word of TEXT in a name, model, family, kind or repository."""
+    _print_pairs(text, options)
+
+
+@pairs.command("show")
+@click.argument("name")
+@click.option("--memory", metavar="SIZE", help="For a machine with so much, e.g. 16G [default: this machine].")
+@catalog_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show_pair(name: str, memory: str | None, catalog: Path | None, as_json: bool) -> None:
+    """Print all that is known about one pair."""
+    from localspec.hub.catalog import load_catalog
+    from localspec.hub.choose import row_of
+    from localspec.hub.table import print_pair
+
+    pair = load_catalog(catalog).get(name)
+    size = _machine_memory(memory)
+    if as_json:
+        click.echo(json.dumps(row_of(pair, pair.choices, size).as_dict(), indent=2))
+    else:
+        print_pair(pair, size)
+
+
+@pairs.command("check")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def check_pairs(file: Path) -> None:
+    """Check a catalog of your own: every field, and which of ours it replaces."""
+    from localspec.hub.catalog import load_catalog, read_file
+
+    own = {pair.name for pair in read_file(file)}
+    click.echo(f"{file}: {len(own)} pairs, all valid")
+    for name, origin in load_catalog(file).replaced:
+        if name in own:
+            click.echo(f"{name} replaces that of {origin}")
+
+
+def _print_pairs(text: str, options: dict[str, Any]) -> None:
+    from localspec.errors import UnknownNameError
+    from localspec.hub.catalog import KINDS, load_catalog
+    from localspec.hub.choose import select
+    from localspec.hub.table import print_pairs
+    from localspec.loading import backend_names
+
+    for option, known in (("backend", backend_names()), ("drafter", list(KINDS))):
+        if options[option] not in (None, *known):
+            raise UnknownNameError.among(option, options[option], known)
+    memory = _machine_memory(options["memory"])
+    catalog = load_catalog(options["catalog"])
+    rows = select(catalog, memory, text=text, backend=options["backend"], drafter=options["drafter"])
+    if options["as_json"]:
+        click.echo(json.dumps([row.as_dict() for row in rows], indent=2))
+    else:
+        print_pairs(rows, memory)
+
+
+def _machine_memory(text: str | None) -> int:
+    from localspec.doctor import memory_bytes
+    from localspec.errors import SettingError
+    from localspec.hub.choose import parse_memory
+
+    memory = memory_bytes() if text is None else parse_memory(text)
+    if not memory:
+        raise SettingError("this machine does not say how much memory it has", fix="Give it with --memory.")
+    return memory
 
 
 @main.command()
@@ -531,8 +642,31 @@ def _open(options: dict[str, Any], *specs: DrafterSpec, quiet: bool = False, num
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
+    target, draft, backend = _models(options)
     with loading(quiet=quiet):
-        return open_pair(options["target"], options["draft"], backend=options["backend"], settings=settings)
+        return open_pair(target, draft, backend=backend, settings=settings)
+
+
+def _models(options: dict[str, Any]) -> tuple[str | None, str | None, str]:
+    """Target, draft model and backend as named, or those of the catalog's pair."""
+    from localspec.doctor import memory_bytes
+    from localspec.errors import SettingError
+    from localspec.hub.catalog import load_catalog
+    from localspec.hub.choose import choice_for, locate
+    from localspec.loading import backend_names, installed_backends
+
+    if options["pair"] is None:
+        if options["catalog"] is not None:
+            raise SettingError("--catalog only says where pairs are looked for", fix="Name one with --pair.")
+        return options["target"], options["draft"], options["backend"]
+    if options["target"] is not None or options["draft"] is not None:
+        raise SettingError("--pair names both models", fix="Leave out --target and --draft, or --pair.")
+    name, _, quantization = options["pair"].partition(":")
+    pair = load_catalog(options["catalog"]).get(name)
+    backends = (installed_backends() or backend_names()) if options["backend"] == "auto" else [options["backend"]]
+    choice = choice_for(pair, memory_bytes(), backends, quantization or None)
+    target, draft = locate(pair, choice)
+    return str(target), None if draft is None else str(draft), choice.backend
 
 
 def _drafter_spec(options: dict[str, Any]) -> DrafterSpec:

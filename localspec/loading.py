@@ -53,6 +53,11 @@ def backend_names() -> list[str]:
     return [name for name in _PREFERENCE if name in own] + sorted((own - set(_PREFERENCE)) | others)
 
 
+def installed_backends() -> list[str]:
+    """Those of them whose runtime is installed here, best first."""
+    return [backend.name for backend in _loadable(backend_names()) if backend.is_installed()]
+
+
 def get_backend(name: str) -> Backend:
     """The backend of that name. Does not import its runtime. Raises UnknownNameError."""
     folder = _HOME / "backends" / name

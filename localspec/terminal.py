@@ -223,6 +223,7 @@ class ChatProgram:
         show_drafts: bool = False,
         colour: bool = True,
         trace: TraceWriter,
+        hint: str = "",
     ) -> None:
         self.console = _console()
         self.params = params
@@ -232,6 +233,7 @@ class ChatProgram:
         self.session = pair.session(spec, acceptance=acceptance)
         self.chat = Chat(self.session, system)
         self.trace = trace
+        self.hint = hint
         trace.begin(pair, self.session, spec, params)
         fallback = "auto" if isinstance(self.session.drafter, Nothing) else "nothing"
         self._other_drafter = make_drafter(fallback, pair.draft)  # what /plain switches to
@@ -257,6 +259,8 @@ class ChatProgram:
             self.console.print(f"draft   {describe(self.pair.draft.info)}", style="dim")
         for note in notes(self.pair):
             self.console.print(f"note    {note}", style="dim")
+        if self.hint:
+            self.console.print(f"pairs   {self.hint}", style="dim")
         context = self.pair.target.info.context_length
         self.console.print(f"drafter {self.session.drafter.name} · context {context} tokens · /help\n", style="dim")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from platformdirs import user_config_path
 
@@ -218,7 +218,7 @@ def read_text(text: str, path: str, origin: str | None = None) -> list[KnownPair
     top = _Fields(data, path, ("schema", "family", "pair"))
     schema = top.whole("schema")
     if schema != SCHEMA:
-        top.refuse("schema", schema, SCHEMA, "Update localspec, or write the catalog in this version's format.")
+        raise top.fault("schema", schema, SCHEMA, "Update localspec, or write the catalog in this version's format.")
     family = top.matching("family", _NAME, "lower-case letters, digits, dots and dashes, at most 32")
     pairs: list[KnownPair] = []
     for number, table in enumerate(top.tables("pair", at_least=1), 1):
@@ -262,7 +262,7 @@ def _read_pair(table: Mapping[str, Any], path: str, number: int, family: str, or
 def _read_choice(table: Mapping[str, Any], place: str, kind: str) -> Choice:
     row = _Fields(table, place, [field.name for field in fields(Choice)])
     if "draft" not in table and kind not in IN_TARGET:
-        row.refuse("draft", "nothing", "the drafter's repository", f"Only {', '.join(IN_TARGET)} may do without.")
+        raise row.fault("draft", "nothing", "the drafter's repository", f"Only {', '.join(IN_TARGET)} may do without.")
     target, quantization = row.reference("target", "quantization")
     draft, draft_quantization = row.reference("draft", "draft_quantization") if "draft" in table else (None, "")
     return Choice(
@@ -279,11 +279,11 @@ def _read_choice(table: Mapping[str, Any], place: str, kind: str) -> Choice:
 
 def _read_speed(table: Mapping[str, Any], place: str) -> Speed:
     row = _Fields(table, place, [field.name for field in fields(Speed)])
-    value = table.get("ratio")
+    value: Any = table.get("ratio")
     expected = "a number like 1.8, or the lowest and the highest: [1.2, 1.8]"
-    bounds = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    bounds: list[Any] = value if isinstance(value, list) and len(value) == 2 else [value, value]
     if not all(_is_positive(bound) for bound in bounds) or bounds[0] > bounds[1]:
-        row.refuse("ratio", "nothing" if value is None else value, expected)
+        raise row.fault("ratio", "nothing" if value is None else value, expected)
     return Speed(
         ratio=(float(bounds[0]), float(bounds[1])),
         hardware=row.text("hardware"),
@@ -306,16 +306,18 @@ class _Fields:
             if name not in known:
                 near = get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"Did you mean {near[0]!r}? " if near else ""
-                self.refuse(name[:40], "a field that is not known", f"one of {', '.join(known)}", f"{hint}Else leave it out.")
+                raise self.fault(
+                    name[:40], "a field that is not known", f"one of {', '.join(known)}", f"{hint}Else leave it out."
+                )
 
-    def refuse(self, name: str, got: object, expected: object, fix: str = "See models/README.md.") -> NoReturn:
-        """Raise the error about one field."""
-        raise CatalogFileError(f"{self.place}, field {name!r}", got=_short(got), expected=expected, fix=fix)
+    def fault(self, name: str, got: object, expected: object, fix: str = "See models/README.md.") -> CatalogFileError:
+        """The error about one field."""
+        return CatalogFileError(f"{self.place}, field {name!r}", got=_short(got), expected=expected, fix=fix)
 
     def _value(self, name: str, expected: str, accepts: Callable[[Any], bool]) -> Any:
         value = self.table.get(name)
         if value is None or not accepts(value):
-            self.refuse(name, "nothing" if value is None else repr(value), expected)
+            raise self.fault(name, "nothing" if value is None else repr(value), expected)
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
@@ -324,7 +326,9 @@ class _Fields:
             return default
 
         def accepts(value: object) -> bool:
-            return isinstance(value, str) and 0 < len(value.strip()) <= len(value) <= _LONGEST_TEXT and value.isprintable()
+            return (
+                isinstance(value, str) and 0 < len(value.strip()) <= len(value) <= _LONGEST_TEXT and value.isprintable()
+            )
 
         return str(self._value(name, f"one line of text, at most {_LONGEST_TEXT} characters", accepts))
 
@@ -340,7 +344,7 @@ class _Fields:
             return value
         near = get_close_matches(value, words, n=1, cutoff=0.5) if isinstance(value, str) else []
         hint = f"Did you mean {near[0]!r}?" if near else "See models/README.md."
-        self.refuse(name, "nothing" if value is None else repr(value), f"one of {', '.join(words)}", hint)
+        raise self.fault(name, "nothing" if value is None else repr(value), f"one of {', '.join(words)}", hint)
 
     def positive(self, name: str) -> float:
         """A number above zero."""
@@ -358,7 +362,7 @@ class _Fields:
         """The tables written [[name]]."""
         value = self.table.get(name, [])
         if not isinstance(value, list) or not all(isinstance(row, dict) for row in value) or len(value) < at_least:
-            self.refuse(name, _short(repr(value)), f"{at_least} or more tables, each below [[...{name}]]")
+            raise self.fault(name, _short(repr(value)), f"{at_least} or more tables, each below [[...{name}]]")
         return value
 
     def reference(self, name: str, quantization: str) -> tuple[str, str]:
@@ -366,17 +370,19 @@ class _Fields:
         text = self.text(name)
         match = _REPOSITORY.fullmatch(text)
         if match is None and not text.startswith(("/", "~/")):
-            self.refuse(name, repr(text), "OWNER/NAME, OWNER/NAME:QUANTISATION, or a path from / or ~/")
+            raise self.fault(name, repr(text), "OWNER/NAME, OWNER/NAME:QUANTISATION, or a path from / or ~/")
         inside = match["quantization"] if match is not None else None
         spelled = self.text(quantization) if quantization in self.table else inside
         if spelled is None:
-            self.refuse(quantization, "nothing", f"{name} does not end in one, so one of {', '.join(BITS)}")
+            raise self.fault(quantization, "nothing", f"{name} does not end in one, so one of {', '.join(BITS)}")
         if inside is not None and inside.casefold() != spelled.casefold():
-            self.refuse(quantization, repr(spelled), f"{inside}, as {name} says", "Leave one of them out.")
+            raise self.fault(quantization, repr(spelled), f"{inside}, as {name} says", "Leave one of them out.")
         for known in BITS:
             if known.casefold() == spelled.casefold():
                 return text, known
-        self.refuse(name if quantization not in self.table else quantization, repr(spelled), f"one of {', '.join(BITS)}")
+        raise self.fault(
+            name if quantization not in self.table else quantization, repr(spelled), f"one of {', '.join(BITS)}"
+        )
 
 
 def _short(value: object) -> str:
