@@ -427,7 +427,7 @@ def check_pairs(file: Path) -> None:
     from localspec.hub.catalog import load_catalog, read_file
 
     own = {pair.name for pair in read_file(file)}
-    click.echo(f"{file}: {len(own)} pairs, all valid")
+    click.echo(f"{file}: {len(own)} pair{'s' if len(own) > 1 else ''}, valid")
     for name, origin in load_catalog(file).replaced:
         if name in own:
             click.echo(f"{name} replaces that of {origin}")

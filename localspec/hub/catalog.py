@@ -7,7 +7,6 @@ explained in `models/README.md`.
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -197,11 +196,13 @@ def _unique(pairs: Sequence[KnownPair]) -> Sequence[KnownPair]:
 def read_file(path: Path, origin: str | None = None) -> list[KnownPair]:
     """The pairs of one file, checked. Raises CatalogFileError, which names file, pair and field."""
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise CatalogFileError(
-                f"{path} is too large for a catalog", got=path.stat().st_size, expected=f"at most {_LARGEST_FILE} bytes"
-            )
-        text = path.read_bytes().decode("utf-8")
+        if path.exists() and not path.is_file():
+            raise CatalogFileError(f"{path} is not a file", fix="Name one .toml file.")
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST_FILE + 1)
+        if len(raw) > _LARGEST_FILE:
+            raise CatalogFileError(f"{path} is too large for a catalog", expected=f"at most {_LARGEST_FILE} bytes")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CatalogFileError(f"{path} is not UTF-8 (byte {error.start})", fix="Convert it to UTF-8.") from None
     except OSError as error:
@@ -213,12 +214,12 @@ def read_text(text: str, path: str, origin: str | None = None) -> list[KnownPair
     """The pairs of a catalog's text; path: what errors call it. Raises CatalogFileError."""
     try:
         data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers and dates out of range are plain ValueErrors
         raise CatalogFileError(f"{path} is not TOML: {error}", fix="See models/README.md for an example.") from None
+    version = _Fields(data, path, list(data))
+    if (schema := version.whole("schema")) != SCHEMA:  # before all else: another version may have other fields
+        raise version.fault("schema", schema, SCHEMA, "Update localspec, or write it in this version's format.")
     top = _Fields(data, path, ("schema", "family", "pair"))
-    schema = top.whole("schema")
-    if schema != SCHEMA:
-        raise top.fault("schema", schema, SCHEMA, "Update localspec, or write the catalog in this version's format.")
     family = top.matching("family", _NAME, "lower-case letters, digits, dots and dashes, at most 32")
     pairs: list[KnownPair] = []
     for number, table in enumerate(top.tables("pair", at_least=1), 1):
@@ -293,7 +294,7 @@ def _read_speed(table: Mapping[str, Any], place: str) -> Speed:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
 
 
 class _Fields:
@@ -348,7 +349,7 @@ class _Fields:
 
     def positive(self, name: str) -> float:
         """A number above zero."""
-        return float(self._value(name, "a number above 0", _is_positive))
+        return float(self._value(name, "a number above 0 and below a billion", _is_positive))
 
     def whole(self, name: str) -> int:
         """A whole number."""

@@ -24,12 +24,12 @@ _CROSS = "cross_tokenizer"  # the drafter of that name is what makes unlike toke
 _UNKNOWN_HEAD = (0.1, 2.0)  # share of the target's parameters, and billions at most, where nobody says
 _SLACK = (1.1, 0.5)  # factor, and GB on top: caches of about 4k tokens, buffers, the runtime
 _GB = 1e9
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])(?:I?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,7}(?:\.\d{1,7})?)\s*([MGT])(?:I?B)?", re.IGNORECASE)
 _UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "16G", "16 GB", "512M"; K, M, G and T are powers of 1024, as memory is sold. Raises SettingError."""
+    """Bytes of "16G", "16 GB", "512M"; M, G and T are powers of 1024, as memory is sold. Raises SettingError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or not float(match[1]):
         raise SettingError("--memory", got=repr(text[:40]), expected="a size such as 16G")

@@ -12,7 +12,8 @@ from localspec.drafters import DRAFTERS, Nothing
 from localspec.hub.catalog import KINDS, KnownPair
 from localspec.hub.choose import USABLE, Row, fits, memory_gb, missing
 
-_WIDE = 110  # columns from which the table names target and quantisation as well
+_WIDE = 118  # columns from which the table names target and quantisation as well
+_OTHERS = 98  # columns that everything but the target takes then
 _HERE = (("yes", "green"), ("too big", "yellow"), ("not yet", "dim"))
 
 
@@ -26,15 +27,16 @@ def print_pairs(rows: Sequence[Row], memory: int, *, width: int | None = None) -
     if not rows:
         console.print("no pair matches; `localspec pairs` lists all")
         return
-    console.print(_table(rows, wide=console.width >= _WIDE))
+    console.print(_table(rows, console.width))
     console.print(Text(legend(rows, memory), style="dim"))
 
 
-def _table(rows: Iterable[Row], *, wide: bool) -> Table:
+def _table(rows: Iterable[Row], width: int) -> Table:
+    wide = width >= _WIDE
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("pair", overflow="fold")
     if wide:
-        table.add_column("target", overflow="fold")
+        table.add_column("target", no_wrap=True, overflow="ellipsis", max_width=width - _OTHERS)
     table.add_column("drafter")
     table.add_column("backends")
     if wide:
@@ -43,7 +45,7 @@ def _table(rows: Iterable[Row], *, wide: bool) -> Table:
     table.add_column("published", justify="right")
     table.add_column("here")
     if wide:
-        table.add_column("tested here")
+        table.add_column("tested")
     for row in rows:
         pair, choice = row.pair, row.choice
         word, style = _HERE[row.rank]
@@ -78,9 +80,9 @@ def ratio_text(pair: KnownPair) -> str:
 def legend(rows: Sequence[Row], memory: int) -> str:
     """What the columns mean, and what was not tested."""
     num_tested = sum(row.pair.tested for row in rows)
+    published = "Published speeds are their sources' own, against plain decoding: read, not repeated here."
     lines = [
-        f"{len(rows)} pair{'s' if len(rows) > 1 else ''}, {num_tested or 'none'} tested here. "
-        + "Published speeds are their sources' own, against plain decoding: read, not repeated here.",
+        f"{len(rows)} pair{'s' if len(rows) > 1 else ''}, {num_tested or 'none'} tested here. {published}",
         f"here, with {memory / 2**30:.0f} GB of memory, of which {1 - USABLE:.0%} is left for the rest:",
         "  yes      runs with this version and fits",
         "  too big  runs with this version",
