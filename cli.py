@@ -272,7 +272,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
             show_drafts=show_drafts,
             colour=_has_colour(),
             trace=writer,
-            hint="" if named else suggestion(memory_bytes()),
+            hint="" if named else suggestion(memory_bytes(), _backends(options)),
         )
         program.run()
 
@@ -653,7 +653,6 @@ def _models(options: dict[str, Any]) -> tuple[str | None, str | None, str]:
     from localspec.errors import SettingError
     from localspec.hub.catalog import load_catalog
     from localspec.hub.choose import choice_for, locate
-    from localspec.loading import backend_names, installed_backends
 
     if options["pair"] is None:
         if options["catalog"] is not None:
@@ -663,10 +662,18 @@ def _models(options: dict[str, Any]) -> tuple[str | None, str | None, str]:
         raise SettingError("--pair names both models", fix="Leave out --target and --draft, or --pair.")
     name, _, quantization = options["pair"].partition(":")
     pair = load_catalog(options["catalog"]).get(name)
-    backends = (installed_backends() or backend_names()) if options["backend"] == "auto" else [options["backend"]]
-    choice = choice_for(pair, memory_bytes(), backends, quantization or None)
+    choice = choice_for(pair, memory_bytes(), _backends(options), quantization or None)
     target, draft = locate(pair, choice)
     return str(target), None if draft is None else str(draft), choice.backend
+
+
+def _backends(options: dict[str, Any]) -> list[str]:
+    """Backends that may be taken, best first."""
+    from localspec.loading import backend_names, installed_backends
+
+    if options["backend"] != "auto":
+        return [options["backend"]]
+    return installed_backends() or backend_names()  # with none installed, opening says how to install one
 
 
 def _drafter_spec(options: dict[str, Any]) -> DrafterSpec:

@@ -7,7 +7,7 @@ list by, not a plan.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from localspec.drafters import DRAFTERS
 from localspec.errors import CatalogFileError, ModelNotFoundError, SettingError, UnknownNameError
 from localspec.hub.catalog import BITS, Catalog, Choice, KnownPair, load_catalog
-from localspec.loading import installed_backends, resolve_model
+from localspec.loading import resolve_model
 
 USABLE = 0.75
 """Share of a machine's memory that models may fill: the system needs some, and GPUs of Macs get no more."""
@@ -128,21 +128,22 @@ def _searched(pair: KnownPair) -> str:
     return " ".join([pair.name, pair.family, pair.target, pair.drafter, pair.draft, *repositories]).casefold()
 
 
-def suggest(catalog: Catalog, memory: int, backends: Iterable[str]) -> Row | None:
-    """The largest target of a pair that runs, fits and has files for one of these backends; no doubtful ones."""
-    known = set(backends)
+def suggest(catalog: Catalog, memory: int, backends: Sequence[str]) -> Row | None:
+    """The largest target of a pair that runs, and fits with what `choice_for` takes; no doubtful ones."""
     best: Row | None = None
-    for row in select(catalog, memory):
-        choices = [choice for choice in row.pair.choices if choice.backend in known and fits(row.pair, choice, memory)]
-        if row.rank == 0 and choices and not row.pair.doubt and (best is None or _value(row.pair) > _value(best.pair)):
-            best = Row(row.pair, best_choice(row.pair, choices, memory), True, "")
+    for pair in catalog.pairs:
+        if pair.doubt or missing(pair) or not any(choice.backend in backends for choice in pair.choices):
+            continue
+        choice = choice_for(pair, memory, backends)
+        if fits(pair, choice, memory) and (best is None or _value(pair) > _value(best.pair)):
+            best = Row(pair, choice, True, "")
     return best
 
 
-def suggestion(memory: int) -> str:
+def suggestion(memory: int, backends: Sequence[str]) -> str:
     """One line for those who named no pair: the best that fits, what it needs, how to start it; or empty."""
     try:
-        row = suggest(load_catalog(), memory, installed_backends())
+        row = suggest(load_catalog(), memory, backends)
     except CatalogFileError as error:  # a faulty catalog of the user's must not keep the bundled pair from running
         return f"none suggested: {error}"
     if row is None:

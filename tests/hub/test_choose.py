@@ -156,6 +156,9 @@ def test_the_suggestion_runs_fits_and_is_not_doubtful(shipped: Catalog) -> None:
     assert row is not None and row.pair.name == "qwen2.5-14b" and row.choice.backend == "llamacpp"
     assert fits(row.pair, row.choice, 16 * GIB) and not row.pair.doubt and not missing(row.pair)
     assert suggest(shipped, GIB, ["llamacpp", "mlx"]) is None
+    for size in (8, 16, 24, 48, 96):
+        row = suggest(shipped, size * GIB, ["llamacpp", "mlx"])
+        assert row is not None and row.choice == choice_for(row.pair, size * GIB, ["llamacpp", "mlx"])
     assert suggest(shipped, 64 * GIB, []) is None
 
 
@@ -164,7 +167,7 @@ def test_a_faulty_catalog_of_the_users_is_named_where_a_pair_would_be_suggested(
 ) -> None:
     (tmp_path / "mine.toml").write_text("schema = 9")
     monkeypatch.setattr("localspec.hub.catalog.user_folder", lambda: tmp_path)
-    line = choose.suggestion(16 * GIB)
+    line = choose.suggestion(16 * GIB, ["llamacpp"])
     assert "mine.toml" in line and "schema" in line
 
 
