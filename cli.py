@@ -254,7 +254,7 @@ def _apply(options: Sequence[Callable[[Any], Any]], command: F) -> F:
 def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: Any) -> None:
     """Talk to a model. With no options: the bundled pair, offline."""
     from localspec.doctor import memory_bytes
-    from localspec.hub.choose import suggestion
+    from localspec.hub.selection import suggestion
     from localspec.terminal import ChatProgram, decode_argument
     from localspec.trace.file import TraceWriter
 
@@ -409,7 +409,7 @@ def search_pairs(text: str, **options: Any) -> None:
 def show_pair(name: str, memory: str | None, catalog: Path | None, as_json: bool) -> None:
     """Print all that is known about one pair."""
     from localspec.hub.catalog import load_catalog
-    from localspec.hub.choose import row_of
+    from localspec.hub.selection import row_of
     from localspec.hub.table import print_pair
 
     pair = load_catalog(catalog).get(name)
@@ -436,7 +436,7 @@ def check_pairs(file: Path) -> None:
 def _print_pairs(text: str, options: dict[str, Any]) -> None:
     from localspec.errors import UnknownNameError
     from localspec.hub.catalog import KINDS, load_catalog
-    from localspec.hub.choose import select
+    from localspec.hub.selection import select
     from localspec.hub.table import print_pairs
     from localspec.loading import backend_names
 
@@ -455,7 +455,7 @@ def _print_pairs(text: str, options: dict[str, Any]) -> None:
 def _machine_memory(text: str | None) -> int:
     from localspec.doctor import memory_bytes
     from localspec.errors import SettingError
-    from localspec.hub.choose import parse_memory
+    from localspec.hub.selection import parse_memory
 
     memory = memory_bytes() if text is None else parse_memory(text)
     if not memory:
@@ -652,7 +652,7 @@ def _models(options: dict[str, Any]) -> tuple[str | None, str | None, str]:
     from localspec.doctor import memory_bytes
     from localspec.errors import SettingError
     from localspec.hub.catalog import load_catalog
-    from localspec.hub.choose import choice_for, locate
+    from localspec.hub.selection import choice_for, locate
 
     if options["pair"] is None:
         if options["catalog"] is not None:

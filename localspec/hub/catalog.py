@@ -70,7 +70,9 @@ BITS: dict[str, float] = {
 _OWN_FOLDER = Path(__file__).resolve().parents[2] / "models" / "catalog"
 _LARGEST_FILE = 1 << 20  # bytes; a catalog is written by hand
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:(?P<quantization>[\w.-]+))?", re.ASCII)
+_REPOSITORY = re.compile(
+    r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?(:(?P<choice>[A-Za-z0-9][\w./-]*))?", re.ASCII
+)
 _LONGEST_TEXT = 300
 
 
@@ -88,8 +90,7 @@ class Speed:
 class Choice:
     """One way to get the pair: what `localspec pull` takes for the target and for the drafter.
 
-    draft: None where the drafter is part of the target's files. target_file, draft_file: which files of the
-    repository, where repository and quantisation do not say. memory: GB as the source has it, None: estimated.
+    draft: None where the drafter is part of the target's files. memory: GB as the source has it, None: estimated.
     """
 
     backend: str
@@ -97,8 +98,6 @@ class Choice:
     target: str
     draft: str | None
     draft_quantization: str
-    target_file: str = ""
-    draft_file: str = ""
     memory: float | None = None
 
 
@@ -272,8 +271,6 @@ def _read_choice(table: Mapping[str, Any], place: str, kind: str) -> Choice:
         target=target,
         draft=draft,
         draft_quantization=draft_quantization,
-        target_file=row.text("target_file", ""),
-        draft_file=row.text("draft_file", ""),
         memory=row.positive("memory") if "memory" in table else None,
     )
 
@@ -370,20 +367,21 @@ class _Fields:
         """(what `localspec pull` takes, its quantisation as `BITS` spells it)."""
         text = self.text(name)
         match = _REPOSITORY.fullmatch(text)
-        if match is None and not text.startswith(("/", "~/")):
-            raise self.fault(name, repr(text), "OWNER/NAME, OWNER/NAME:QUANTISATION, or a path from / or ~/")
-        inside = match["quantization"] if match is not None else None
-        spelled = self.text(quantization) if quantization in self.table else inside
-        if spelled is None:
-            raise self.fault(quantization, "nothing", f"{name} does not end in one, so one of {', '.join(BITS)}")
-        if inside is not None and inside.casefold() != spelled.casefold():
-            raise self.fault(quantization, repr(spelled), f"{inside}, as {name} says", "Leave one of them out.")
-        for known in BITS:
-            if known.casefold() == spelled.casefold():
-                return text, known
-        raise self.fault(
-            name if quantization not in self.table else quantization, repr(spelled), f"one of {', '.join(BITS)}"
-        )
+        if (match is None or ".." in text) and not text.startswith(("/", "~/")):
+            expected = "OWNER/NAME, OWNER/NAME:QUANTISATION, OWNER/NAME:FILE, or a path from / or ~/"
+            raise self.fault(name, repr(text), expected)
+        spelling = {known.casefold(): known for known in BITS}
+        inside = spelling.get((match["choice"] or "").casefold()) if match is not None else None
+        if quantization not in self.table:
+            if inside is None:
+                raise self.fault(quantization, "nothing", f"one of {', '.join(BITS)}: {name} does not end in one")
+            return text, inside
+        given = spelling.get(self.text(quantization).casefold())
+        if given is None:
+            raise self.fault(quantization, repr(self.table[quantization]), f"one of {', '.join(BITS)}")
+        if inside not in (None, given):
+            raise self.fault(quantization, given, f"{inside}, as {name} says", "Leave one of them out.")
+        return text, given
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from localspec.drafters import DRAFTERS, Nothing
 from localspec.hub.catalog import KINDS, KnownPair
-from localspec.hub.choose import USABLE, Row, fits, memory_gb, missing
+from localspec.hub.selection import USABLE, Row, fits, memory_gb, missing
 
 _WIDE = 118  # columns from which the table names target and quantisation as well
 _OTHERS = 98  # columns that everything but the target takes then
@@ -126,8 +126,8 @@ def print_pair(pair: KnownPair, memory: int, *, width: int | None = None) -> Non
         room = "fits" if row.fits else "too big"
         facts.add_row("", "")
         facts.add_row(choice.backend, f"{choice.quantization}, {memory_text(row)}, {room} in {memory / 2**30:.0f} GB")
-        facts.add_row("", f"target  {choice.target}{_after(choice.target_file)}")
-        facts.add_row("", f"drafter {choice.draft or 'in the target'}{_after(choice.draft_file)}")
+        facts.add_row("", f"target  {choice.target}")
+        facts.add_row("", f"drafter {choice.draft or 'in the target'}")
     console.print(facts)
     if not lacks:
         console.print(f"\nlocalspec chat --pair {pair.name}")

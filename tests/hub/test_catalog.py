@@ -109,6 +109,12 @@ def test_a_pair_is_read_as_written() -> None:
     assert pair.as_dict()["choices"][0]["backend"] == "llamacpp"
 
 
+def test_a_reference_may_name_a_revision_and_a_file() -> None:
+    text = changed(':Q4_K_M"', '@main:sub/a.gguf"\n  quantization = "q4_k_m"')
+    assert read_text(text, "file")[0].choices[0].target == "some/Alpha-7B-GGUF@main:sub/a.gguf"
+    assert read_text(text, "file")[0].choices[0].quantization == "Q4_K_M"
+
+
 def changed(old: str, new: str) -> str:
     assert ENTRY.count(old) >= 1, old
     return ENTRY.replace(old, new, 1)
@@ -143,7 +149,10 @@ FAULTS = [
     ('target = "some/Alpha-7B-GGUF:Q4_K_M"', 'target = "Alpha"', ["choice 1", "target", "OWNER/NAME"]),
     ('target = "some/Alpha-7B-GGUF:Q4_K_M"', 'target = "../Alpha:Q4_K_M"', ["choice 1", "target", "OWNER/NAME"]),
     ('target = "some/Alpha-7B-GGUF:Q4_K_M"', 'target = "a/..:Q4_K_M"', ["choice 1", "target", "OWNER/NAME"]),
-    (":Q4_K_M", ":Q4_K_X", ["choice 1", "target", "Q4_K_X", "one of f32"]),
+    (":Q4_K_M", ":Q4_K_X", ["choice 1", "quantization", "got nothing", "one of f32"]),
+    (":Q4_K_M", ":../x.gguf", ["choice 1", "target", "OWNER/NAME:FILE"]),
+    (":Q4_K_M", ":a/../x.gguf", ["choice 1", "target", "OWNER/NAME:FILE"]),
+    ('draft = "some', 'quantization = "Q8_0"\n  draft = "some', ["choice 1", "quantization", "Q4_K_M, as target says"]),
     (":Q4_K_M", "", ["choice 1", "quantization", "got nothing"]),
     ('quantization = "4bit"', 'quantization = "4 bits"', ["choice 2", "quantization", "one of f32"]),
     ('  draft = "some/Alpha-1B-GGUF:q8_0"\n', "", ["choice 1", "draft", "Only mtp may do without"]),

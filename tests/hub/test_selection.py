@@ -11,9 +11,9 @@ import pytest
 
 from localspec import drafters
 from localspec.errors import ModelNotFoundError, SettingError, UnknownNameError
-from localspec.hub import choose
+from localspec.hub import selection
 from localspec.hub.catalog import Catalog, Choice, KnownPair, load_catalog
-from localspec.hub.choose import Row, choice_for, fits, locate, memory_gb, missing, parse_memory, select, suggest
+from localspec.hub.selection import Row, choice_for, fits, locate, memory_gb, missing, parse_memory, select, suggest
 from localspec.hub.table import print_pair, print_pairs
 
 GIB = 2**30
@@ -167,7 +167,7 @@ def test_a_faulty_catalog_of_the_users_is_named_where_a_pair_would_be_suggested(
 ) -> None:
     (tmp_path / "mine.toml").write_text("schema = 9")
     monkeypatch.setattr("localspec.hub.catalog.user_folder", lambda: tmp_path)
-    line = choose.suggestion(16 * GIB, ["llamacpp"])
+    line = selection.suggestion(16 * GIB, ["llamacpp"])
     assert "mine.toml" in line and "schema" in line
 
 
