@@ -448,7 +448,11 @@ def test_any_order_of_passes_gives_the_rows_of_plain_decoding(name: str) -> None
     rng = np.random.default_rng(11)
     state, other, held = model.open(), model.open(), list[int]()
     for _ in range(40):
-        ids, parents = list[int](), list[int]()
+        ids, parents, tree = (
+            list[int](),
+            list[int](),
+            TokenTree.from_parents(np.zeros(0, np.int32), np.zeros(0, np.int32)),
+        )
         for _ in range(int(rng.integers(1, 4))):
             size, first = int(rng.integers(2, 7)), len(ids)
             above = int(rng.integers(-1, first)) if rng.integers(0, 3) == 0 else first - 1
