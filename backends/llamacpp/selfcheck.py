@@ -14,7 +14,7 @@ from localspec.protocols import HostTokens, LanguageModel, SequenceState, Step, 
 from localspec.types import Logits, NodeIndices
 
 _BUSH = np.array([-1, -1, 0, 0, 1, 1, 3], np.int32)
-_BUSH_PATHS = ((0, 2), (0, 3, 6), (1, 4), (1, 5))
+_BUSH_PATHS = ((0, 3, 6), (1, 5))
 CONTEXT = 32
 """Tokens of context that the checks need."""
 
