@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,14 +30,26 @@ _SETTINGS = LoadSettings(context=448, num_sequences=3)
 _MAX_LENGTH = 150  # beyond windows, and beyond the 63 tokens after which flash attention works otherwise
 
 
+def names() -> list[str]:
+    """All architectures."""
+    return list(ARCHITECTURES)
+
+
+def versions() -> str:
+    """What was examined."""
+    return f"llama-cpp-python {version('llama_cpp_python')}"
+
+
 def findings(only: Sequence[str] = (), rounds: int = 200, quantization: str = "F32") -> list[Finding]:
     """One finding per architecture; only: names, all if empty."""
-    found = []
+    return [examined(name, rounds, quantization) for name in only or names()]
+
+
+def examined(name: str, rounds: int = 200, quantization: str = "F32") -> Finding:
+    """One architecture, written, judged and deleted again."""
     with TemporaryDirectory() as folder:
-        for name in only or ARCHITECTURES:
-            path = write_architecture(Path(folder) / f"{name}.gguf", name, quantization=quantization)
-            found.append(_judged(name, path, rounds))
-    return found
+        path = write_architecture(Path(folder) / f"{name}.gguf", name, quantization=quantization)
+        return _judged(name, path, rounds)
 
 
 def _judged(name: str, path: Path, rounds: int) -> Finding:
@@ -105,10 +118,8 @@ def _own_rows(path: Path, ids: TokenIds) -> Logits:
 def section(found: Sequence[Finding], rounds: int, quantization: str) -> str:
     """What stands between the markers."""
     asked = f"python scripts/architectures_llamacpp.py --rounds {rounds} --quantization {quantization} --write"
-    return (
-        f"{BEGIN}\nTiny files of random weights in {quantization}, {rounds} random rounds each, rows compared bit for "
-        f"bit (`{asked}`).\n\n{table(found)}{END}"
-    )
+    heading = f"## llamacpp\n\n{versions()}; weights in {quantization}, {rounds} rounds each, rows compared bit for bit"
+    return f"{BEGIN}\n{heading} (`{asked}`).\n\n{table(found)}{END}"
 
 
 def main() -> None:
