@@ -64,7 +64,7 @@ def main() -> int:
     print(text)
     print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
     if options.output is not None:
-        _write(options.output, options.backend, text)
+        write_section(options.output, options.backend, text)
     return int(any(found.kind == "failed" for found in findings))
 
 
@@ -103,7 +103,7 @@ def _section(backend: str, suite: Any, findings: Sequence[Finding], num_rounds: 
     )
 
 
-def _write(path: Path, backend: str, section: str) -> None:
+def write_section(path: Path, backend: str, section: str) -> None:
     """Replace what is between the backend's markers, or add a section."""
     text = path.read_text() if path.exists() else HEADING
     begin, end = f"<!-- {backend} -->\n", f"<!-- /{backend} -->\n"
