@@ -218,7 +218,8 @@ def open_pair(
     try:
         if draft_path is None:
             return Pair(model, None)
-        helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length))
+        # a drafter's trees need not be exact, so it is spared what that costs
+        helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length, trees=False))
         try:
             check_same_vocabulary(model.tokenizer, helper.tokenizer)
             check_rows(model, helper)
