@@ -106,7 +106,11 @@ def load_options(command: F) -> F:
     """What to load."""
     options = [
         click.option(
-            "--target", "-m", "--model", metavar="MODEL", help="Path or bundled name [default: the bundled pair]."
+            "--target",
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="Path, bundled name, or pulled ORG/NAME[:QUANT] [default: the bundled pair].",
         ),
         click.option(
             "--draft",
@@ -250,7 +254,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
     system = system and decode_argument(system, "--system")
     params = _sampling(options, default_temperature=0.7)
     spec = _drafter_spec(options)
-    with TraceWriter(trace) as writer, _open(options, spec) as pair:
+    with TraceWriter(trace) as writer, _open(options, spec, offer_pull=True) as pair:
         program = ChatProgram(
             pair,
             spec,
@@ -350,6 +354,21 @@ def show_trace(file: Path, number: int | None, svg: Path | None) -> None:
     from localspec.trace.file import read_trace
 
     show(read_trace(file), number, svg)
+
+
+@main.command()
+@click.argument("name", metavar="ORG/NAME[:QUANT]")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit [default: main].")
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Whose format to fetch.")
+@click.option("--verify", is_flag=True, help="Also check what is already here against its checksums.")
+def pull(name: str, revision: str | None, backend: str, verify: bool) -> None:
+    """Fetch a model from the Hub into its cache, and print its path.
+
+    Safetensors and GGUF only, no code, checksums compared. Ctrl-C keeps what has arrived; the same
+    command goes on from there. QUANT is a quantisation or a file name. HF_TOKEN, HF_HOME, HF_HUB_CACHE,
+    HF_ENDPOINT and HF_HUB_OFFLINE mean what they always mean.
+    """
+    click.echo(_pull(name, revision, backend, verify=verify))
 
 
 @main.command()
@@ -522,7 +541,13 @@ def _finish_bench(text: str, data: dict[str, Any], output: Path | None) -> None:
         output.write_text(json.dumps(data, indent=1))
 
 
-def _open(options: dict[str, Any], *specs: DrafterSpec, quiet: bool = False, num_sequences: int = 1) -> Pair:
+def _open(
+    options: dict[str, Any],
+    *specs: DrafterSpec,
+    quiet: bool = False,
+    num_sequences: int = 1,
+    offer_pull: bool = False,
+) -> Pair:
     """Load the pair that the options name, fit for these drafters, with a sign of life on the terminal."""
     from localspec.loading import open_pair
     from localspec.protocols import LoadSettings
@@ -531,8 +556,43 @@ def _open(options: dict[str, Any], *specs: DrafterSpec, quiet: bool = False, num
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
+    target, draft = (_locate(options[role], role, options["backend"], offer_pull) for role in ("target", "draft"))
     with loading(quiet=quiet):
-        return open_pair(options["target"], options["draft"], backend=options["backend"], settings=settings)
+        return open_pair(target, draft, backend=options["backend"], settings=settings)
+
+
+def _locate(text: str | None, role: str, backend: str, offer_pull: bool) -> str | None:
+    """The path of a model; bundled names stay as they are, because they name pairs.
+
+    offer_pull: on a terminal, ask whether to fetch what is not here.
+    """
+    from localspec.errors import NotPulledError
+    from localspec.hub.resolver import find_model
+    from localspec.loading import bundled_names
+
+    if text is None or text in bundled_names():
+        return text
+    try:
+        return str(find_model(text, role, backend))
+    except NotPulledError as error:
+        if not offer_pull or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        if not click.confirm(f"{error.what}. Pull it now?", err=True):
+            raise
+        return str(_pull(text, None, backend))
+
+
+def _pull(text: str, revision: str | None, backend: str, *, verify: bool = False) -> Path:
+    """Fetch a model, with bars on the terminal; its path."""
+    from localspec.hub.console import PullProgress, pulled_line
+    from localspec.hub.name import HubName
+    from localspec.hub.pull import pull as fetch
+
+    name = HubName.parse(text, revision)
+    with PullProgress() as progress:
+        pulled = fetch(name, backend=backend, watcher=progress, verify=verify)
+    click.echo(click.style(pulled_line(pulled), dim=True), err=True)
+    return pulled.path
 
 
 def _drafter_spec(options: dict[str, Any]) -> DrafterSpec:

@@ -132,7 +132,7 @@ def file_url(hub: Hub, listing: Listing, file: RemoteFile) -> str:
 # ---------------------------------------------------------------- waiting
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An answer that a later attempt may change. wait_s: what the server asked for, if it did."""
 
     def __init__(self, error: HubError, wait_s: float | None = None) -> None:
@@ -142,16 +142,21 @@ class Refused(Exception):
 
 
 def patiently(patience: Patience, action: Callable[[], T], on_wait: Callable[[str], None]) -> T:
-    """The result of `action`, tried again as long as it raises Refused and patience lasts."""
+    """The result of `action`, tried again as long as it raises RefusedError and patience lasts.
+
+    A Hub that cannot be reached is not waited for: nothing has begun yet.
+    """
     for attempt in range(patience.num_retries + 1):
         try:
             return action()
-        except Refused as refused:
+        except RefusedError as refused:
+            if isinstance(refused.error, HubOfflineError):
+                raise refused.error from None
             pause(patience, attempt, refused, on_wait)
     raise AssertionError("the last attempt returns or raises")
 
 
-def pause(patience: Patience, attempt: int, refused: Refused, on_wait: Callable[[str], None]) -> None:
+def pause(patience: Patience, attempt: int, refused: RefusedError, on_wait: Callable[[str], None]) -> None:
     """Wait before the next attempt, or raise the error if there shall be none."""
     wait_s = patience.wait_s(attempt, refused.wait_s)
     if attempt >= patience.num_retries or wait_s > patience.longest_wait_s:
@@ -165,13 +170,13 @@ def pause(patience: Patience, attempt: int, refused: Refused, on_wait: Callable[
 
 @contextmanager
 def border(hub: Hub, name: HubName) -> Iterator[None]:
-    """Errors of the client become ours. Those worth another attempt become Refused."""
+    """Errors of the client become ours. Those worth another attempt become RefusedError."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         yield
-    except (LocalspecError, Refused):
+    except (LocalspecError, RefusedError):
         raise
     except OfflineModeIsEnabled:
         raise offline(name) from None
@@ -182,15 +187,15 @@ def border(hub: Hub, name: HubName) -> Iterator[None]:
             f"the Hub redirects {name.repo} in a circle", fix=f"Look at {hub.url}/{name.repo} in a browser."
         ) from None
     except httpx2.ConnectError as error:
-        raise Refused(
+        raise RefusedError(
             HubOfflineError(f"cannot reach {hub.url}", got=str(error), fix="Check the connection and HF_ENDPOINT.")
         ) from None
     except httpx2.TimeoutException:
-        raise Refused(
+        raise RefusedError(
             HubBusyError("the Hub does not answer", fix="Run it again: what has arrived is kept.")
         ) from None
     except httpx2.HTTPError as error:
-        raise Refused(
+        raise RefusedError(
             HubError("the connection broke", got=str(error), fix="Run it again: what has arrived is kept.")
         ) from None
     except httpx2.InvalidURL as error:
@@ -206,7 +211,7 @@ def offline(name: HubName) -> HubOfflineError:
     return HubOfflineError(f"cannot pull {name}: HF_HUB_OFFLINE is set", fix="Unset it, and run it again.")
 
 
-def _of_status(hub: Hub, name: HubName, error: object) -> HubError | Refused:
+def _of_status(hub: Hub, name: HubName, error: object) -> HubError | RefusedError:
     """The error for an answer of 400 and more."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -217,7 +222,7 @@ def _of_status(hub: Hub, name: HubName, error: object) -> HubError | Refused:
         return HubAccessError(
             f"{name.repo} is gated: its owner gives access to those who accept the terms",
             got=status,
-            fix=f"Accept them at {page}, make a token at {hub.url}/settings/tokens, and set HF_TOKEN or run `hf auth login`.",
+            fix=f"Accept them at {page}, then run `hf auth login` or set HF_TOKEN (see {hub.url}/settings/tokens).",
         )
     if code in ("RevisionNotFound", "EntryNotFound") or (status == 404 and code is None and name.revision):
         what = f"revision {name.revision or 'main'}" if code != "EntryNotFound" else "such file"
@@ -232,13 +237,13 @@ def _of_status(hub: Hub, name: HubName, error: object) -> HubError | Refused:
         return HubAccessError(
             f"the Hub gives no access to {name.repo}",
             got=_said(status, error),
-            fix="Check HF_TOKEN (or run `hf auth login`): the token may be wrong, expired, or lack the right to read it.",
+            fix="Check HF_TOKEN (or run `hf auth login`): the token may be wrong, expired, or not allowed to read it.",
         )
     if status in _BUSY:
         what = "the Hub says too many requests" if status == 429 else "the Hub has an error of its own"
         asked = retry_after_s(error.response.headers)
         wait = "" if asked is None else f" in {asked:.0f} seconds"
-        return Refused(
+        return RefusedError(
             HubBusyError(what, got=_said(status, error), fix=f"Run it again{wait}: what has arrived is kept."), asked
         )
     return HubError(f"the Hub refuses {name.repo}", got=_said(status, error), fix=f"See {page}.")

@@ -17,13 +17,12 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from localspec.errors import DiskError, DownloadError, HubError
 
-from .client import Hub, Refused, RemoteFile, border, pause
+from .client import Hub, RefusedError, RemoteFile, border, pause
 from .name import HubName
 
 if TYPE_CHECKING:
     from httpx2 import Response
 
-_CHUNK = 128 << 10  # bytes; what a killed process loses at most
 _PROGRESS = 1 << 20  # bytes; a connection that gave fewer before it broke counts as a failed attempt
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -102,7 +101,7 @@ class Transfer:
                 try:
                     with border(self.hub, self.name):
                         received += self._fetch(out, start)
-                except Refused as refused:
+                except RefusedError as refused:
                     gained = self.partial.stat().st_size - start
                     received += max(gained, 0)
                     num_failures = 0 if gained >= _PROGRESS else num_failures + 1
@@ -110,7 +109,7 @@ class Transfer:
         return received
 
     def _fetch(self, out: IO[bytes], start: int) -> int:
-        """One request for the rest; bytes that arrived. Raises Refused if the answer ends early."""
+        """One request for the rest; bytes that arrived. Raises RefusedError if the answer ends early."""
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -124,7 +123,7 @@ class Transfer:
             hf_raise_for_status(response)
             start = self._begin_at(response, out, start)
             position = start
-            for chunk in response.iter_raw(chunk_size=_CHUNK):
+            for chunk in response.iter_raw():
                 position += len(chunk)
                 if position > self.file.size:  # before it is written: a file without end would fill the disk
                     raise self._delete_and_blame(f"more than {self.file.size} bytes")
@@ -132,7 +131,7 @@ class Transfer:
                 out.flush()
                 self.watcher.advance(len(chunk))
         if position < self.file.size:
-            raise Refused(HubError("the connection ended early", got=f"{position} of {self.file.size} bytes"))
+            raise RefusedError(HubError("the connection ended early", got=f"{position} of {self.file.size} bytes"))
         return position - start
 
     def _begin_at(self, response: Response, out: IO[bytes], start: int) -> int:
@@ -147,6 +146,7 @@ class Transfer:
             whole = match[3]
         elif start:  # the server knows no ranges
             out.truncate(0)
+            out.seek(0)
             self.watcher.advance(-start)
             start = 0
         if whole is not None and int(whole) != self.file.size:
@@ -194,8 +194,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise DiskError(
-                f"no room left in {path.parent}", got=error.strerror, fix="Make room and run it again: what has arrived is kept."
+                f"no room left in {path.parent}",
+                got=error.strerror,
+                fix="Make room and run it again: what has arrived is kept.",
             ) from None
         raise DiskError(
-            f"cannot write in {path.parent}", got=error.strerror or str(error), fix="Check the folder, or set HF_HUB_CACHE."
+            f"cannot write in {path.parent}",
+            got=error.strerror or str(error),
+            fix="Check the folder, or set HF_HUB_CACHE.",
         ) from None
