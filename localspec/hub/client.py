@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from localspec.errors import HubAccessError, HubBusyError, HubError, HubMissingError, HubOfflineError, LocalspecError
 
 from .name import HubName, is_commit
+
+if TYPE_CHECKING:
+    from httpx2 import HTTPError
 
 T = TypeVar("T")
 
@@ -188,7 +191,7 @@ def border(hub: Hub, name: HubName) -> Iterator[None]:
         ) from None
     except httpx2.ConnectError as error:
         raise RefusedError(
-            HubOfflineError(f"cannot reach {hub.url}", got=str(error), fix="Check the connection and HF_ENDPOINT.")
+            HubOfflineError(f"cannot reach {_origin(error, hub)}", got=str(error), fix="Check the connection and HF_ENDPOINT.")
         ) from None
     except httpx2.TimeoutException:
         raise RefusedError(
@@ -204,6 +207,15 @@ def border(hub: Hub, name: HubName) -> Iterator[None]:
         raise HubError(
             f"{hub.url} does not answer like a Hub", got=str(error)[:200], fix="Check HF_ENDPOINT and proxies."
         ) from None
+
+
+def _origin(error: HTTPError, hub: Hub) -> str:
+    """Who was asked: the Hub, or a storage host that it redirected to."""
+    try:
+        url = error.request.url
+    except RuntimeError:  # the client knows none
+        return hub.url
+    return f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}"
 
 
 def offline(name: HubName) -> HubOfflineError:

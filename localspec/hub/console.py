@@ -38,7 +38,6 @@ class PullProgress:
         self._task: TaskID | None = None
 
     def __enter__(self) -> PullProgress:
-        self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -48,6 +47,7 @@ class PullProgress:
 
     def begin(self, file: RemoteFile, num_bytes: int) -> None:
         """A new line."""
+        self._progress.start()  # not before there is one: an empty display leaves an empty line
         name = file.name if len(file.name) <= _LONGEST else f"…{file.name[-_LONGEST:]}"
         self._task = self._progress.add_task(name, total=file.size, completed=num_bytes)
         if num_bytes:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,6 @@ def hub(loopback: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """For calls in this process. What the client library reads from the environment when it is imported is set here."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", loopback.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
@@ -136,12 +135,3 @@ def split_files(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[st
     writer.close()
     return {path.name: path for path in sorted(folder.iterdir())}
 
-
-@pytest.fixture
-def blob_of() -> Callable[[Path, str], list[Path]]:
-    """Everything in the cache that a model could be made of, finished or not."""
-
-    def find(cache: Path, pattern: str = "*") -> list[Path]:
-        return sorted(path for path in cache.glob(f"models--*/blobs/{pattern}") if path.is_file())
-
-    return find
