@@ -191,7 +191,9 @@ def border(hub: Hub, name: HubName) -> Iterator[None]:
         ) from None
     except httpx2.ConnectError as error:
         raise RefusedError(
-            HubOfflineError(f"cannot reach {_origin(error, hub)}", got=str(error), fix="Check the connection and HF_ENDPOINT.")
+            HubOfflineError(
+                f"cannot reach {_origin(error, hub)}", got=str(error), fix="Check the connection and HF_ENDPOINT."
+            )
         ) from None
     except httpx2.TimeoutException:
         raise RefusedError(

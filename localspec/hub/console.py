@@ -41,8 +41,10 @@ class PullProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._task is None:
+            return
         self._progress.stop()
-        if kind is KeyboardInterrupt and self._task is not None:
+        if kind is KeyboardInterrupt:
             self.console.print("what has arrived is kept: run the same command to go on", style="dim")
 
     def begin(self, file: RemoteFile, num_bytes: int) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,27 @@ class Program:
 
     hub: LoopbackHub
     home: Path
-    extra: dict[str, str] = field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
         return self.home / "hf" / "hub"
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def environment(self, **more: str) -> dict[str, str]:
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        env |= {
+        return env | {
             "HOME": str(self.home),
             "HF_HOME": str(self.home / "hf"),
             "HF_ENDPOINT": self.hub.url,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "PYTHONPATH": str(ROOT),
-            **self.extra,
-            **environment,
+            **more,
         }
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "cli.py"), *arguments],
-            env=env,
+            env=self.environment(**environment),
             cwd=self.home,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -134,4 +134,3 @@ def split_files(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[st
     writer.write_tensors_to_file()
     writer.close()
     return {path.name: path for path in sorted(folder.iterdir())}
-

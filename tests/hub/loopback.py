@@ -263,10 +263,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         """Silent."""
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the base class's name
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+    def do_GET(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
@@ -347,7 +347,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(repo_id)
         known = self.authorization == f"Bearer {self.hub.token}"
         if repo is None or (repo.private and not known):
-            self._status(404 if known else 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            self._status(
+                404 if known else 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            )
             return None
         if repo.gated and for_content and not known:
             code = 403 if self.authorization else 401

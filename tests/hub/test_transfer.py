@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,7 @@ from tests.hub.loopback import (
     Hang,
     LoopbackHub,
     NoRanges,
+    Slow,
     Status,
     Truncate,
     WrongRange,
@@ -61,9 +62,8 @@ class Notes(Unwatched):
 
 
 @pytest.fixture(autouse=True)
-def repository(loopback: LoopbackHub) -> Iterator[None]:
+def repository(loopback: LoopbackHub) -> None:
     loopback.add(NAME.repo, {"model.gguf": DATA, "README.md": b"text"})
-    yield
 
 
 def pulled(hub: Hub, notes: Notes | None = None, name: HubName = NAME) -> Pulled:
@@ -176,6 +176,17 @@ def test_another_part_than_asked_for_is_refused(loopback: LoopbackHub, hub: Hub)
     pulled(hub)
 
 
+def test_two_pulls_at_once_fetch_a_file_once(loopback: LoopbackHub, hub: Hub) -> None:
+    loopback.fault("model.gguf", Slow(1e7), times=None)
+    threads = [threading.Thread(target=pull, args=(NAME,), kwargs={"hub": hub}) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loopback.content_bytes == SIZE
+    assert pulled(hub).num_files == 0
+
+
 def test_retries_end(loopback: LoopbackHub, hub: Hub) -> None:
     loopback.fault("model.gguf", Cut(after=1000), times=None)
     with loopback.watched() as seen:
@@ -264,9 +275,7 @@ def test_gated_models_say_what_to_do_and_open_with_a_token(
     assert told == {"hub"}, "the token is for the Hub, not for the storage it redirects to"
 
 
-def test_private_models_open_with_a_token(
-    loopback: LoopbackHub, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_private_models_open_with_a_token(loopback: LoopbackHub, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     loopback.repos[NAME.repo].private = True
     refused(hub, HubMissingError, "private")
     monkeypatch.setenv("HF_TOKEN", loopback.token)
