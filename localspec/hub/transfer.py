@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from httpx2 import Response
 
 _PROGRESS = 1 << 20  # bytes; a connection that gave fewer before it broke counts as a failed attempt
+_SLOW_TO_READ = 1 << 30  # bytes; a bar that stands still wants a reason
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -154,6 +155,8 @@ class Transfer:
         return start
 
     def _is_right(self) -> bool:
+        if self.file.size > _SLOW_TO_READ:
+            self.watcher.note(f"{self.file.name}: comparing the checksum")
         return matches(self.partial, self.file)
 
     def _delete_and_blame(self, got: str) -> DownloadError:
@@ -170,7 +173,7 @@ class Transfer:
         )
 
 
-def matches(path: Path, file: RemoteFile, on_bytes: Callable[[int], None] | None = None) -> bool:
+def matches(path: Path, file: RemoteFile) -> bool:
     """Does a file have the listed size and checksum?"""
     if path.stat().st_size != file.size:
         return False
@@ -181,8 +184,6 @@ def matches(path: Path, file: RemoteFile, on_bytes: Callable[[int], None] | None
     with path.open("rb") as content:
         while chunk := content.read(1 << 20):
             digest.update(chunk)
-            if on_bytes is not None:
-                on_bytes(len(chunk))
     return digest.hexdigest() == file.digest
 
 
