@@ -11,6 +11,7 @@ A snapshot gets its links after all of its blobs are complete and checked.
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -51,10 +52,15 @@ class RepoCache:
         """A commit's files under their own names."""
         return self.folder / "snapshots" / commit
 
-    def has(self, file: RemoteFile) -> bool:
+    def content(self, commit: str, file: RemoteFile) -> Path:
+        """Where the content is, or would be: the blob, or on disks without links the snapshot's own file."""
+        blob, own = self.blob(file), self.snapshot(commit) / file.name
+        return own if own.is_file() and not own.is_symlink() and not blob.exists() else blob
+
+    def has(self, commit: str, file: RemoteFile) -> bool:
         """Is the content here? Judged by name and size: it was checked when it was given that name."""
-        blob = self.blob(file)
-        return blob.is_file() and blob.stat().st_size == file.size
+        path = self.content(commit, file)
+        return path.is_file() and path.stat().st_size == file.size
 
     @contextmanager
     def lock(self, file: RemoteFile) -> Iterator[None]:
@@ -72,13 +78,18 @@ class RepoCache:
         snapshot.mkdir(parents=True, exist_ok=True)
         if not snapshot.resolve().is_relative_to(self.root.resolve()):
             raise DiskError(f"{snapshot} leads out of the cache", fix="Remove that link.")
+        named: list[RemoteFile] = []
         for file in files:
             blob, pointer = self.blob(file), snapshot / file.name
             pointer.parent.mkdir(parents=True, exist_ok=True)
             if not pointer.parent.resolve().is_relative_to(snapshot.resolve()):
                 raise DiskError(f"{pointer.parent} leads out of the cache", fix="Remove that link.")
-            if not (pointer.exists() and pointer.samefile(blob)):
+            if not blob.exists() and not pointer.exists():  # another name of this snapshot took the only copy
+                twin = next(other for other in named if other.digest == file.digest)
+                shutil.copyfile(snapshot / twin.name, pointer)
+            elif blob.exists() and not (pointer.exists() and pointer.samefile(blob)):
                 _link(blob, pointer)
+            named.append(file)
 
     def write_ref(self, revision: str, commit: str) -> None:
         """Note what a branch or tag means now."""
@@ -124,10 +135,16 @@ def files_below(folder: Path, within: Path) -> list[str]:
 
 
 def _link(blob: Path, pointer: Path) -> None:
-    """A relative link, so that the cache can be moved; a hard link where the disk has no other."""
+    """A relative link, so that the cache can be moved. Where there are no links (exFAT), or none wanted, the
+    content itself gets the name, as the client library does it; other commits cannot share it then."""
+    from huggingface_hub import constants
+
     fresh = pointer.with_name(f".{uuid.uuid4().hex}")
     try:
+        if constants.HF_HUB_DISABLE_SYMLINKS:
+            raise NotImplementedError
         fresh.symlink_to(os.path.relpath(blob, pointer.parent))
     except (OSError, NotImplementedError):
-        fresh.hardlink_to(blob)
-    fresh.replace(pointer)
+        blob.replace(pointer)
+    else:
+        fresh.replace(pointer)

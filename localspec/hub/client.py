@@ -271,5 +271,10 @@ def _said(status: int, error: object) -> str:
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds that the server asks to wait, None if it does not say. Dates are not understood."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
     value = headers.get("Retry-After", "").strip()
     return float(value) if value.isdecimal() and len(value) < 10 else None

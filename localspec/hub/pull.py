@@ -111,9 +111,9 @@ class _Job:
         for file in small:
             self._fetch(file)
             if file.name.endswith("config.json"):
-                trust.check_config(self.cache.blob(file), file.name, self.name.repo)
+                trust.check_config(self._content(file), file.name, self.name.repo)
         index = self.listing.files.get(INDEX)
-        table = trust.read_json(self.cache.blob(index), f"{INDEX} of {self.name.repo}") if index else None
+        table = trust.read_json(self._content(index), f"{INDEX} of {self.name.repo}") if index else None
         weights = [self.listing.files[name] for name in weight_files(self.listing.files, table, self.name.repo)]
         self._fetch_weights(weights)
         files = sorted([*weights, *small], key=lambda file: file.name == CONFIG)  # last: it makes a folder a model
@@ -125,9 +125,9 @@ class _Job:
         for file in files:
             self._fetch(file)
             try:
-                trust.check_content(self.cache.blob(file), file.name, self.name.repo)
+                trust.check_content(self._content(file), file.name, self.name.repo)
             except UntrustedModelError:
-                self.cache.blob(file).unlink()
+                self._content(file).unlink()
                 raise
 
     def _fetch(self, file: RemoteFile) -> None:
@@ -142,19 +142,22 @@ class _Job:
             partial.replace(blob)
 
     def _is_here(self, file: RemoteFile) -> bool:
-        blob = self.cache.blob(file)
-        if self.cache.has(file) and (not self.verify or matches(blob, file)):
+        content = self._content(file)
+        if self.cache.has(self.listing.commit, file) and (not self.verify or matches(content, file)):
             return True
-        if blob.exists():
+        if content.exists():
             self.watcher.note(f"{file.name}: what was in the cache is damaged and is fetched again")
-            blob.unlink()
+            content.unlink()
         return False
+
+    def _content(self, file: RemoteFile) -> Path:
+        return self.cache.content(self.listing.commit, file)
 
     def _check_room(self, files: Iterable[RemoteFile]) -> None:
         """Before the first byte: a disk that fills up harms everything else on it."""
         missing = 0
         for file in files:
-            if not self.cache.has(file):
+            if not self.cache.has(self.listing.commit, file):
                 partial = self.cache.partial(file)
                 missing += file.size - (partial.stat().st_size if partial.is_file() else 0)
         self.hub.root.mkdir(parents=True, exist_ok=True)

@@ -228,6 +228,11 @@ def test_too_long_waits_are_not_begun(loopback: LoopbackHub, hub: Hub) -> None:
     assert len(loopback.requests) == 1
 
 
+def test_the_hubs_own_rate_limits_are_understood(loopback: LoopbackHub, hub: Hub) -> None:
+    loopback.fault("tiny/model-GGUF", Status(429, {"RateLimit": '"api";r=0;t=250'}), times=None)
+    refused(hub, HubBusyError, "too many requests .*in 250 seconds")
+
+
 @pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
 def test_busy_servers_are_asked_again_but_not_for_ever(loopback: LoopbackHub, hub: Hub, code: int) -> None:
     loopback.fault("tiny/model-GGUF", Status(code), times=2)
