@@ -56,7 +56,9 @@ def find_pulled(text: str, *, backend: str = "auto", hub: Hub | None = None) -> 
         except (HubMissingError, ModelFileError) as error:
             problems.append(f"in {folder}: {error}")
     raise NotPulledError(
-        f"{name} is not on this machine", got="; ".join(problems) or None, fix=f"Run `localspec pull {name}`."
+        f"no such file or folder, and Hub id {name} is not on this machine",
+        got="; ".join(problems) or None,
+        fix=f"Run `localspec pull {name}`.",
     )
 
 
