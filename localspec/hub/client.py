@@ -199,12 +199,14 @@ def border(hub: Hub, name: HubName) -> Iterator[None]:
         raise RefusedError(
             HubBusyError("the Hub does not answer", fix="Run it again: what has arrived is kept.")
         ) from None
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise HubError("the Hub's address cannot be used", got=str(error), fix="Check HF_ENDPOINT.") from None
+    except (httpx2.LocalProtocolError, UnicodeEncodeError):  # these can quote the token
+        raise HubError("the request cannot be sent", fix="Check HF_TOKEN for characters that do not belong.") from None
     except httpx2.HTTPError as error:
         raise RefusedError(
             HubError("the connection broke", got=str(error), fix="Run it again: what has arrived is kept.")
         ) from None
-    except httpx2.InvalidURL as error:
-        raise HubError("the Hub's address cannot be used", got=str(error), fix="Check HF_ENDPOINT.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # what parsing a strange answer raises
         raise HubError(
             f"{hub.url} does not answer like a Hub", got=str(error)[:200], fix="Check HF_ENDPOINT and proxies."

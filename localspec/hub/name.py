@@ -36,7 +36,7 @@ class HubName:
         name = cls(match["repo"], match["revision"], match["choice"])
         if revision is not None and name.revision not in (None, revision):
             raise SettingError("two revisions were named", got=f"{name.revision} and {revision}", fix="Give one.")
-        name = replace(name, revision=revision or name.revision)
+        name = replace(name, revision=revision if revision is not None else name.revision)
         if name.revision is not None and not is_revision(name.revision):
             raise SettingError("not a revision", got=name.revision[:120], expected="a branch, a tag or a commit")
         return name

@@ -193,6 +193,8 @@ def test_two_revisions_in_one_name_are_refused() -> None:
     assert HubName.parse("org/x@v1:Q4_0", "v1").revision == "v1"
     with pytest.raises(SettingError, match="two revisions"):
         HubName.parse("org/x@v1", "v2")
+    with pytest.raises(SettingError, match="not a revision"):
+        HubName.parse("org/x", "")
 
 
 # ---------------------------------------------------------------- interrupted

@@ -210,6 +210,18 @@ def test_an_unreachable_hub_is_named_at_once(tmp_path: Path, hub: Hub) -> None:
     refused(gone, HubOfflineError, r"cannot reach http://127\.0\.0\.1:9 .*HF_ENDPOINT")
 
 
+@pytest.mark.parametrize("endpoint", ["no-address", "ftp://127.0.0.1", "http://[::1"])
+def test_an_unusable_address_is_named(tmp_path: Path, hub: Hub, endpoint: str) -> None:
+    refused(Hub(endpoint, tmp_path / "hub", hub.patience), HubError, "HF_ENDPOINT")
+
+
+def test_a_token_that_cannot_be_sent_is_not_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secr\u00e9t")
+    with pytest.raises(HubError, match="HF_TOKEN") as caught:
+        pull(NAME, hub=hub)
+    assert "hf_secr" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- refusals of the server
 
 
