@@ -113,7 +113,13 @@ def load_options(command: F) -> F:
     """What to load."""
     options = [
         click.option(
-            "--target", "-m", "--model", metavar="MODEL", help="Path or bundled name [default: the bundled pair]."
+            "--target",
+            "-m",
+            "--model",
+            "-hf",
+            "--hf-repo",
+            metavar="MODEL",
+            help="Path, bundled name, or pulled ORG/NAME[:QUANT] [default: the bundled pair].",
         ),
         click.option(
             "--draft",
@@ -121,6 +127,9 @@ def load_options(command: F) -> F:
             "--draft-model",
             "--model-draft",
             "--spec-draft-model",
+            "-hfd",
+            "--hf-repo-draft",
+            "--spec-draft-hf",
             metavar="MODEL",
             help="Draft model of the same tokenizer.",
         ),
@@ -262,7 +271,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
     system = system and decode_argument(system, "--system")
     params = _sampling(options, default_temperature=0.7)
     spec = _drafter_spec(options)
-    with TraceWriter(trace) as writer, _open(options, spec) as pair:
+    with TraceWriter(trace) as writer, _open(options, spec, offer_pull=True) as pair:
         program = ChatProgram(
             pair,
             spec,
@@ -464,6 +473,21 @@ def _machine_memory(text: str | None) -> int:
 
 
 @main.command()
+@click.argument("name", metavar="ORG/NAME[:QUANT]")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit [default: main].")
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Whose format to fetch.")
+@click.option("--verify", is_flag=True, help="Also check what is already here against its checksums.")
+def pull(name: str, revision: str | None, backend: str, verify: bool) -> None:
+    """Fetch a model from the Hub into its cache, and print its path.
+
+    Safetensors and GGUF only, no code, checksums compared. Ctrl-C keeps what has arrived; the same
+    command goes on from there. QUANT is a quantisation or a file name. HF_TOKEN, HF_HOME, HF_HUB_CACHE,
+    HF_ENDPOINT and HF_HUB_OFFLINE mean what they always mean.
+    """
+    click.echo(_pull(name, revision, backend, verify=verify))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Say what is installed, what each backend can do here, and what was worked around."""
@@ -633,7 +657,13 @@ def _finish_bench(text: str, data: dict[str, Any], output: Path | None) -> None:
         output.write_text(json.dumps(data, indent=1))
 
 
-def _open(options: dict[str, Any], *specs: DrafterSpec, quiet: bool = False, num_sequences: int = 1) -> Pair:
+def _open(
+    options: dict[str, Any],
+    *specs: DrafterSpec,
+    quiet: bool = False,
+    num_sequences: int = 1,
+    offer_pull: bool = False,
+) -> Pair:
     """Load the pair that the options name, fit for these drafters, with a sign of life on the terminal."""
     from localspec.loading import open_pair
     from localspec.protocols import LoadSettings
@@ -642,13 +672,16 @@ def _open(options: dict[str, Any], *specs: DrafterSpec, quiet: bool = False, num
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
-    target, draft, backend = _models(options)
+    target, draft, backend = _models(options, offer_pull)
     with loading(quiet=quiet):
         return open_pair(target, draft, backend=backend, settings=settings)
 
 
-def _models(options: dict[str, Any]) -> tuple[str | None, str | None, str]:
-    """Target, draft model and backend as named, or those of the catalog's pair."""
+def _models(options: dict[str, Any], offer_pull: bool) -> tuple[str | None, str | None, str]:
+    """Target, draft model and backend as named, or those of the catalog's pair.
+
+    offer_pull: on a terminal, ask whether to fetch what is not here.
+    """
     from localspec.doctor import memory_bytes
     from localspec.errors import SettingError
     from localspec.hub.catalog import load_catalog
@@ -657,14 +690,15 @@ def _models(options: dict[str, Any]) -> tuple[str | None, str | None, str]:
     if options["pair"] is None:
         if options["catalog"] is not None:
             raise SettingError("--catalog only says where pairs are looked for", fix="Name one with --pair.")
-        return options["target"], options["draft"], options["backend"]
+        target, draft = (_locate(options[role], role, options["backend"], offer_pull) for role in ("target", "draft"))
+        return target, draft, options["backend"]
     if options["target"] is not None or options["draft"] is not None:
         raise SettingError("--pair names both models", fix="Leave out --target and --draft, or --pair.")
     name, _, quantization = options["pair"].partition(":")
     pair = load_catalog(options["catalog"]).get(name)
     choice = choice_for(pair, memory_bytes(), _backends(options), quantization or None)
-    target, draft = locate(pair, choice)
-    return str(target), None if draft is None else str(draft), choice.backend
+    found, helper = locate(pair, choice, lambda text: _find(text, "target", choice.backend, offer_pull))
+    return str(found), None if helper is None else str(helper), choice.backend
 
 
 def _backends(options: dict[str, Any]) -> list[str]:
@@ -674,6 +708,42 @@ def _backends(options: dict[str, Any]) -> list[str]:
     if options["backend"] != "auto":
         return [options["backend"]]
     return installed_backends() or backend_names()  # with none installed, opening says how to install one
+
+
+def _locate(text: str | None, role: str, backend: str, offer_pull: bool) -> str | None:
+    """The path of a model; bundled names stay as they are, because they name pairs."""
+    from localspec.loading import bundled_names
+
+    if text is None or text in bundled_names():
+        return text
+    return str(_find(text, role, backend, offer_pull))
+
+
+def _find(text: str, role: str, backend: str, offer_pull: bool) -> Path:
+    from localspec.errors import NotPulledError
+    from localspec.hub.resolver import find_model
+
+    try:
+        return find_model(text, role, backend)
+    except NotPulledError as error:
+        if not offer_pull or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        if not click.confirm(f"{error.what}. Pull it now?", err=True):
+            raise
+        return _pull(text, None, backend)
+
+
+def _pull(text: str, revision: str | None, backend: str, *, verify: bool = False) -> Path:
+    """Fetch a model, with bars on the terminal; its path."""
+    from localspec.hub.console import PullProgress, pulled_line
+    from localspec.hub.name import HubName
+    from localspec.hub.pull import pull as fetch
+
+    name = HubName.parse(text, revision)
+    with PullProgress() as progress:
+        pulled = fetch(name, backend=backend, watcher=progress, verify=verify)
+    click.echo(click.style(pulled_line(pulled), dim=True), err=True)
+    return pulled.path
 
 
 def _drafter_spec(options: dict[str, Any]) -> DrafterSpec:

@@ -11,7 +11,7 @@ import logging
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,6 +24,7 @@ from localspec.errors import (
     BackendError,
     BackendMissingError,
     ModelNotFoundError,
+    NotPulledError,
     PairMismatchError,
     SettingError,
     UnknownNameError,
@@ -37,7 +38,7 @@ _HOME = Path(__file__).resolve().parent.parent
 _APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 _PREFERENCE = ("mlx", "llamacpp") if _APPLE_SILICON else ("llamacpp", "mlx")
 _COMMON_SETTINGS = frozenset({"context", "num_sequences", "trees"})
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 
 BUNDLED = "tiny"
 """Name of the pair that comes with localspec."""
@@ -71,6 +72,19 @@ def get_backend(name: str) -> Backend:
                 f"backend {name!r} does not load ({entry.value}): {error}", fix="Repair or uninstall its package."
             ) from error
     raise UnknownNameError.among("backend", name, backend_names())
+
+
+def readable_formats(name: str = AUTO) -> tuple[str, ...]:
+    """What a backend reads, best first; with "auto" what the installed ones read, the best one's first.
+
+    Raises UnknownNameError, and BackendMissingError where "auto" finds none installed.
+    """
+    if name != AUTO:
+        return get_backend(name).formats
+    installed = [backend for backend in _loadable(backend_names()) if backend.is_installed()]
+    if not installed:
+        raise BackendMissingError("no backend is installed", fix="`localspec doctor` says how to install one.")
+    return tuple(dict.fromkeys(kind for backend in installed for kind in backend.formats))
 
 
 def _load_package(module_name: str, folder: Path) -> ModuleType:
@@ -135,11 +149,13 @@ def bundled_path(name: str, role: str) -> Path:
     return _HOME / "models" / name / f"{role}.gguf"
 
 
-def resolve_model(text: str, role: str = "target") -> Path:
+def resolve_model(text: str, role: str = "target", find_pulled: Callable[[str], Path] | None = None) -> Path:
     """A path, a bundled name or a Hub id, told apart.
 
-    What exists on disk is a path. A bundled name means that pair's file for `role`. Anything else is
-    refused with what it looked like. Raises ModelNotFoundError and UnknownNameError.
+    What exists on disk is a path. A bundled name means that pair's file for `role`. What looks like a
+    Hub id is given to `find_pulled`, which answers with a path or raises; this layer knows no Hub
+    (`localspec.hub.resolver.find_model` is this function with one). Anything else is refused with what
+    it looked like. Raises ModelNotFoundError and UnknownNameError.
     """
     try:
         path = Path(text).expanduser()
@@ -150,13 +166,17 @@ def resolve_model(text: str, role: str = "target") -> Path:
         raise ModelNotFoundError(f"not a usable path: {text[:80]}: {reason}", fix="Check the path.") from None
     if text in bundled_names():
         return bundled_path(text, role)
-    if path.suffix in (".gguf", ".safetensors") or text.startswith((".", "/", "~")) or text.count("/") > 1:
+    looks_like_id = _HUB_ID.fullmatch(text) is not None
+    only_an_id = looks_like_id and any(mark in text for mark in ":@")
+    like_a_path = path.suffix in (".gguf", ".safetensors") or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if like_a_path and not only_an_id:
         raise ModelNotFoundError(f"no such file or folder: {text}", fix="Check the path.")
-    if _HUB_ID.fullmatch(text):
-        raise ModelNotFoundError(
+    if looks_like_id and find_pulled is not None:
+        return find_pulled(text)
+    if looks_like_id:
+        raise NotPulledError(
             f"{text} looks like a Hub id, and there is no such folder here",
-            fix=f"localspec does not pull models yet: run `hf download {text.partition(':')[0]} --local-dir DIR`, "
-            "then give DIR.",
+            fix=f"Run `localspec pull {text}`, then give the path that it prints.",
         )
     raise UnknownNameError.among("model", text, bundled_names())
 

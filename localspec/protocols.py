@@ -381,6 +381,11 @@ class Backend(Protocol):
         """The `LoadSettings` fields this backend uses beyond `context` and `num_sequences`."""
         ...
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What it reads, best first: "gguf" (a file), "safetensors" (a folder)."""
+        ...
+
     def report(self) -> BackendReport:
         """What is installed and what it can do here. Never raises."""
         ...

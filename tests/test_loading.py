@@ -75,6 +75,7 @@ class FakeBackend:
     name: str
     installed: bool
     own_settings: frozenset[str] = frozenset({"threads"})
+    formats: tuple[str, ...] = ("gguf",)
 
     def report(self) -> BackendReport:
         return BackendReport(self.name, self.installed, "1", (), (), f"pip install {self.name}")

@@ -26,6 +26,7 @@ class LlamaCppBackend:
 
     name = loading.NAME
     own_settings = loading.OWN_SETTINGS
+    formats = ("gguf",)
 
     def is_installed(self) -> bool:
         """Looks for llama_cpp without importing it."""

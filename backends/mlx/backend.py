@@ -34,6 +34,7 @@ class MlxBackend:
 
     name = "mlx"
     own_settings = frozenset({"dtype"})
+    formats = ("safetensors", "gguf")
 
     def __init__(self) -> None:
         self._ledger: Ledger | None = None

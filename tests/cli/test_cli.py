@@ -196,7 +196,7 @@ def test_rejection_can_be_asked_for() -> None:
         (["--backend", "lamacpp"], 2, ["Did you mean 'llamacpp'"]),
         (["--acceptance", "wlak"], 2, ["Did you mean 'walk'"]),
         (["--target", "no-such-file.gguf"], 1, ["no such file", "no-such-file.gguf"]),
-        (["--target", "some-org/some-model"], 1, ["Hub id", "hf download"]),
+        (["--target", "some-org/some-model"], 1, ["Hub id", "localspec pull some-org/some-model"]),
         (["--target", "tiyn"], 2, ["Did you mean 'tiny'"]),
         (["--logit-bias", "x"], 2, ["TOKEN_ID=NUMBER"]),
         (["--plain", "--num-draft", "3"], 2, ["--plain"]),
