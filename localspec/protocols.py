@@ -429,7 +429,7 @@ class Proposal:
     the anchor, each smaller than the node's own.  laws: per node the distribution it was drawn from,
     or None where tokens were chosen, not drawn.  log_q: [N] the drafter's logarithm of the chance that a node
     is accepted if its parent is, where it knows that on the host.  source: who guessed.  sources: [N] who
-    guessed each node, where several did.
+    guessed each node, where several did.  counts: what else a drafter counts, for the statistics.
     """
 
     source: str
@@ -438,6 +438,7 @@ class Proposal:
     laws: tuple[Law, ...] | None = None
     log_q: tuple[float, ...] | None = None
     sources: tuple[str, ...] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_nodes(self) -> int:

@@ -202,8 +202,7 @@ def describe(info: ModelInfo) -> str:
 
 def notes(pair: Pair) -> list[str]:
     """What was worked around for the target and the draft model, each thing once."""
-    infos = [model.info for model in (pair.target, pair.draft) if model is not None]
-    return list(dict.fromkeys(note for info in infos for note in info.notes))
+    return list(pair.notes)
 
 
 # ---------------------------------------------------------------- chat
@@ -234,7 +233,7 @@ class ChatProgram:
         self.trace = trace
         trace.begin(pair, self.session, spec, params)
         fallback = "auto" if isinstance(self.session.drafter, Nothing) else "nothing"
-        self._other_drafter = make_drafter(fallback, pair.draft)  # what /plain switches to
+        self._other_drafter = make_drafter(fallback, pair.drafting)  # what /plain switches to
         self._results: list[Generation] = []
 
     def run(self) -> None:
