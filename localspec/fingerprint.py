@@ -63,6 +63,11 @@ class Vocabulary:
         return found
 
     @cached_property
+    def missing(self) -> bytes:
+        """Bytes that no token writes alone."""
+        return bytes(byte for byte in range(256) if bytes([byte]) not in self.ids)
+
+    @cached_property
     def special_ids(self) -> Mapping[bytes, int]:
         """Text -> special token, the lowest of equals."""
         return {self.texts[token]: token for token in sorted(self.special, reverse=True) if self.texts[token]}
@@ -143,10 +148,10 @@ class Relation:
         }
 
 
-def relate(target: Tokenizer, draft: Tokenizer) -> Relation:
-    """Compare two tokenizers."""
-    mine = Vocabulary(target)
-    other = mine if draft is target else Vocabulary(draft)
+def relate(target: Tokenizer | Vocabulary, draft: Tokenizer | Vocabulary) -> Relation:
+    """Compare two tokenizers, or vocabularies that were read from them before."""
+    mine = target if isinstance(target, Vocabulary) else Vocabulary(target)
+    other = mine if draft is target else draft if isinstance(draft, Vocabulary) else Vocabulary(draft)
     difference = first_difference(mine, other)
     to_target = np.full(len(other), _NONE, np.int32)
     to_draft = np.full(len(mine), _NONE, np.int32)

@@ -393,6 +393,10 @@ class Backend(Protocol):
         """Could `path` be a model of this backend, judged by name and first bytes?"""
         ...
 
+    def open_tokenizer(self, path: Path) -> Tokenizer:
+        """The tokenizer of a model without the model. Raises members of the error tree only."""
+        ...
+
     def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
         """Open a model. Raises members of the error tree only."""
         ...

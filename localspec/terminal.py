@@ -20,6 +20,7 @@ from rich.text import Text
 from localspec.drafters import DrafterSpec, Nothing, make_drafter
 from localspec.engine.chat import Chat
 from localspec.engine.session import Generation, Progress, Stream
+from localspec.engine.stats import Stats
 from localspec.errors import LocalspecError, ModelNotFoundError, PromptError, SettingError
 from localspec.highlight import Highlight
 from localspec.sampling import SamplingParams
@@ -177,7 +178,7 @@ def summary(result: Generation) -> str:
         parts.append(f"{stats.num_accepted} of {stats.num_drafted} guesses accepted")
         if stats.num_from_branches:
             parts.append(f"{stats.num_from_branches} of them not the first for their place")
-        parts.append(f"drafter {result.drafter}")
+        parts.append(f"drafter {result.drafter}{_counted(stats)}")
     else:
         parts.append(f"plain: {result.plain_because}")
     if stats.num_reused:
@@ -192,6 +193,12 @@ def summary(result: Generation) -> str:
     if result.note:
         parts.append(result.note)
     return " · ".join(parts)
+
+
+def _counted(stats: Stats) -> str:
+    """What the drafter counted, in brackets."""
+    counts = [f"{name.replace('_', ' ')} {count}" for name, count in stats.drafter_counts.items() if count]
+    return f" ({', '.join(counts)})" if counts else ""
 
 
 def describe(info: ModelInfo) -> str:

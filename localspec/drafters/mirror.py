@@ -42,7 +42,6 @@ class Mirror:
         self.specials = specials
         self.ids: list[int] = [] if relation.draft.bos is None else [relation.draft.bos]
         self.ends: list[int] = [0] * len(self.ids)
-        self.num_lost = 0
         self.raw = bytearray()
         self.marks: list[tuple[int, int]] = []  # per target token: where it ends, barriers up to there
         self._first = len(self.ids)
@@ -106,7 +105,6 @@ class Mirror:
         first = tail_start(self.raw, ends, self._first, segment, covered)
         start = max(ends[first - 1] if first else 0, segment)
         new = self._encoder.encode(bytes(self.raw[start:]))
-        self.num_lost += new.num_lost
         kept = first
         for old, token in zip(ids[first:], new.ids, strict=False):
             if old != token:
