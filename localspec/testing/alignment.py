@@ -148,7 +148,8 @@ def fuzz(
 ) -> int:
     """Check every vocabulary on random strings, and relations on texts of STRINGS_PER_TEXT of them; number of steps.
 
-    per_text: on how many relations each text is checked, all of them in turn (None: each text on all). Raises AssertionError where anything is lost, replaced, doubled or drifts.
+    per_text: on how many relations each text is checked, all of them in turn (None: each text on all).
+    Raises AssertionError where anything is lost, replaced, doubled or drifts.
     """
     encoders = {id(vocabulary): ByteEncoder(vocabulary) for vocabulary in vocabularies}
     rng = np.random.default_rng(seed)
