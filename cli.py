@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from localspec.bench.cross import Report as CrossReport
     from localspec.bench.equality import Report
     from localspec.bench.trees import Report as TreeReport
     from localspec.drafters import DrafterSpec
@@ -131,7 +132,7 @@ def load_options(command: F) -> F:
             "--hf-repo-draft",
             "--spec-draft-hf",
             metavar="MODEL",
-            help="Draft model of the same tokenizer.",
+            help="Draft model; of another tokenizer, too.",
         ),
         click.option("--pair", metavar="NAME[:QUANTISATION]", help="Both from the catalog; see `localspec pairs`."),
         catalog_option,
@@ -164,8 +165,8 @@ def draft_options(command: F) -> F:
             default="auto",
             show_default=True,
             metavar="NAME[:SETTING=VALUE,...]",
-            help="auto, draft_model, ngram or nothing; e.g. ngram:max=4,num=8, draft_model:num=16,shape=tree, or "
-            "draft_model+ngram for both in one tree.",
+            help="auto, draft_model, cross_tokenizer, ngram, nothing; e.g. ngram:max=4,num=8, "
+            "draft_model:num=16,shape=tree, or draft_model+ngram for both in one tree.",
         ),
         click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),
         click.option(
@@ -626,6 +627,84 @@ def trees(
 
 
 @bench.command()
+@click.option("--other", required=True, metavar="MODEL", help="Draft model of another tokenizer.")
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSON lines.")
+@click.option("--domain", "domains", multiple=True, help="chat, code or prose [default: all].")
+@click.option("--per-domain", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Longest answer.")
+@click.option(
+    "--at", "temperatures", multiple=True, type=float, default=(0.0,), show_default=True, help="Temperatures."
+)
+@click.option(
+    "--with",
+    "drafters",
+    multiple=True,
+    default=("draft_model:num=5", "cross_tokenizer:num=5,mode=bytes", "cross_tokenizer:num=5,mode=intersection"),
+    show_default=True,
+    help="Drafters; `cross_tokenizer` is run by the other draft model, all else by the target's own.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    callback=_in_a_folder,
+    help="Also write every measurement as JSON.",
+)
+@load_options
+def cross(
+    other: str,
+    temperatures: Sequence[float],
+    drafters: Sequence[str],
+    tokens: int,
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Accepted length with a draft model of another tokenizer against one of the target's own."""
+    from localspec.bench.cross import measure, table
+    from localspec.drafters import DrafterSpec
+    from localspec.loading import load_model, resolve_model
+    from localspec.protocols import LoadSettings
+
+    def save(report: CrossReport) -> None:
+        if output is not None:
+            output.write_text(json.dumps(report.as_dict(), indent=1))
+
+    prompts = _workload(options)
+    specs = [DrafterSpec.parse(text) for text in drafters]
+    trees = any(spec.asks_for_trees for spec in specs)
+    with _open(options, *specs, num_sequences=len(drafters) + 1) as pair:
+        settings = LoadSettings(context=pair.target.info.context_length, num_sequences=len(drafters) + 1, trees=trees)
+        model = load_model(resolve_model(other, "draft"), options["backend"], settings)
+        try:
+            report = measure(pair, model, prompts, drafters, temperatures, tokens, save)
+        finally:
+            model.close()
+    _finish_bench(table(report), report.as_dict(), output)
+
+
+@bench.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, llamacpp or mlx.")
+@click.option("--fuzz", type=click.IntRange(min=0), default=0, help="Random strings to translate between all pairs.")
+@click.option("--length", "lengths", multiple=True, type=click.IntRange(min=64), help="Time a round at this context.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    callback=_in_a_folder,
+    help="Also write every measurement as JSON.",
+)
+def tokenizers(files: Sequence[Path], backend: str, fuzz: int, lengths: Sequence[int], output: Path | None) -> None:
+    """How much the vocabularies of FILES share; with --fuzz and --length whether translation holds and costs."""
+    from localspec.bench.prompts import load_prompts
+    from localspec.bench.tokenizers import measure, open_vocabularies, table
+    from localspec.errors import SettingError
+
+    if len(files) < 2:
+        raise SettingError("one vocabulary has nothing to be compared with", expected="at least two files")
+    report = measure(open_vocabularies(files, backend), load_prompts(), fuzz, lengths)
+    _finish_bench(table(report), report.as_dict(), output)
+
+
+@bench.command()
 @click.option("--vocabulary", type=click.IntRange(min=100), default=151_936, show_default=True)
 @click.option("--nodes", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=200, show_default=True)
@@ -808,7 +887,8 @@ def _report(pair: Pair, result: Generation) -> dict[str, Any]:
         }
         for role, info in models.items()
     }
-    return {**result.as_dict(), **described}
+    relation = None if pair.drafting is None else pair.drafting.relation.as_dict()
+    return {**result.as_dict(), **described, "vocabularies": relation}
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-from localspec.drafters import AUTO, DrafterSpec, make_drafter
+from localspec.drafters import AUTO, Draft, DrafterSpec, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import (
     BackendError,
@@ -30,7 +31,7 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, Tokenizer
+from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
 from localspec.verify import make_acceptance
 
 _log = logging.getLogger("localspec.loading")
@@ -188,6 +189,19 @@ class Pair:
         self.target = target
         self.draft = draft
 
+    @cached_property
+    def drafting(self) -> Draft | None:
+        """The draft model with how its vocabulary relates to the target's."""
+        return None if self.draft is None else Draft.of(self.target, self.draft)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was worked around for the two models and between them, each thing once."""
+        found = [note for model in (self.target, self.draft) if model is not None for note in model.info.notes]
+        if self.drafting is not None and not self.drafting.relation.same:
+            found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
+        return tuple(dict.fromkeys(found))
+
     def session(self, drafter: str | DrafterSpec | Drafter = AUTO, *, acceptance: str = "walk") -> Session:
         """A new conversation. drafter: a name with settings, e.g. "ngram:max=4" ("nothing" is plain
         decoding), or a drafter of your own; the session closes it. Sessions that are open at the same
@@ -195,7 +209,7 @@ class Pair:
         rule = make_acceptance(acceptance)
         if not isinstance(drafter, str | DrafterSpec):
             return Session(self.target, drafter, acceptance=rule)
-        own = make_drafter(drafter, self.draft)
+        own = make_drafter(drafter, self.drafting)
         try:
             return Session(self.target, own, acceptance=rule)
         except BaseException:
@@ -241,12 +255,13 @@ def open_pair(
         # a drafter's trees need not be exact, so it is spared what that costs
         helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length, trees=False))
         try:
-            check_same_vocabulary(model.tokenizer, helper.tokenizer)
-            check_rows(model, helper)
+            pair = Pair(model, helper)
+            if pair.drafting is not None and pair.drafting.relation.same:
+                check_rows(model, helper)
         except BaseException:
             helper.close()
             raise
-        return Pair(model, helper)
+        return pair
     except BaseException:
         model.close()
         raise
@@ -274,29 +289,4 @@ def check_rows(target: LanguageModel, draft: LanguageModel) -> None:
             got=draft.vocab_size,
             expected=f"at most {target.vocab_size}",
             fix="Choose a draft model whose vocabulary is not padded further than the target's.",
-        )
-
-
-def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
-    """Raise PairMismatchError, with the first difference, unless the same id means the same bytes."""
-    pointer = (
-        "A drafter with another tokenizer needs cross-tokenizer drafting (see docs/exactness.md), which this "
-        "version does not have; choose a draft model of the target's family, or --drafter ngram."
-    )
-    shared = min(target.num_tokens, draft.num_tokens)
-    for token in range(shared):
-        mine, other = target.token_bytes(token), draft.token_bytes(token)
-        if mine != other:
-            raise PairMismatchError(
-                f"target and draft model do not share a vocabulary: token {token} differs",
-                got=f"{other!r} in the draft model",
-                expected=repr(mine),
-                fix=pointer,
-            )
-    if target.num_tokens != draft.num_tokens:
-        raise PairMismatchError(
-            "target and draft model do not share a vocabulary: sizes differ",
-            got=f"{draft.num_tokens} tokens in the draft model",
-            expected=target.num_tokens,
-            fix=pointer,
         )

@@ -398,6 +398,10 @@ class Backend(Protocol):
         """Could `path` be a model of this backend, judged by name and first bytes?"""
         ...
 
+    def open_tokenizer(self, path: Path) -> Tokenizer:
+        """The tokenizer of a model without the model. Raises members of the error tree only."""
+        ...
+
     def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
         """Open a model. Raises members of the error tree only."""
         ...
@@ -434,7 +438,7 @@ class Proposal:
     the anchor, each smaller than the node's own.  laws: per node the distribution it was drawn from,
     or None where tokens were chosen, not drawn.  log_q: [N] the drafter's logarithm of the chance that a node
     is accepted if its parent is, where it knows that on the host.  source: who guessed.  sources: [N] who
-    guessed each node, where several did.
+    guessed each node, where several did.  counts: what else a drafter counts, for the statistics.
     """
 
     source: str
@@ -443,6 +447,7 @@ class Proposal:
     laws: tuple[Law, ...] | None = None
     log_q: tuple[float, ...] | None = None
     sources: tuple[str, ...] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_nodes(self) -> int:

@@ -20,6 +20,7 @@ from rich.text import Text
 from localspec.drafters import DrafterSpec, Nothing, make_drafter
 from localspec.engine.chat import Chat
 from localspec.engine.session import Generation, Progress, Stream
+from localspec.engine.stats import Stats
 from localspec.errors import LocalspecError, ModelNotFoundError, PromptError, SettingError
 from localspec.highlight import Highlight
 from localspec.sampling import SamplingParams
@@ -177,7 +178,7 @@ def summary(result: Generation) -> str:
         parts.append(f"{stats.num_accepted} of {stats.num_drafted} guesses accepted")
         if stats.num_from_branches:
             parts.append(f"{stats.num_from_branches} of them not the first for their place")
-        parts.append(f"drafter {result.drafter}")
+        parts.append(f"drafter {result.drafter}{_counted(stats)}")
     else:
         parts.append(f"plain: {result.plain_because}")
     if stats.num_reused:
@@ -194,6 +195,12 @@ def summary(result: Generation) -> str:
     return " · ".join(parts)
 
 
+def _counted(stats: Stats) -> str:
+    """What the drafter counted, in brackets."""
+    counts = [f"{name.replace('_', ' ')} {count}" for name, count in stats.drafter_counts.items() if count]
+    return f" ({', '.join(counts)})" if counts else ""
+
+
 def describe(info: ModelInfo) -> str:
     """One model in a few words."""
     size = f"{info.num_parameters / 1e6:.0f}M" if info.num_parameters < 1e9 else f"{info.num_parameters / 1e9:.1f}B"
@@ -202,8 +209,7 @@ def describe(info: ModelInfo) -> str:
 
 def notes(pair: Pair) -> list[str]:
     """What was worked around for the target and the draft model, each thing once."""
-    infos = [model.info for model in (pair.target, pair.draft) if model is not None]
-    return list(dict.fromkeys(note for info in infos for note in info.notes))
+    return list(pair.notes)
 
 
 # ---------------------------------------------------------------- chat
@@ -236,7 +242,7 @@ class ChatProgram:
         self.hint = hint
         trace.begin(pair, self.session, spec, params)
         fallback = "auto" if isinstance(self.session.drafter, Nothing) else "nothing"
-        self._other_drafter = make_drafter(fallback, pair.draft)  # what /plain switches to
+        self._other_drafter = make_drafter(fallback, pair.drafting)  # what /plain switches to
         self._results: list[Generation] = []
 
     def run(self) -> None:

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
     frozenset({"tree", "noise", "replay"}),
     frozenset({"protocols"}),
-    frozenset({"context", "sampling"}),
+    frozenset({"context", "sampling", "fingerprint"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
     frozenset({"loading"}),

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from localspec.errors import LocalspecError
-from localspec.protocols import Backend, BackendReport, LanguageModel, LoadSettings
+from localspec.protocols import Backend, BackendReport, LanguageModel, LoadSettings, Tokenizer
 
 from . import loading, native, probe
 
@@ -39,6 +39,10 @@ class LlamaCppBackend:
     def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
         """Open a model. Raises members of the error tree only."""
         return loading.load(path, settings)
+
+    def open_tokenizer(self, path: Path) -> Tokenizer:
+        """The tokenizer of a model file. Raises members of the error tree only."""
+        return loading.open_tokenizer(path)
 
     def report(self) -> BackendReport:
         """Version, devices, and what had to be worked around. Never raises."""
