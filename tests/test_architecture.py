@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
     frozenset({"tree", "noise", "replay"}),
-    frozenset({"protocols"}),
+    frozenset({"protocols", "ranking"}),
     frozenset({"context", "sampling", "fingerprint"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),

@@ -25,7 +25,8 @@ from localspec.protocols import (
     SequenceState,
     Step,
 )
-from localspec.sampling import Sampler, log_softmax_at, top_ids
+from localspec.ranking import top_ids
+from localspec.sampling import Sampler, log_softmax_at
 from localspec.tree.mask import is_chain
 from localspec.types import Logits
 from localspec.verify import Acceptance, Trial, Verdict
