@@ -28,12 +28,12 @@ def open_models(
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
-    target, draft, backend = _models(options, offer_pull)
+    target, draft, backend = find_models(options, offer_pull)
     with loading(quiet=quiet):
         return open_pair(target, draft, backend=backend, settings=settings)
 
 
-def _models(options: dict[str, Any], offer_pull: bool) -> tuple[str | None, str | None, str]:
+def find_models(options: dict[str, Any], offer_pull: bool = False) -> tuple[str | None, str | None, str]:
     """Target, draft model and backend as named, or those of the catalog's pair.
 
     offer_pull: on a terminal, ask whether to fetch what is not here.
