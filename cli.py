@@ -134,6 +134,7 @@ def load_options(command: F) -> F:
         ),
         click.option("--extra-buffers/--no-extra-buffers", default=None, help="Repacked CPU weights (llama.cpp)."),
         click.option("--dtype", metavar="TYPE", help="Compute type (MLX): float32, float16 or bfloat16."),
+        click.option("--check-memory/--no-check-memory", default=True, help="Refuse what does not fit; see `fit`."),
     ]
     return _apply(options, command)
 
@@ -366,6 +367,66 @@ def doctor(as_json: bool) -> None:
         print_doctor(report)
 
 
+def _tokens(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+    """A number of tokens: 8192, or 32k for 32 * 1024."""
+    if text is None:
+        return None
+    digits, factor = (text[:-1], 1024) if text[-1:] in "kK" else (text, 1)
+    if not digits.isdecimal() or not 8 <= int(digits[:12]) * factor <= 1 << 24:
+        raise click.BadParameter(f"{text!r} is no number of tokens, such as 8192 or 32k")
+    return int(digits) * factor
+
+
+@main.command()
+@click.argument("target", default="tiny")
+@click.option("--draft", "-md", metavar="MODEL", help="Draft model.")
+@click.option("--context", "-c", callback=_tokens, metavar="N", help="Tokens of context, e.g. 8192 or 32k.")
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, llamacpp or mlx.")
+@click.option("--conversations", type=click.IntRange(1, 64), default=1, show_default=True, help="Open at once.")
+@click.option("--trees", is_flag=True, help="Load so that token trees can be verified.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def fit(
+    target: str,
+    draft: str | None,
+    context: int | None,
+    backend: str,
+    conversations: int,
+    trees: bool,
+    as_json: bool,
+) -> None:
+    """Say what memory TARGET and a draft model would take, from file headers; nothing is loaded. Exits with 1
+    if they do not fit."""
+    from localspec.hub.fit import examine
+    from localspec.protocols import LoadSettings
+    from localspec.terminal import print_fit
+
+    settings = LoadSettings(trees=trees)
+    found = examine(target, draft, context=context, backend=backend, settings=settings, num_sequences=conversations)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_fit(found)
+    sys.exit(0 if found.plan.fits else 1)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--to", "form", type=click.Choice(["gguf", "mlx"]), help="[default: by OUTPUT's name]")
+@click.option("--quantize", "-q", metavar="TYPE", help="GGUF: F32, F16, Q8_0, Q4_0, Q4_K_M; MLX: 4bit, 8bit.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT.")
+@click.option("--check/--no-check", default=True, help="Compare what source and result say.")
+def convert(source: Path, output: Path, form: str | None, quantize: str | None, force: bool, check: bool) -> None:
+    """Convert SOURCE, a safetensors folder, to a GGUF file or an MLX folder with fewer bits."""
+    from localspec.hub.convert import convert as run
+    from localspec.terminal import progress
+
+    with progress() as say:
+        report = run(source, output, form=form, quantization=quantize, force=force, check=check, on_progress=say)
+    for line in report.lines():
+        click.echo(line)
+
+
 @main.group()
 def bench() -> None:
     """Measure: speed against plain decoding, equality with it, the core's own time."""
@@ -532,7 +593,13 @@ def _open(options: dict[str, Any], *specs: DrafterSpec, quiet: bool = False, num
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
     with loading(quiet=quiet):
-        return open_pair(options["target"], options["draft"], backend=options["backend"], settings=settings)
+        return open_pair(
+            options["target"],
+            options["draft"],
+            backend=options["backend"],
+            settings=settings,
+            check_memory=options["check_memory"],
+        )
 
 
 def _drafter_spec(options: dict[str, Any]) -> DrafterSpec:

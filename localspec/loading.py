@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
+from localspec.compatibility import check_draft, check_whole
 from localspec.drafters import AUTO, DrafterSpec, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import (
@@ -29,6 +30,8 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from localspec.formats import summarize
+from localspec.memory import Part, look, settle
 from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, Tokenizer
 from localspec.verify import make_acceptance
 
@@ -157,11 +160,15 @@ def resolve_model(text: str, role: str = "target") -> Path:
 
 
 class Pair:
-    """A target with its draft model (if any), opened and checked. Close it, or use it with `with`."""
+    """A target with its draft model (if any), opened and checked. Close it, or use it with `with`.
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel | None) -> None:
+    notes: what was decided or found doubtful before loading.
+    """
+
+    def __init__(self, target: LanguageModel, draft: LanguageModel | None, notes: Sequence[str] = ()) -> None:
         self.target = target
         self.draft = draft
+        self.notes = tuple(notes)
 
     def session(self, drafter: str | DrafterSpec | Drafter = AUTO, *, acceptance: str = "walk") -> Session:
         """A new conversation. drafter: a name with settings, e.g. "ngram:max=4" ("nothing" is plain
@@ -196,10 +203,13 @@ def open_pair(
     *,
     backend: str = AUTO,
     settings: LoadSettings | None = None,
+    check_memory: bool = True,
 ) -> Pair:
     """Open a target and, if one is named, its draft model; with no target the bundled pair.
 
-    The draft model gets the target's context length. Raises members of the error tree; what was
+    The draft model gets the target's context length. Where no context is named and memory does not allow
+    the usual one, a shorter one is chosen and said in `Pair.notes`. check_memory: refuse what does not
+    fit (`localspec.memory`). Raises members of the error tree; what was
     opened before an error is closed again.
     """
     settings = settings or LoadSettings()
@@ -209,10 +219,14 @@ def open_pair(
         draft = target
     target_path = resolve_model(target, "target")
     draft_path = resolve_model(draft, "draft") if draft is not None else None
+    notes = check_pair(target_path, draft_path, backend)
+    if check_memory:
+        settings, said = settle(plan_parts(target_path, draft_path, backend), settings, look())
+        notes += said
     model = load_model(target_path, backend, settings)
     try:
         if draft_path is None:
-            return Pair(model, None)
+            return Pair(model, None, notes)
         helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length))
         try:
             check_same_vocabulary(model.tokenizer, helper.tokenizer)
@@ -220,10 +234,36 @@ def open_pair(
         except BaseException:
             helper.close()
             raise
-        return Pair(model, helper)
+        return Pair(model, helper, notes)
     except BaseException:
         model.close()
         raise
+
+
+def plan_parts(target: Path, draft: Path | None = None, backend: str = AUTO) -> list[Part]:
+    """What a memory plan is made from; without the models whose backend cannot tell. Raises as `choose_backend`
+    and `formats.summarize`."""
+    parts = []
+    for role, path in (("target", target), ("draft model", draft)):
+        planner = choose_backend(backend, path).planner if path is not None else None
+        if path is not None and planner is not None:
+            parts.append(Part(role, summarize(path), planner))
+    return parts
+
+
+def check_pair(target: Path, draft: Path | None, backend: str = AUTO) -> tuple[str, ...]:
+    """What headers say against a pair. Returns doubts; raises PairMismatchError, UnsupportedModelError and
+    ModelFileError. Files that the backend alone can read are left to it."""
+    summaries = [
+        summarize(path) if choose_backend(backend, path).planner is not None else None
+        for path in (target, draft)
+        if path is not None
+    ]
+    if summaries[0] is not None:
+        check_whole(summaries[0], "target")
+    if len(summaries) < 2 or summaries[0] is None or summaries[1] is None:
+        return ()
+    return check_draft(summaries[0], summaries[1])
 
 
 def load_model(path: Path, backend: str = AUTO, settings: LoadSettings | None = None) -> LanguageModel:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
     from localspec.doctor import Report
+    from localspec.hub.fit import Fit
     from localspec.loading import Pair
     from localspec.protocols import ModelInfo
     from localspec.trace.file import TraceWriter
@@ -54,6 +55,13 @@ def _console(*, stderr: bool = False) -> Console:
 def loading(*, quiet: bool) -> AbstractContextManager[object]:
     """A spinner on standard error while models are opened."""
     return nullcontext() if quiet else _console(stderr=True).status("loading models ...")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A function that shows what a long command is doing, on standard error where that is a terminal."""
+    with _console(stderr=True).status("") as status:
+        yield status.update
 
 
 @contextmanager
@@ -203,7 +211,7 @@ def describe(info: ModelInfo) -> str:
 def notes(pair: Pair) -> list[str]:
     """What was worked around for the target and the draft model, each thing once."""
     infos = [model.info for model in (pair.target, pair.draft) if model is not None]
-    return list(dict.fromkeys(note for info in infos for note in info.notes))
+    return list(dict.fromkeys([*pair.notes, *(note for info in infos for note in info.notes)]))
 
 
 # ---------------------------------------------------------------- chat
@@ -433,6 +441,26 @@ def _history(console: Console) -> History:
 
 
 # ---------------------------------------------------------------- doctor
+
+
+def print_fit(fit: Fit) -> None:
+    """A memory plan as a table, and the verdict."""
+    from localspec.hub.fit import verdict
+
+    plan = fit.plan
+    table = Table(box=None, pad_edge=False)
+    for name in ("model", "what", "MiB"):
+        table.add_column(name, justify="right" if name == "MiB" else "left")
+    for line in plan.lines:
+        times = f", {line.times} conversations" if line.times > 1 else ""
+        table.add_row(line.part, line.what + times, f"{line.total / 2**20:,.1f}")
+    table.add_row("", Text("together", "bold"), Text(f"{plan.total / 2**20:,.1f}", "bold"))
+    console = _console()
+    console.print(f"with {plan.context} tokens of context")
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}")
+    console.print(Text(verdict(fit), "green" if plan.fits else "red"))
 
 
 def print_doctor(report: Report) -> None:

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # not know each other, except in the top layer.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
-    frozenset({"tree", "noise", "replay"}),
+    frozenset({"tree", "noise", "replay", "formats"}),
     frozenset({"protocols"}),
-    frozenset({"context", "sampling"}),
+    frozenset({"context", "sampling", "memory", "compatibility"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
     frozenset({"loading"}),
@@ -40,7 +40,7 @@ TOP = len(LAYERS) - 1
 OUTSIDE_LAYERS = frozenset({"", "testing"})
 
 # What a backend implements, and the pieces it may build that from.
-FOR_BACKENDS = frozenset({"types", "errors", "protocols", "noise", "sampling", "context", "tree", "replay"})
+FOR_BACKENDS = frozenset({"types", "errors", "protocols", "noise", "sampling", "context", "tree", "replay", "formats"})
 
 RUNTIMES = frozenset({"mlx", "mlx_lm", "llama_cpp", "torch", "transformers", "backends", "cli"})
 OTHER_RUNTIMES = {

@@ -20,7 +20,7 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from localspec.protocols import BackendReport, LanguageModel, LoadSettings
+from localspec.protocols import BackendReport, LanguageModel, LoadSettings, MemoryPlanner, Quantizer
 from localspec.testing.reference import ByteTokenizer, ReferenceModel
 
 
@@ -75,6 +75,8 @@ class FakeBackend:
     name: str
     installed: bool
     own_settings: frozenset[str] = frozenset({"threads"})
+    planner: MemoryPlanner | None = None
+    quantizer: Quantizer | None = None
 
     def report(self) -> BackendReport:
         return BackendReport(self.name, self.installed, "1", (), (), f"pip install {self.name}")

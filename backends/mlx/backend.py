@@ -13,6 +13,8 @@ from localspec.errors import BackendMissingError, LocalspecError, ModelNotFoundE
 from localspec.protocols import BackendReport, LanguageModel, LoadSettings
 
 from .border import translated
+from .planner import MlxPlanner
+from .quantizer import MlxQuantizer
 
 if TYPE_CHECKING:
     from .scores import Ledger
@@ -34,6 +36,8 @@ class MlxBackend:
 
     name = "mlx"
     own_settings = frozenset({"dtype"})
+    planner = MlxPlanner()
+    quantizer = MlxQuantizer()
 
     def __init__(self) -> None:
         self._ledger: Ledger | None = None
