@@ -66,12 +66,12 @@ def doubts(target: ModelSummary, draft: ModelSummary) -> tuple[str, ...]:
             f"the draft model weighs {share:.0%} of the target ({draft.quantization} and {target.quantization}), so "
             "drafting costs much of what it can save; a smaller drafter, or one with fewer bits, may be faster"
         )
-    if draft.trained_context is not None and target.trained_context is not None:
-        if draft.trained_context < min(target.trained_context, 4096):
-            found.append(
-                f"the draft model was trained for {draft.trained_context} tokens of context and the target for "
-                f"{target.trained_context}: beyond that its guesses get worse"
-            )
+    mine, other = target.trained_context, draft.trained_context
+    if mine is not None and other is not None and other < mine:
+        found.append(
+            f"the draft model was trained for {other} tokens of context and the target for {mine}: beyond that its "
+            "guesses get worse"
+        )
     return tuple(found)
 
 

@@ -1,6 +1,7 @@
 """Writes a GGUF file from what a Hugging Face folder holds: configuration, weights, tokenizer.
 
-Covers the dense llama, qwen2 and qwen3 families; for anything else llama.cpp's own converter is the tool. The same input gives the same bytes.
+Covers the dense llama, qwen2 and qwen3 families; for anything else llama.cpp's own converter is the
+tool. The same input gives the same bytes.
 """
 
 from __future__ import annotations

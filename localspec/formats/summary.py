@@ -284,7 +284,8 @@ def _num_parameters(tensors: Mapping[str, safetensors.StoredTensor], config: Map
         if tensor.dtype == "U32" and last == "weight" and f"{stem}.scales" in tensors:
             own = said.get(stem) if isinstance(said, dict) else None
             here = own.get("bits") if isinstance(own, dict) else bits
-            size = size * 32 // here if type(here) is int and 0 < here <= 32 else size
+            if isinstance(here, int) and 0 < here <= 32:
+                size = size * 32 // here
         total += size
     return total
 
