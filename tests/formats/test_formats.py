@@ -202,6 +202,7 @@ def test_mutated_headers_give_our_errors_or_a_summary_in_bounded_memory(tmp_path
     config = (folder / "config.json").read_bytes()
     target, part = tmp_path / "mutant.gguf", folder / "model.safetensors"
     outcomes = {"summary": 0, "error": 0}
+    longest = [0]
 
     def check(path: Path, num_bytes: int, traced: bool) -> None:
         if traced:  # tracing costs ten times the reading, so every twentieth is traced
@@ -211,7 +212,7 @@ def test_mutated_headers_give_our_errors_or_a_summary_in_bounded_memory(tmp_path
             outcomes["summary"] += 1
         except LocalspecError as error:
             outcomes["error"] += 1
-            assert len(str(error)) < 2_000
+            longest[0] = max(longest[0], len(str(error)))
         finally:
             if traced:
                 taken = tracemalloc.get_traced_memory()[1]
@@ -238,6 +239,7 @@ def test_mutated_headers_give_our_errors_or_a_summary_in_bounded_memory(tmp_path
     unit = 1 if sys.platform == "darwin" else 1024
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * unit < MOST_RESIDENT
     assert sum(outcomes.values()) == NUM_MUTANTS
+    assert longest[0] < 2_000, "a message quotes too much of the file"
     assert min(outcomes.values()) > NUM_MUTANTS // 100, f"the mutants are too tame or too wild: {outcomes}"
 
 
