@@ -169,7 +169,7 @@ class _Numbers:
             return [default]
         if isinstance(value, np.ndarray):
             value = value.tolist() if value.size <= _MAX_LAYERS else None
-        items = value if isinstance(value, list) else [value]
+        items: list[Any] = value if isinstance(value, list) else [value]
         if len(items) > _MAX_LAYERS or not items or not all(type(item) is int and 0 <= item <= most for item in items):
             raise ModelFileError(
                 f"{self._where}: {self._prefix}{key} is missing or out of range",
