@@ -13,10 +13,6 @@ _MAX_TOKENIZER = 128 * 2**20
 _MAX_IDS = 2**22
 _HEAVY = 0.5  # of the target's bytes: from here on a draft pass costs what it should save
 _SPECIAL = ("bos", "eos", "pad")
-_POINTER = (
-    "A drafter with another tokenizer needs cross-tokenizer drafting (see docs/exactness.md), which this "
-    "version does not have; choose a draft model of the target's family, or --drafter ngram."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +23,24 @@ class Vocabulary:
     tokens: Sequence[str]
     spelling: str
     special: Mapping[str, int]
+
+    def difference(self, draft: Vocabulary) -> str | None:
+        """The first token of a draft model that is not the target's, in words; "" where there is none, None where
+        the files spell their tokens in different ways, or only the padding may differ."""
+        if self.spelling != draft.spelling:
+            return None
+        for token, (mine, other) in enumerate(zip(self.tokens, draft.tokens, strict=False)):
+            if mine != other:
+                return f"token {token} is {mine[:80]!r} in the target and {other[:80]!r} in the draft model"
+        return "" if len(self.tokens) == len(draft.tokens) else None
+
+    def doubts(self, draft: Vocabulary) -> tuple[str, ...]:
+        """What else differs between equal vocabularies."""
+        mine, other = self.special.get("eos"), draft.special.get("eos")
+        if mine == other:
+            return ()
+        said = f"the draft model's eos token is {other}, the target's {mine}: the target's counts"
+        return (f"{said}, the drafter may guess past an end",)
 
 
 def check_whole(model: ModelSummary, role: str) -> None:
@@ -42,10 +56,13 @@ def check_whole(model: ModelSummary, role: str) -> None:
 
 
 def check_draft(target: ModelSummary, draft: ModelSummary) -> tuple[str, ...]:
-    """Doubts about a pair, for people. Raises UnsupportedModelError for heads and PairMismatchError, with
-    the first difference, for another vocabulary."""
+    """Doubts about a pair, for people. Raises UnsupportedModelError for heads, and PairMismatchError for a
+    draft model of the target's vocabulary with more rows of logits. Another vocabulary is no fault."""
     if draft.drafter_kind is not None:
         _refuse_head(target, draft)
+    mine, other = read_vocabulary(target.path), read_vocabulary(draft.path)
+    if mine is None or other is None or mine.difference(other) != "":
+        return doubts(target, draft)
     if draft.vocab_size > target.vocab_size > 0:
         raise PairMismatchError(
             "the draft model has more rows of logits than the target",
@@ -53,8 +70,7 @@ def check_draft(target: ModelSummary, draft: ModelSummary) -> tuple[str, ...]:
             expected=f"at most {target.vocab_size}",
             fix="Choose a draft model whose vocabulary is not padded further than the target's.",
         )
-    notes = check_vocabularies(target.path, draft.path)
-    return (*notes, *doubts(target, draft))
+    return (*mine.doubts(other), *doubts(target, draft))
 
 
 def doubts(target: ModelSummary, draft: ModelSummary) -> tuple[str, ...]:
@@ -75,27 +91,14 @@ def doubts(target: ModelSummary, draft: ModelSummary) -> tuple[str, ...]:
     return tuple(found)
 
 
-def check_vocabularies(target: Path, draft: Path) -> tuple[str, ...]:
-    """Doubts about special tokens. Raises PairMismatchError with the first token that differs. Files that
-    spell their tokens in different ways, or say nothing, are left to the check after loading."""
+def translation(target: Path, draft: Path) -> str | None:
+    """That guesses will have to be translated, with the first token that differs; None where headers do not
+    say so. After loading, `fingerprint` compares in bytes and has the last word. Raises ModelFileError."""
     mine, other = read_vocabulary(target), read_vocabulary(draft)
-    if mine is None or other is None or mine.spelling != other.spelling:
-        return ()
-    for token, (expected, got) in enumerate(zip(mine.tokens, other.tokens, strict=False)):
-        if expected != got:
-            raise PairMismatchError(
-                f"target and draft model do not share a vocabulary: token {token} differs",
-                got=f"{got[:80]!r} in the draft model",
-                expected=repr(expected[:80]),
-                fix=_POINTER,
-            )
-    differing = [name for name in _SPECIAL if mine.special.get(name) != other.special.get(name)]
-    return tuple(
-        f"the draft model's {name} token is {other.special.get(name)}, the target's {mine.special.get(name)}: "
-        "the target's counts, the drafter may guess past an end"
-        for name in differing
-        if name == "eos"
-    )
+    difference = mine.difference(other) if mine is not None and other is not None else None
+    if not difference:
+        return None
+    return f"the draft model has another tokenizer ({difference}): guesses will be translated"
 
 
 def read_vocabulary(path: Path) -> Vocabulary | None:

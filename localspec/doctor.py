@@ -47,7 +47,7 @@ def examine() -> Report:
         platform=platform.platform(),
         processor=_processor(),
         num_cores=os.cpu_count() or 1,
-        memory_gib=_memory_gib(),
+        memory_gib=memory_bytes() / 2**30,
         backends=tuple(_report(name) for name in backend_names()),
         bundled=f"{BUNDLED}, {size / 1e6:.0f} MB" if size else "missing: reinstall localspec",
         choice=choice,
@@ -71,8 +71,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_gib() -> float:
+def memory_bytes() -> int:
+    """Memory of this machine; 0 where the system does not tell."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
-        return 0.0
+        return 0

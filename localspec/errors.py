@@ -8,12 +8,22 @@
     │   └── PairMismatchError      target and drafter do not share a vocabulary
     └── FailureError               the request was fine, carrying it out failed: exit code 1
         ├── ModelNotFoundError     no such file or folder
+        │   └── NotPulledError     a Hub id that is not on this machine (with the command that fetches it)
         ├── ModelFileError         truncated, corrupt, missing or misshapen tensors
         ├── UnsupportedModelError  a readable model this backend cannot run, with the reason
         ├── BackendMissingError    the runtime is not installed (with the command that installs it)
         ├── BackendError           the runtime failed; its own message is quoted
         │   └── OutOfMemoryError   weights or cache did not fit
+        ├── HubError               the Hub did not give what was asked; what it said is quoted
+        │   ├── HubOfflineError    it cannot be reached, or HF_HUB_OFFLINE is set
+        │   ├── HubAccessError     it wants a token or accepted terms (401, 403)
+        │   ├── HubMissingError    no such repository, revision or file (404), with what there is
+        │   ├── HubBusyError       too many requests, a failing server, no answer: after a few retries
+        │   └── DownloadError      what came has another size or checksum; it was deleted
+        ├── UntrustedModelError    pickled weights, code in the repository, file names that leave the cache
+        ├── DiskError              no room for a download, or its folder cannot be written
         ├── ContextFullError       the sequence has no room left
+        ├── CatalogFileError       not a catalog of pairs, or an entry that breaks its schema
         ├── TraceFileError         not a trace file, a damaged one, or one that cannot be written
         └── StaleScoresError       scores were read after the model moved on
 
@@ -29,11 +39,20 @@ from difflib import get_close_matches
 __all__ = [
     "BackendError",
     "BackendMissingError",
+    "CatalogFileError",
     "ContextFullError",
+    "DiskError",
+    "DownloadError",
     "FailureError",
+    "HubAccessError",
+    "HubBusyError",
+    "HubError",
+    "HubMissingError",
+    "HubOfflineError",
     "LocalspecError",
     "ModelFileError",
     "ModelNotFoundError",
+    "NotPulledError",
     "OutOfMemoryError",
     "PairMismatchError",
     "PromptError",
@@ -42,6 +61,7 @@ __all__ = [
     "TraceFileError",
     "UnknownNameError",
     "UnsupportedModelError",
+    "UntrustedModelError",
     "UsageError",
 ]
 
@@ -112,6 +132,10 @@ class ModelNotFoundError(FailureError):
     """No such file or folder."""
 
 
+class NotPulledError(ModelNotFoundError):
+    """A Hub id that is not on this machine."""
+
+
 class ModelFileError(FailureError):
     """A model file is truncated, corrupt, or lacks tensors."""
 
@@ -132,8 +156,44 @@ class OutOfMemoryError(BackendError):
     """Weights or cache did not fit into memory."""
 
 
+class HubError(FailureError):
+    """The Hub did not give what was asked; what it said is quoted."""
+
+
+class HubOfflineError(HubError):
+    """The Hub cannot be reached, or must not be asked."""
+
+
+class HubAccessError(HubError):
+    """The Hub wants a token, or terms to be accepted."""
+
+
+class HubMissingError(HubError):
+    """No such repository, revision or file."""
+
+
+class HubBusyError(HubError):
+    """Too many requests, a failing server or no answer, after a few retries."""
+
+
+class DownloadError(HubError):
+    """What was downloaded is not what the Hub promised; it was deleted."""
+
+
+class UntrustedModelError(FailureError):
+    """A repository that is not fetched because it could run code or write outside the cache."""
+
+
+class DiskError(FailureError):
+    """No room for a download, or its folder cannot be written."""
+
+
 class ContextFullError(FailureError):
     """The sequence has no room left."""
+
+
+class CatalogFileError(FailureError):
+    """A catalog of pairs cannot be read, or an entry breaks its schema."""
 
 
 class TraceFileError(FailureError):

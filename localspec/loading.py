@@ -11,20 +11,22 @@ import logging
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import cast
 
 from localspec.compatibility import check_draft, check_whole
-from localspec.drafters import AUTO, DrafterSpec, make_drafter
+from localspec.drafters import AUTO, Draft, DrafterSpec, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import (
     BackendError,
     BackendMissingError,
     ModelNotFoundError,
+    NotPulledError,
     PairMismatchError,
     SettingError,
     UnknownNameError,
@@ -32,7 +34,7 @@ from localspec.errors import (
 )
 from localspec.formats import summarize
 from localspec.memory import Part, look, settle
-from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, Tokenizer
+from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
 from localspec.verify import make_acceptance
 
 _log = logging.getLogger("localspec.loading")
@@ -40,10 +42,13 @@ _HOME = Path(__file__).resolve().parent.parent
 _APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 _PREFERENCE = ("mlx", "llamacpp") if _APPLE_SILICON else ("llamacpp", "mlx")
 _COMMON_SETTINGS = frozenset({"context", "num_sequences", "trees"})
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 
 BUNDLED = "tiny"
 """Name of the pair that comes with localspec."""
+
+TARGET, DRAFT = "target", "draft model"
+"""Roles of the parts of a memory plan."""
 
 
 # ---------------------------------------------------------------- backends
@@ -54,6 +59,11 @@ def backend_names() -> list[str]:
     own = {path.parent.name for path in (_HOME / "backends").glob("*/__init__.py")}
     others = {entry.name for entry in entry_points(group="localspec.backends")} - own
     return [name for name in _PREFERENCE if name in own] + sorted((own - set(_PREFERENCE)) | others)
+
+
+def installed_backends() -> list[str]:
+    """Those of them whose runtime is installed here, best first."""
+    return [backend.name for backend in _loadable(backend_names()) if backend.is_installed()]
 
 
 def get_backend(name: str) -> Backend:
@@ -69,6 +79,19 @@ def get_backend(name: str) -> Backend:
                 f"backend {name!r} does not load ({entry.value}): {error}", fix="Repair or uninstall its package."
             ) from error
     raise UnknownNameError.among("backend", name, backend_names())
+
+
+def readable_formats(name: str = AUTO) -> tuple[str, ...]:
+    """What a backend reads, best first; with "auto" what the installed ones read, the best one's first.
+
+    Raises UnknownNameError, and BackendMissingError where "auto" finds none installed.
+    """
+    if name != AUTO:
+        return get_backend(name).formats
+    installed = [backend for backend in _loadable(backend_names()) if backend.is_installed()]
+    if not installed:
+        raise BackendMissingError("no backend is installed", fix="`localspec doctor` says how to install one.")
+    return tuple(dict.fromkeys(kind for backend in installed for kind in backend.formats))
 
 
 def _load_package(module_name: str, folder: Path) -> ModuleType:
@@ -133,11 +156,13 @@ def bundled_path(name: str, role: str) -> Path:
     return _HOME / "models" / name / f"{role}.gguf"
 
 
-def resolve_model(text: str, role: str = "target") -> Path:
+def resolve_model(text: str, role: str = "target", find_pulled: Callable[[str], Path] | None = None) -> Path:
     """A path, a bundled name or a Hub id, told apart.
 
-    What exists on disk is a path. A bundled name means that pair's file for `role`. Anything else is
-    refused with what it looked like. Raises ModelNotFoundError and UnknownNameError.
+    What exists on disk is a path. A bundled name means that pair's file for `role`. What looks like a
+    Hub id is given to `find_pulled`, which answers with a path or raises; this layer knows no Hub
+    (`localspec.hub.resolver.find_model` is this function with one). Anything else is refused with what
+    it looked like. Raises ModelNotFoundError and UnknownNameError.
     """
     try:
         path = Path(text).expanduser()
@@ -148,13 +173,17 @@ def resolve_model(text: str, role: str = "target") -> Path:
         raise ModelNotFoundError(f"not a usable path: {text[:80]}: {reason}", fix="Check the path.") from None
     if text in bundled_names():
         return bundled_path(text, role)
-    if path.suffix in (".gguf", ".safetensors") or text.startswith((".", "/", "~")) or text.count("/") > 1:
+    looks_like_id = _HUB_ID.fullmatch(text) is not None
+    only_an_id = looks_like_id and any(mark in text for mark in ":@")
+    like_a_path = path.suffix in (".gguf", ".safetensors") or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if like_a_path and not only_an_id:
         raise ModelNotFoundError(f"no such file or folder: {text}", fix="Check the path.")
-    if _HUB_ID.fullmatch(text):
-        raise ModelNotFoundError(
+    if looks_like_id and find_pulled is not None:
+        return find_pulled(text)
+    if looks_like_id:
+        raise NotPulledError(
             f"{text} looks like a Hub id, and there is no such folder here",
-            fix=f"localspec does not pull models yet: run `hf download {text.partition(':')[0]} --local-dir DIR`, "
-            "then give DIR.",
+            fix=f"Run `localspec pull {text}`, then give the path that it prints.",
         )
     raise UnknownNameError.among("model", text, bundled_names())
 
@@ -162,13 +191,27 @@ def resolve_model(text: str, role: str = "target") -> Path:
 class Pair:
     """A target with its draft model (if any), opened and checked. Close it, or use it with `with`.
 
-    notes: what was decided or found doubtful before loading.
+    found: what was decided or found doubtful before loading, in words.
     """
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel | None, notes: Sequence[str] = ()) -> None:
+    def __init__(self, target: LanguageModel, draft: LanguageModel | None, found: Sequence[str] = ()) -> None:
         self.target = target
         self.draft = draft
-        self.notes = tuple(notes)
+        self._found = tuple(found)
+
+    @cached_property
+    def drafting(self) -> Draft | None:
+        """The draft model with how its vocabulary relates to the target's."""
+        return None if self.draft is None else Draft.of(self.target, self.draft)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided before loading, and worked around for the two models and between them, each thing once."""
+        found = [*self._found]
+        found += [note for model in (self.target, self.draft) if model is not None for note in model.info.notes]
+        if self.drafting is not None and not self.drafting.relation.same:
+            found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
+        return tuple(dict.fromkeys(found))
 
     def session(self, drafter: str | DrafterSpec | Drafter = AUTO, *, acceptance: str = "walk") -> Session:
         """A new conversation. drafter: a name with settings, e.g. "ngram:max=4" ("nothing" is plain
@@ -177,7 +220,7 @@ class Pair:
         rule = make_acceptance(acceptance)
         if not isinstance(drafter, str | DrafterSpec):
             return Session(self.target, drafter, acceptance=rule)
-        own = make_drafter(drafter, self.draft)
+        own = make_drafter(drafter, self.drafting)
         try:
             return Session(self.target, own, acceptance=rule)
         except BaseException:
@@ -209,8 +252,7 @@ def open_pair(
 
     The draft model gets the target's context length. Where no context is named and memory does not allow
     the usual one, a shorter one is chosen and said in `Pair.notes`. check_memory: refuse what does not
-    fit (`localspec.memory`). Raises members of the error tree; what was
-    opened before an error is closed again.
+    fit (`localspec.memory`). Raises members of the error tree; what was opened before an error is closed again.
     """
     settings = settings or LoadSettings()
     if target is None:
@@ -219,22 +261,25 @@ def open_pair(
         draft = target
     target_path = resolve_model(target, "target")
     draft_path = resolve_model(draft, "draft") if draft is not None else None
-    notes = check_pair(target_path, draft_path, backend)
+    parts = plan_parts(target_path, draft_path, backend)
+    found = check_pair(parts)
     if check_memory:
-        settings, said = settle(plan_parts(target_path, draft_path, backend), settings, look())
-        notes += said
+        settings, said = settle(parts, settings, look())
+        found += said
     model = load_model(target_path, backend, settings)
     try:
         if draft_path is None:
-            return Pair(model, None, notes)
-        helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length))
+            return Pair(model, None, found)
+        # a drafter's trees need not be exact, so it is spared what that costs
+        helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length, trees=False))
         try:
-            check_same_vocabulary(model.tokenizer, helper.tokenizer)
-            check_rows(model, helper)
+            pair = Pair(model, helper, found)
+            if pair.drafting is not None and pair.drafting.relation.same:
+                check_rows(model, helper)
         except BaseException:
             helper.close()
             raise
-        return Pair(model, helper, notes)
+        return pair
     except BaseException:
         model.close()
         raise
@@ -244,26 +289,21 @@ def plan_parts(target: Path, draft: Path | None = None, backend: str = AUTO) -> 
     """What a memory plan is made from; without the models whose backend cannot tell. Raises as `choose_backend`
     and `formats.summarize`."""
     parts = []
-    for role, path in (("target", target), ("draft model", draft)):
+    for role, path in ((TARGET, target), (DRAFT, draft)):
         planner = choose_backend(backend, path).planner if path is not None else None
         if path is not None and planner is not None:
             parts.append(Part(role, summarize(path), planner))
     return parts
 
 
-def check_pair(target: Path, draft: Path | None, backend: str = AUTO) -> tuple[str, ...]:
-    """What headers say against a pair. Returns doubts; raises PairMismatchError, UnsupportedModelError and
-    ModelFileError. Files that the backend alone can read are left to it."""
-    summaries = [
-        summarize(path) if choose_backend(backend, path).planner is not None else None
-        for path in (target, draft)
-        if path is not None
-    ]
-    if summaries[0] is not None:
-        check_whole(summaries[0], "target")
-    if len(summaries) < 2 or summaries[0] is None or summaries[1] is None:
-        return ()
-    return check_draft(summaries[0], summaries[1])
+def check_pair(parts: Sequence[Part]) -> tuple[str, ...]:
+    """What headers say against a target and its draft model, from `plan_parts`. Returns doubts; raises
+    PairMismatchError and UnsupportedModelError. What only a backend can read is left to it."""
+    models = {part.role: part.model for part in parts}
+    target, draft = models.get(TARGET), models.get(DRAFT)
+    if target is not None:
+        check_whole(target, TARGET)
+    return () if target is None or draft is None else check_draft(target, draft)
 
 
 def load_model(path: Path, backend: str = AUTO, settings: LoadSettings | None = None) -> LanguageModel:
@@ -288,29 +328,4 @@ def check_rows(target: LanguageModel, draft: LanguageModel) -> None:
             got=draft.vocab_size,
             expected=f"at most {target.vocab_size}",
             fix="Choose a draft model whose vocabulary is not padded further than the target's.",
-        )
-
-
-def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
-    """Raise PairMismatchError, with the first difference, unless the same id means the same bytes."""
-    pointer = (
-        "A drafter with another tokenizer needs cross-tokenizer drafting (see docs/exactness.md), which this "
-        "version does not have; choose a draft model of the target's family, or --drafter ngram."
-    )
-    shared = min(target.num_tokens, draft.num_tokens)
-    for token in range(shared):
-        mine, other = target.token_bytes(token), draft.token_bytes(token)
-        if mine != other:
-            raise PairMismatchError(
-                f"target and draft model do not share a vocabulary: token {token} differs",
-                got=f"{other!r} in the draft model",
-                expected=repr(mine),
-                fix=pointer,
-            )
-    if target.num_tokens != draft.num_tokens:
-        raise PairMismatchError(
-            "target and draft model do not share a vocabulary: sizes differ",
-            got=f"{draft.num_tokens} tokens in the draft model",
-            expected=target.num_tokens,
-            fix=pointer,
         )

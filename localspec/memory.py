@@ -14,7 +14,8 @@ from typing import Any
 
 from localspec.errors import OutOfMemoryError
 from localspec.formats import ModelSummary
-from localspec.protocols import GpuMemory, LoadSettings, MemoryPlanner, MemoryScope
+from localspec.preparation import GpuMemory, MemoryPlanner, MemoryScope
+from localspec.protocols import LoadSettings
 
 DEFAULT_CONTEXT = 4096
 """Tokens per sequence where nobody names a number, unless the model was trained for fewer."""

@@ -18,7 +18,7 @@ is the suite that any implementation must pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -33,7 +33,7 @@ from localspec.types import Logits, NodeIndices, NoiseKeys, TokenIds
 
 if TYPE_CHECKING:
     from localspec.context import Context
-    from localspec.formats import ModelSummary
+    from localspec.preparation import MemoryPlanner, Quantizer
     from localspec.sampling import Law, Sampler
 
 
@@ -371,62 +371,6 @@ class BackendReport:
     install_command: str
 
 
-class MemoryScope(Enum):
-    """How often a piece of memory is needed."""
-
-    PROCESS = "process"
-    MODEL = "model"
-    SEQUENCE = "sequence"  # each open one
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryItem:
-    """One line of a memory plan. on_gpu: bytes of it that lie on the GPU."""
-
-    what: str
-    num_bytes: int
-    scope: MemoryScope
-    on_gpu: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class GpuMemory:
-    """free: bytes that models may take.  shared: is it the machine's own memory?"""
-
-    free: int
-    shared: bool
-
-
-class MemoryPlanner(Protocol):
-    """What a backend knows of the memory that its models take, before one is loaded."""
-
-    def items(self, model: ModelSummary, settings: LoadSettings, context: int) -> tuple[MemoryItem, ...]:
-        """What a model takes with `context` tokens per sequence, judged from its headers. Must not shrink
-        when `context` grows."""
-        ...
-
-    def gpu(self) -> GpuMemory | None:
-        """The GPU that models are put on; None where there is none, or it does not tell."""
-        ...
-
-
-class Quantizer(Protocol):
-    """Writes models of a backend with fewer bits."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What it can make, e.g. Q4_0 or 4bit."""
-        ...
-
-    def write(self, source: Path, output: Path, name: str, on_progress: Callable[[str], None]) -> None:
-        """Write `source`, which the backend reads, to `output`, which must not exist.
-
-        on_progress: given a short text now and then. Raises SettingError for a name that is not one of
-        `names`, else what `Backend.load` raises.
-        """
-        ...
-
-
 class Backend(Protocol):
     """One runtime. Importing the module that defines it must not import the runtime."""
 
@@ -436,6 +380,11 @@ class Backend(Protocol):
     @property
     def own_settings(self) -> frozenset[str]:
         """The `LoadSettings` fields this backend uses beyond `context` and `num_sequences`."""
+        ...
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What it reads, best first: "gguf" (a file), "safetensors" (a folder)."""
         ...
 
     def report(self) -> BackendReport:
@@ -458,6 +407,10 @@ class Backend(Protocol):
     @property
     def quantizer(self) -> Quantizer | None:
         """None where it converts nothing."""
+        ...
+
+    def open_tokenizer(self, path: Path) -> Tokenizer:
+        """The tokenizer of a model without the model. Raises members of the error tree only."""
         ...
 
     def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
@@ -496,7 +449,7 @@ class Proposal:
     the anchor, each smaller than the node's own.  laws: per node the distribution it was drawn from,
     or None where tokens were chosen, not drawn.  log_q: [N] the drafter's logarithm of the chance that a node
     is accepted if its parent is, where it knows that on the host.  source: who guessed.  sources: [N] who
-    guessed each node, where several did.
+    guessed each node, where several did.  counts: what else a drafter counts, for the statistics.
     """
 
     source: str
@@ -505,6 +458,7 @@ class Proposal:
     laws: tuple[Law, ...] | None = None
     log_q: tuple[float, ...] | None = None
     sources: tuple[str, ...] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_nodes(self) -> int:

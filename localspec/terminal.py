@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from rich.text import Text
 from localspec.drafters import DrafterSpec, Nothing, make_drafter
 from localspec.engine.chat import Chat
 from localspec.engine.session import Generation, Progress, Stream
+from localspec.engine.stats import Stats
 from localspec.errors import LocalspecError, ModelNotFoundError, PromptError, SettingError
 from localspec.highlight import Highlight
 from localspec.sampling import SamplingParams
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
     from localspec.doctor import Report
-    from localspec.hub.fit import Fit
     from localspec.loading import Pair
     from localspec.protocols import ModelInfo
     from localspec.trace.file import TraceWriter
@@ -55,13 +55,6 @@ def _console(*, stderr: bool = False) -> Console:
 def loading(*, quiet: bool) -> AbstractContextManager[object]:
     """A spinner on standard error while models are opened."""
     return nullcontext() if quiet else _console(stderr=True).status("loading models ...")
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function that shows what a long command is doing, on standard error where that is a terminal."""
-    with _console(stderr=True).status("") as status:
-        yield status.update
 
 
 @contextmanager
@@ -185,7 +178,7 @@ def summary(result: Generation) -> str:
         parts.append(f"{stats.num_accepted} of {stats.num_drafted} guesses accepted")
         if stats.num_from_branches:
             parts.append(f"{stats.num_from_branches} of them not the first for their place")
-        parts.append(f"drafter {result.drafter}")
+        parts.append(f"drafter {result.drafter}{_counted(stats)}")
     else:
         parts.append(f"plain: {result.plain_because}")
     if stats.num_reused:
@@ -202,6 +195,12 @@ def summary(result: Generation) -> str:
     return " · ".join(parts)
 
 
+def _counted(stats: Stats) -> str:
+    """What the drafter counted, in brackets."""
+    counts = [f"{name.replace('_', ' ')} {count}" for name, count in stats.drafter_counts.items() if count]
+    return f" ({', '.join(counts)})" if counts else ""
+
+
 def describe(info: ModelInfo) -> str:
     """One model in a few words."""
     size = f"{info.num_parameters / 1e6:.0f}M" if info.num_parameters < 1e9 else f"{info.num_parameters / 1e9:.1f}B"
@@ -210,8 +209,7 @@ def describe(info: ModelInfo) -> str:
 
 def notes(pair: Pair) -> list[str]:
     """What was worked around for the target and the draft model, each thing once."""
-    infos = [model.info for model in (pair.target, pair.draft) if model is not None]
-    return list(dict.fromkeys([*pair.notes, *(note for info in infos for note in info.notes)]))
+    return list(pair.notes)
 
 
 # ---------------------------------------------------------------- chat
@@ -231,6 +229,7 @@ class ChatProgram:
         show_drafts: bool = False,
         colour: bool = True,
         trace: TraceWriter,
+        hint: str = "",
     ) -> None:
         self.console = _console()
         self.params = params
@@ -240,9 +239,10 @@ class ChatProgram:
         self.session = pair.session(spec, acceptance=acceptance)
         self.chat = Chat(self.session, system)
         self.trace = trace
+        self.hint = hint
         trace.begin(pair, self.session, spec, params)
         fallback = "auto" if isinstance(self.session.drafter, Nothing) else "nothing"
-        self._other_drafter = make_drafter(fallback, pair.draft)  # what /plain switches to
+        self._other_drafter = make_drafter(fallback, pair.drafting)  # what /plain switches to
         self._results: list[Generation] = []
 
     def run(self) -> None:
@@ -265,6 +265,8 @@ class ChatProgram:
             self.console.print(f"draft   {describe(self.pair.draft.info)}", style="dim")
         for note in notes(self.pair):
             self.console.print(f"note    {note}", style="dim")
+        if self.hint:
+            self.console.print(f"pairs   {self.hint}", style="dim")
         context = self.pair.target.info.context_length
         self.console.print(f"drafter {self.session.drafter.name} · context {context} tokens · /help\n", style="dim")
 
@@ -441,26 +443,6 @@ def _history(console: Console) -> History:
 
 
 # ---------------------------------------------------------------- doctor
-
-
-def print_fit(fit: Fit) -> None:
-    """A memory plan as a table, and the verdict."""
-    from localspec.hub.fit import verdict
-
-    plan = fit.plan
-    table = Table(box=None, pad_edge=False)
-    for name in ("model", "what", "MiB"):
-        table.add_column(name, justify="right" if name == "MiB" else "left")
-    for line in plan.lines:
-        times = f", {line.times} conversations" if line.times > 1 else ""
-        table.add_row(line.part, line.what + times, f"{line.total / 2**20:,.1f}")
-    table.add_row("", Text("together", "bold"), Text(f"{plan.total / 2**20:,.1f}", "bold"))
-    console = _console()
-    console.print(f"with {plan.context} tokens of context")
-    console.print(table)
-    for note in plan.notes:
-        console.print(f"note: {note}")
-    console.print(Text(verdict(fit), "green" if plan.fits else "red"))
 
 
 def print_doctor(report: Report) -> None:

@@ -21,10 +21,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from localspec.testing.architectures import Finding, examine, table
+from localspec.testing.architectures import Finding, table
 
-# Each has names, HELPERS, UNCACHED, versions, open_model and native_rows, as tiny_mlx.py has them.
-SUITES = {"mlx": "tiny_mlx"}
+SUITES = {"llamacpp": "tiny_llamacpp", "mlx": "tiny_mlx"}
+"""Modules beside this one, with names(), versions(), examined(name, rounds, weights) and remarks()."""
 
 HEADING = """# Architectures
 
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures")
     parser.add_argument("--sample", type=int, metavar="N", help="N of them, the same ones each time")
     parser.add_argument("--rounds", type=int, default=200, help="random rounds each (200)")
+    parser.add_argument("--weights", metavar="TYPE", help="llama.cpp: F32, F16, Q8_0 or Q4_0 (F32)")
     parser.add_argument("--output", type=Path, help="the page whose section is replaced")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -53,35 +54,27 @@ def main() -> int:
         names = sorted(random.Random(0).sample(names, min(options.sample, len(names))))
     if options.worker:
         for name in names:
-            print(json.dumps(asdict(_examined(suite, name, options.rounds))), flush=True)
+            print(json.dumps(asdict(suite.examined(name, options.rounds, options.weights))), flush=True)
         return 0
     started = time.monotonic()
     findings = []
-    for found in _in_children(options.backend, names, options.rounds):
+    for found in _in_children(options, names):
         findings.append(found)
         print(f"{found.name:24} {found.kind:8} {found.reason[:100]}", file=sys.stderr, flush=True)
     text = _section(options.backend, suite, findings, options.rounds)
     print(text)
     print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
     if options.output is not None:
-        _write(options.output, options.backend, text)
+        write_section(options.output, options.backend, text)
     return int(any(found.kind == "failed" for found in findings))
 
 
-def _examined(suite: Any, name: str, num_rounds: int) -> Finding:
-    return examine(
-        name,
-        lambda: suite.open_model(name),
-        num_rounds=num_rounds,
-        own_rows=lambda ids: suite.native_rows(name, ids),
-    )
-
-
-def _in_children(backend: str, names: Sequence[str], num_rounds: int) -> Iterator[Finding]:
+def _in_children(options: argparse.Namespace, names: Sequence[str]) -> Iterator[Finding]:
     """One finding per name, whatever happens to the process that makes it."""
     left = list(names)
     while left:
-        command = [sys.executable, __file__, "--backend", backend, "--rounds", str(num_rounds), "--worker", "--only"]
+        command = [sys.executable, __file__, "--backend", options.backend, "--rounds", str(options.rounds), "--worker"]
+        command += [*(["--weights", options.weights] if options.weights else []), "--only"]
         with subprocess.Popen([*command, *left], stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:
@@ -95,15 +88,13 @@ def _in_children(backend: str, names: Sequence[str], num_rounds: int) -> Iterato
 def _section(backend: str, suite: Any, findings: Sequence[Finding], num_rounds: int) -> str:
     kinds = Counter(found.kind for found in findings)
     counts = ", ".join(f"{kinds[kind]} {kind}" for kind in ("tree", "chain", "refused", "failed") if kinds[kind])
-    skipped = [f"`{name}` ({why})" for name, why in suite.HELPERS.items()]
-    remarks = "".join(f"`{name}`: {why}.\n\n" for name, why in suite.UNCACHED.items())
     return (
         f"## {backend}\n\n{suite.versions()}; {num_rounds} rounds each. {len(findings)} models: {counts}.\n\n"
-        f"{table(findings)}\n{remarks}No models: {'; '.join(skipped)}.\n"
+        f"{table(findings)}\n{suite.remarks()}"
     )
 
 
-def _write(path: Path, backend: str, section: str) -> None:
+def write_section(path: Path, backend: str, section: str) -> None:
     """Replace what is between the backend's markers, or add a section."""
     text = path.read_text() if path.exists() else HEADING
     begin, end = f"<!-- {backend} -->\n", f"<!-- /{backend} -->\n"

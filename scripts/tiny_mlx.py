@@ -24,6 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from localspec.loading import get_backend
 from localspec.protocols import LanguageModel, LoadSettings
+from localspec.testing.architectures import Finding, examine
 from localspec.testing.reference import ByteTokenizer
 from localspec.types import Logits
 
@@ -282,3 +283,16 @@ def native_rows(name: str, ids: Sequence[int], seed: int = 0) -> Logits:
     cache = make_prompt_cache(module)
     rows = [np.array(module(mx.array([[token]]), cache=cache)[0, 0].astype(mx.float32)) for token in ids]
     return np.array(rows)
+
+
+def examined(name: str, rounds: int = 200, weights: str | None = None) -> Finding:
+    """Judge one model file. Raises ValueError for weights in another type than float32."""
+    if weights is not None:
+        raise ValueError(f"mlx-lm's files are built in float32 here, not {weights}")
+    return examine(name, lambda: open_model(name), num_rounds=rounds, own_rows=lambda ids: native_rows(name, ids))
+
+
+def remarks() -> str:
+    """What stands below the table."""
+    uncached = "".join(f"`{name}`: {why}.\n\n" for name, why in UNCACHED.items())
+    return f"{uncached}No models: {'; '.join(f'`{name}` ({why})' for name, why in HELPERS.items())}.\n"

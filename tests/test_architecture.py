@@ -25,11 +25,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
     frozenset({"tree", "noise", "replay", "formats"}),
     frozenset({"protocols"}),
-    frozenset({"context", "sampling", "memory", "compatibility"}),
+    frozenset({"preparation", "context", "sampling", "fingerprint"}),
+    frozenset({"memory", "compatibility"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
     frozenset({"loading"}),
-    frozenset({"server", "bench", "audit", "hub", "doctor", "terminal", "highlight", "trace"}),
+    frozenset({"server", "bench", "audit", "hub", "doctor", "terminal", "commands", "highlight", "trace"}),
 )
 RANKS = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 TOP = len(LAYERS) - 1
@@ -40,7 +41,9 @@ TOP = len(LAYERS) - 1
 OUTSIDE_LAYERS = frozenset({"", "testing"})
 
 # What a backend implements, and the pieces it may build that from.
-FOR_BACKENDS = frozenset({"types", "errors", "protocols", "noise", "sampling", "context", "tree", "replay", "formats"})
+FOR_BACKENDS = frozenset(
+    {"types", "errors", "protocols", "preparation", "noise", "sampling", "context", "tree", "replay", "formats"}
+)
 
 RUNTIMES = frozenset({"mlx", "mlx_lm", "llama_cpp", "torch", "transformers", "backends", "cli"})
 OTHER_RUNTIMES = {
@@ -148,13 +151,13 @@ def backend_violations(path: str, source: str) -> list[str]:
     return problems + [f"{path}: {line[0].strip()!r} {reason}" for line in absolute]
 
 
-def cli_violations(source: str) -> list[str]:
-    """What cli.py imports when it is loaded, besides click and the standard library."""
+def cli_violations(source: str, path: str = "cli.py") -> list[str]:
+    """What the command line imports when it is loaded, besides its own parts, click and the standard library."""
     allowed = sys.stdlib_module_names | {"click"}
     return [
-        f"cli.py:{entry.line}: imports {entry.module} at top level"
+        f"{path}:{entry.line}: imports {entry.module} at top level"
         for entry in imports_of(source, "")
-        if entry.at_load and entry.root not in allowed
+        if entry.at_load and entry.root not in allowed and not entry.module.startswith("localspec.commands")
     ]
 
 
@@ -201,6 +204,8 @@ def test_backends_know_the_contract_only() -> None:
 
 def test_cli_imports_click_only_when_loaded() -> None:
     problems = cli_violations((ROOT / "cli.py").read_text(encoding="utf-8"))
+    for path, source in files_under("localspec/commands"):
+        problems += cli_violations(source, path)
     assert not problems, "\n".join(problems)
 
 
@@ -228,24 +233,30 @@ def test_the_environment_is_read_in_cli_only() -> None:
 
 def test_help_loads_neither_numpy_nor_the_core() -> None:
     loaded = _modules_loaded_by("-X", "importtime", "cli.py", "--help")
-    heavy = {"numpy", "localspec", "backends", "jinja2", "rich", "prompt_toolkit", "mlx", "llama_cpp"} & loaded
+    heavy = {"numpy", "backends", "jinja2", "rich", "prompt_toolkit", "mlx", "llama_cpp"} & _roots(loaded)
     assert not heavy
     assert "click" in loaded, "the list of imports could not be read"
+    own = {name for name in loaded if name.startswith("localspec.") and not name.startswith("localspec.commands")}
+    assert not own
 
 
 @pytest.mark.parametrize("name", ["llamacpp", "mlx"])
 def test_importing_a_backend_does_not_import_its_runtime(name: str) -> None:
-    loaded = _modules_loaded_by("-X", "importtime", "-c", f"import backends.{name}")
+    loaded = _roots(_modules_loaded_by("-X", "importtime", "-c", f"import backends.{name}"))
     assert not {"mlx", "mlx_lm", "llama_cpp", "transformers"} & loaded
     assert "backends" in loaded, "the list of imports could not be read"
 
 
 def _modules_loaded_by(*arguments: str) -> set[str]:
-    """Top-level names of what a Python process imports, from `-X importtime`."""
+    """Names of what a Python process imports, from `-X importtime`."""
     process = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
-    return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in process.stderr.splitlines() if "|" in line}
+    return {line.rsplit("|", 1)[1].strip() for line in process.stderr.splitlines() if "|" in line}
+
+
+def _roots(modules: set[str]) -> set[str]:
+    return {module.split(".")[0] for module in modules}
 
 
 # ---------------------------------------------------------------- the checkers, on planted faults

@@ -20,9 +20,10 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from localspec.protocols import BackendReport, LanguageModel, LoadSettings, MemoryPlanner, Quantizer
+from localspec.preparation import MemoryPlanner, Quantizer
+from localspec.protocols import BackendReport, LanguageModel, LoadSettings
 from localspec.testing.files import write_gguf
-from localspec.testing.reference import ByteTokenizer, ReferenceModel
+from localspec.testing.reference import ReferenceModel
 
 
 def test_importing_localspec_imports_nothing_else() -> None:
@@ -78,6 +79,7 @@ class FakeBackend:
     own_settings: frozenset[str] = frozenset({"threads"})
     planner: MemoryPlanner | None = None
     quantizer: Quantizer | None = None
+    formats: tuple[str, ...] = ("gguf",)
 
     def report(self) -> BackendReport:
         return BackendReport(self.name, self.installed, "1", (), (), f"pip install {self.name}")
@@ -143,19 +145,16 @@ def test_a_broken_backend_of_somebody_else_is_named_and_does_not_stop_ours(
     assert "their_package" in caplog.text
 
 
-class Renamed(ByteTokenizer):
-    """One token's bytes differ."""
-
-    def token_bytes(self, token: int) -> bytes:
-        return b"other" if token == 7 else super().token_bytes(token)
-
-
-def test_pairs_with_different_vocabularies_are_refused_with_the_first_difference() -> None:
-    loading.check_same_vocabulary(ByteTokenizer(257), ByteTokenizer(257))
-    with pytest.raises(PairMismatchError, match=r"token 7 differs .*cross-tokenizer"):
-        loading.check_same_vocabulary(ByteTokenizer(257), Renamed(257))
-    with pytest.raises(PairMismatchError, match=r"sizes differ|token"):
-        loading.check_same_vocabulary(ByteTokenizer(257), ByteTokenizer(100))
+def test_a_draft_model_of_another_tokenizer_becomes_the_wrapper_and_the_pair_says_why() -> None:
+    pair = loading.Pair(ReferenceModel(257), ReferenceModel(100))
+    with pair.session("draft_model:num=2") as session:
+        assert session.drafter.name == "cross_tokenizer"
+    [note] = pair.notes
+    assert "token 99" in note and "cross_tokenizer" in note
+    same = loading.Pair(ReferenceModel(257), ReferenceModel(257))
+    with same.session("draft_model:num=2") as session:
+        assert session.drafter.name == "draft_model"
+    assert not same.notes
 
 
 def test_a_draft_model_may_not_guess_rows_the_target_does_not_have() -> None:
@@ -186,7 +185,11 @@ def test_what_was_opened_before_an_error_is_closed_again(monkeypatch: pytest.Mon
         def close(self) -> None:
             closed.append(self.info.name)
 
-    monkeypatch.setattr(loading, "load_model", lambda path, *_: Model(257 if path.name == "target.gguf" else 100))
+    def broken(*_: object) -> None:
+        raise PairMismatchError("they do not fit")
+
+    monkeypatch.setattr(loading, "load_model", lambda *_: Model(257))
+    monkeypatch.setattr(loading, "check_rows", broken)
     with pytest.raises(PairMismatchError):
         loading.open_pair("tiny")
     assert closed == ["reference", "reference"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from localspec.compatibility import translation
 from localspec.errors import OutOfMemoryError, PairMismatchError, UnsupportedModelError
 from localspec.hub.fit import examine, plan
-from localspec.loading import bundled_path, open_pair, plan_parts
+from localspec.loading import bundled_path, check_pair, open_pair, plan_parts
 from localspec.memory import Machine, largest_context, look, make_plan, settle
 from localspec.protocols import LoadSettings
 from localspec.testing.files import write_gguf
@@ -100,22 +103,33 @@ def test_the_longest_context_stops_at_what_the_target_was_trained_for() -> None:
 # ---------------------------------------------------------------- pairs
 
 
-def test_another_vocabulary_is_refused_before_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("localspec.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+def test_another_vocabulary_is_said_and_no_fault(tmp_path: Path) -> None:
     target = write_gguf(tmp_path / "t.gguf")
     draft = tmp_path / "d.gguf"
     length = (5).to_bytes(8, "little")
     draft.write_bytes(target.read_bytes().replace(length + b"hello", length + b"jello", 1))
-    with pytest.raises(PairMismatchError, match=r"token \d+ differs \(got 'jello'"):
-        open_pair(str(target), str(draft), backend="llamacpp")
+    said = translation(target, draft)
+    assert said is not None and re.search(r"token \d+ is 'hello' in the target and 'jello' in the draft", said)
+    assert translation(target, target) is None
+    assert said in examine(target, draft, backend="llamacpp", machine=ROOM).notes
+    with open_pair(str(target), str(draft), backend="llamacpp") as pair:
+        assert pair.drafting is not None and not pair.drafting.relation.same
+        assert sum("tokenizer" in note for note in pair.notes) == 1, "said once"
+
+
+def test_more_rows_than_the_target_are_refused_before_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("localspec.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+    target, draft = write_gguf(tmp_path / "t.gguf"), write_gguf(tmp_path / "d.gguf")
+    parts = plan_parts(target, draft, "llamacpp")
+    narrow = replace(parts[0], model=replace(parts[0].model, vocab_size=parts[0].model.vocab_size - 8))
+    with pytest.raises(PairMismatchError, match="more rows"):
+        check_pair([narrow, parts[1]])
 
 
 def test_a_drafter_as_heavy_as_the_target_is_doubted(tmp_path: Path) -> None:
-    from localspec.loading import check_pair
-
     target = write_gguf(tmp_path / "t.gguf", quantization="Q4_0")
-    assert not check_pair(target, None, "llamacpp")
-    notes = check_pair(target, write_gguf(tmp_path / "d.gguf", quantization="Q8_0"), "llamacpp")
+    assert not check_pair(plan_parts(target, None, "llamacpp"))
+    notes = check_pair(plan_parts(target, write_gguf(tmp_path / "d.gguf", quantization="Q8_0"), "llamacpp"))
     assert len(notes) == 1 and "Q8_0 and Q4_0" in notes[0]
 
 

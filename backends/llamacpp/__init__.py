@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from localspec.errors import LocalspecError
-from localspec.protocols import Backend, BackendReport, LanguageModel, LoadSettings
+from localspec.protocols import Backend, BackendReport, LanguageModel, LoadSettings, Tokenizer
 
 from . import loading, native, probe
 from .quantizer import LlamaQuantizer
@@ -30,6 +30,7 @@ class LlamaCppBackend:
     own_settings = loading.OWN_SETTINGS
     planner = loading.PLANNER
     quantizer = LlamaQuantizer()
+    formats = ("gguf",)
 
     def is_installed(self) -> bool:
         """Looks for llama_cpp without importing it."""
@@ -42,6 +43,10 @@ class LlamaCppBackend:
     def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
         """Open a model. Raises members of the error tree only."""
         return loading.load(path, settings)
+
+    def open_tokenizer(self, path: Path) -> Tokenizer:
+        """The tokenizer of a model file. Raises members of the error tree only."""
+        return loading.open_tokenizer(path)
 
     def report(self) -> BackendReport:
         """Version, devices, and what had to be worked around. Never raises."""

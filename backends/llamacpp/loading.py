@@ -29,6 +29,7 @@ from .model import LlamaModel
 from .planner import LlamaPlanner
 from .processors import num_cores
 from .state import LlamaState
+from .tokenizer import LlamaTokenizer
 from .weights import Weights
 
 NAME = "llamacpp"
@@ -99,6 +100,12 @@ def load(path: Path, settings: LoadSettings) -> LlamaModel:
     except BaseException:
         weights.close()
         raise
+
+
+def open_tokenizer(path: Path) -> LlamaTokenizer:
+    """The tokenizer of a file, which may hold nothing else. Raises members of the error tree."""
+    check_file(path)
+    return LlamaTokenizer(Weights(path, gpu_layers=0, extra_buffers=False, vocab_only=True))
 
 
 # ---------------------------------------------------------------- checks

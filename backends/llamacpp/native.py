@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localspec.errors import BackendError, BackendMissingError
-from localspec.protocols import GpuMemory
+from localspec.preparation import GpuMemory
 from localspec.types import Logits, Positions, TokenIds
 
 INSTALL_COMMAND = "pip install llama-cpp-python"

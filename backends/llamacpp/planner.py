@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from localspec.errors import LocalspecError
 from localspec.formats import ModelSummary
-from localspec.protocols import GpuMemory, LoadSettings, MemoryItem, MemoryScope
+from localspec.preparation import GpuMemory, MemoryItem, MemoryScope
+from localspec.protocols import LoadSettings
 
 from . import native, probe
 
@@ -22,7 +23,7 @@ _F32, _F16, _I64 = 4, 2, 8
 
 
 class LlamaPlanner:
-    """`protocols.MemoryPlanner`. The arguments are the loader's constants.
+    """`preparation.MemoryPlanner`. The arguments are the loader's constants.
 
     width, tree_width: widest verify.  batch, flash_batch: tokens of a pass.
     """

@@ -15,7 +15,7 @@ _FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q4_K_M": "MOSTLY_Q4_K_M", "Q8_0": "MOSTLY
 
 
 class LlamaQuantizer:
-    """`protocols.Quantizer` for GGUF files."""
+    """`preparation.Quantizer` for GGUF files."""
 
     names = tuple(_FILE_TYPES)
 

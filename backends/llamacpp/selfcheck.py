@@ -14,7 +14,7 @@ from localspec.protocols import HostTokens, LanguageModel, SequenceState, Step, 
 from localspec.types import Logits, NodeIndices
 
 _BUSH = np.array([-1, -1, 0, 0, 1, 1, 3], np.int32)
-_BUSH_PATHS = ((0, 2), (0, 3, 6), (1, 4), (1, 5))
+_BUSH_PATHS = ((0, 3, 6), (1, 5))
 CONTEXT = 32
 """Tokens of context that the checks need."""
 
@@ -22,14 +22,16 @@ _CLOSE = 1e-2  # standard deviations of a row: what rounding can do, and a wrong
 
 
 def tree_rows_are_exact(model: LanguageModel) -> bool:
-    """Are the rows of a bush, and those after each kept branch, the bits of one-by-one decoding?"""
+    """Are the rows of a bush, and those after each kept branch, the bits of a chain's rows?"""
     ids = _ids(model, 24)
     prefix, nodes, probe = ids[:9], ids[9 : 9 + len(_BUSH)], ids[-2:]
-    wanted = [_one_by_one(model, prefix, [*(nodes[node] for node in path), *probe]) for path in _BUSH_PATHS]
     state = model.open()
     try:
         _commit(model, state, prefix)
-        for path, want in zip(_BUSH_PATHS, wanted, strict=True):
+        for path in _BUSH_PATHS:
+            chain = [*(nodes[node] for node in path), *probe]
+            want = _rows(model, state, chain, chain_parents(state, len(chain)))
+            state.keep(())
             rows = _rows(model, state, nodes, _BUSH)[list(path)]
             state.keep(path)
             after = _rows(model, state, probe, chain_parents(state, len(probe)))
@@ -42,27 +44,27 @@ def tree_rows_are_exact(model: LanguageModel) -> bool:
 
 
 def replay_difference(model: LanguageModel) -> float:
-    """How far rows after rejected guesses are from one-by-one decoding, in standard deviations of a row;
-    0.0 for equal bits."""
+    """How far rows after tokens were taken back are from a chain's that never were, in standard deviations of a
+    row; 0.0 for equal bits."""
     ids = _ids(model, 24)
-    prefix, tokens = ids[:7], ids[7:20]
-    plain = _one_by_one(model, prefix, tokens)
-    state = model.open()
+    prefix, tokens, wrong = ids[:7], ids[7:16], ids[-2:]
+    state, parts, start = model.open(), list[Logits](), 0
     try:
         _commit(model, state, prefix)
-        parts, start = [], 0
-        for kept in (2, 1, 3, 1, 4, 2):  # each time with two wrong guesses behind
-            guesses = [*tokens[start : start + kept], *ids[-2:]]
-            parts.append(_rows(model, state, guesses, chain_parents(state, len(guesses)))[:kept])
-            state.keep(range(kept))
-            start += kept
+        for num_kept, guesses in ((2, wrong), (1, wrong[:1]), (1, wrong[:1]), (3, wrong), (2, wrong)):
+            chain = [*tokens[start : start + num_kept], *guesses]
+            parts.append(_rows(model, state, chain, chain_parents(state, len(chain)), num_kept))
+            state.keep(range(num_kept))
+            start += num_kept
         state.truncate(len(prefix) + 3)
-        _commit(model, state, tokens[3:8])
-        parts.append(_rows(model, state, tokens[8:11], chain_parents(state, 3)))
+        parts.append(_rows(model, state, tokens[3:], chain_parents(state, len(tokens) - 3)))
+        state.truncate(0)
         got = np.concatenate(parts)
+        _commit(model, state, prefix)
+        plain = _rows(model, state, tokens, chain_parents(state, len(tokens)))
     finally:
         state.close()
-    want = np.concatenate([plain, plain[8:11]])
+    want = np.concatenate([plain, plain[3:]])
     if np.array_equal(got, want):
         return 0.0
     worst = float((np.abs(got - want).max(axis=1) / want.std(axis=1)).max())
@@ -86,22 +88,10 @@ def _commit(model: LanguageModel, state: SequenceState, ids: Sequence[int]) -> N
     state.keep(range(len(ids)))
 
 
-def _rows(model: LanguageModel, state: SequenceState, ids: Sequence[int], parents: NodeIndices) -> Logits:
-    [scores] = model.forward([Step(state, (HostTokens(np.array(ids, np.int32)),), parents)])
-    return scores.rows(range(len(ids))).copy()
-
-
-def _one_by_one(model: LanguageModel, prefix: Sequence[int], ids: Sequence[int]) -> Logits:
-    """[T, V] rows of `ids`, each decoded alone but for one token of padding, as plain decoding does it."""
-    state = model.open()
-    try:
-        _commit(model, state, prefix)
-        rows = []
-        for token in ids:
-            step = Step(state, (HostTokens(np.array([token, 0], np.int32)),), chain_parents(state, 2), (0,))
-            [scores] = model.forward([step])
-            rows.append(scores.rows([0])[0].copy())
-            state.keep((0,))
-        return np.array(rows)
-    finally:
-        state.close()
+def _rows(
+    model: LanguageModel, state: SequenceState, ids: Sequence[int], parents: NodeIndices, count: int | None = None
+) -> Logits:
+    """[N, V] the first `count` rows, or all."""
+    rows = None if count is None else tuple(range(count))
+    [scores] = model.forward([Step(state, (HostTokens(np.array(ids, np.int32)),), parents, rows)])
+    return scores.rows(range(scores.num_rows)).copy()

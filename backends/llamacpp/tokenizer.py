@@ -27,6 +27,7 @@ class LlamaTokenizer:
 
     def __init__(self, weights: Weights) -> None:
         self._lib = native.library()
+        self._weights = weights  # the vocabulary is part of it
         self._vocab = weights.vocab
         self._size = weights.vocab_size
         self.chat_template = weights.chat_template()

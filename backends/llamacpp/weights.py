@@ -18,11 +18,12 @@ _GUESSED = 1024  # llama.cpp adds this to a file type that it inferred from the 
 class Weights:
     """One llama_model. Raises ModelFileError, UnsupportedModelError or OutOfMemoryError."""
 
-    def __init__(self, path: Path, *, gpu_layers: int, extra_buffers: bool) -> None:
+    def __init__(self, path: Path, *, gpu_layers: int, extra_buffers: bool, vocab_only: bool = False) -> None:
         self._lib = native.library()
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = extra_buffers
+        params.vocab_only = vocab_only
         native.forget_errors()
         self.pointer: Any = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:

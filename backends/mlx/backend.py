@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from localspec.errors import BackendMissingError, LocalspecError, ModelNotFoundError, SettingError
-from localspec.protocols import BackendReport, LanguageModel, LoadSettings
+from localspec.protocols import BackendReport, LanguageModel, LoadSettings, Tokenizer
 
 from .border import translated
 from .planner import MlxPlanner
@@ -38,6 +38,7 @@ class MlxBackend:
     own_settings = frozenset({"dtype"})
     planner = MlxPlanner()
     quantizer = MlxQuantizer()
+    formats = ("safetensors", "gguf")
 
     def __init__(self) -> None:
         self._ledger: Ledger | None = None
@@ -76,6 +77,21 @@ class MlxBackend:
                 return file.read(4) == b"GGUF"
         except OSError:
             return False
+
+    def open_tokenizer(self, path: Path) -> Tokenizer:
+        """The tokenizer of a folder or GGUF file. Raises members of the error tree only."""
+        if not path.exists():
+            raise ModelNotFoundError("no such model", got=path, expected="a model folder or a .gguf file")
+        with translated(f"opening the tokenizer of {path.name}"):
+            if path.is_dir():
+                from .tokenizer import open_folder_tokenizer
+
+                return open_folder_tokenizer(path)
+            from localspec.formats.gguf import read_header
+
+            from .gguf_tokenizer import open_gguf_tokenizer
+
+            return open_gguf_tokenizer(read_header(path).metadata)
 
     def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
         """Open a safetensors folder or a GGUF file.

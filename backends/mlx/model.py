@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,7 @@ from localspec.types import NodeIndices
 
 from .border import translated
 from .device import replay_class, width_class
+from .layout import Layout
 from .network import Network
 from .replay_state import ReplayState
 from .scores import DeviceScores, DeviceTokens, Ledger
@@ -69,7 +70,7 @@ class MlxModel:
             self._open.discard(state)
 
         if network.replays:
-            state: MlxState = ReplayState(network.caches(), network.run, self, self._fork, on_close)
+            state: MlxState = ReplayState(network.caches(), self._run_again, self, self._fork, on_close)
         else:
             state = MlxState(network.caches(), self, self._fork, on_close)
         self._open.add(state)
@@ -79,6 +80,10 @@ class MlxModel:
         copy = self.open()
         copy.copy_from(state)
         return copy
+
+    def _run_again(self, ids: mx.array, caches: list[Any], layout: Layout) -> None:
+        """A pass whose logits nobody wants; being lazy, they are not computed."""
+        self._running().run(ids, caches, layout, None)
 
     def close(self) -> None:
         """Close all states and give the weights back."""

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 
 from localspec.errors import LocalspecError
 from localspec.formats import ModelSummary
-from localspec.protocols import GpuMemory, LoadSettings, MemoryItem, MemoryScope
+from localspec.preparation import GpuMemory, MemoryItem, MemoryScope
+from localspec.protocols import LoadSettings
 
 _MIB = 2**20
 _PROGRAM = 100 * _MIB  # Python, mlx and mlx-lm: their imports alone took 73 MB on Linux
@@ -21,7 +22,7 @@ _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class MlxPlanner:
-    """`protocols.MemoryPlanner`."""
+    """`preparation.MemoryPlanner`."""
 
     def items(self, model: ModelSummary, settings: LoadSettings, context: int) -> tuple[MemoryItem, ...]:
         """See `MemoryPlanner`."""

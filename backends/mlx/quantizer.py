@@ -17,7 +17,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
 
 
 class MlxQuantizer:
-    """`protocols.Quantizer` for folders."""
+    """`preparation.Quantizer` for folders."""
 
     names = tuple(_BITS)
 

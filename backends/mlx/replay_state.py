@@ -31,7 +31,7 @@ class ReplayState(MlxState):
     def __init__(
         self,
         caches: list[Any],
-        run: Callable[[mx.array, list[Any], Layout, tuple[int, ...] | None], mx.array],
+        run: Callable[[mx.array, list[Any], Layout], None],
         owner: object,
         on_fork: Callable[[MlxState], MlxState],
         on_close: Callable[[], None],
@@ -150,7 +150,7 @@ class ReplayState(MlxState):
             before = snapshot(self._states)
             try:
                 with translated("replaying kept tokens"):
-                    self._run(mx.array(part), self.caches, layout, None)
+                    self._run(mx.array(part), self.caches, layout)
                     mx.async_eval(*self.arrays())
             except Exception:
                 restore(self._states, before)

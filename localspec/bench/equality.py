@@ -96,7 +96,7 @@ def compare(
     info = pair.target.info
     classes = pair.target.capabilities.width_class
     report = Report(f"{info.name} {info.quantization} on {info.backend}, {info.device}", str(classes), classes.evidence)
-    makers = {name: make_drafter(name, pair.draft) for name in drafters}
+    makers = {name: make_drafter(name, pair.drafting) for name in drafters}
     with ExitStack() as stack:
         for drafter in makers.values():
             stack.callback(drafter.close)

@@ -114,6 +114,12 @@ def measure(
     """
     if pair.draft is None:
         raise UsageError("trees are grown by a draft model", fix="Name one with --draft.")
+    if pair.drafting is not None and not pair.drafting.relation.same:
+        raise UsageError(
+            "ways of guessing are compared with a draft model of the target's tokenizer",
+            got=str(pair.drafting.relation),
+            fix="Name another one; `localspec bench cross` is for this one.",
+        )
     info = pair.target.info
     report = Report(
         f"{info.name} {info.quantization} on {info.backend}, {info.device}",

@@ -8,15 +8,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from localspec.drafters.combined import Combined
+from localspec.drafters.cross_tokenizer import CrossTokenizer
 from localspec.drafters.draft_model import DraftModel
 from localspec.drafters.ngram import Ngram
 from localspec.drafters.nothing import Nothing
 from localspec.errors import SettingError, UnknownNameError, UsageError
+from localspec.fingerprint import Relation, relate
 from localspec.protocols import Drafter, LanguageModel
 
-__all__ = ["AUTO", "DRAFTERS", "Combined", "DraftModel", "DrafterSpec", "Ngram", "Nothing", "make_drafter"]
+__all__ = [
+    "AUTO",
+    "DRAFTERS",
+    "Combined",
+    "CrossTokenizer",
+    "Draft",
+    "DraftModel",
+    "DrafterSpec",
+    "Ngram",
+    "Nothing",
+    "make_drafter",
+]
 
-DRAFTERS: dict[str, Callable[..., Drafter]] = {maker.name: maker for maker in (Nothing, DraftModel, Ngram)}
+DRAFTERS: dict[str, Callable[..., Drafter]] = {
+    maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram)
+}
 """Name -> class. Keyword arguments of the class are its settings on the command line."""
 
 AUTO = "auto"
@@ -74,9 +89,25 @@ class DrafterSpec:
         return DrafterSpec(DraftModel.name if draft is not None else Ngram.name, self.settings, self.others)
 
 
-def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | None) -> Drafter:
-    """Build a drafter for one session. draft: the pair's draft model, if it has one."""
-    parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(draft)
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A draft model and how its vocabulary relates to that of its target, which has `num_rows` rows of logits."""
+
+    model: LanguageModel
+    relation: Relation
+    num_rows: int
+
+    @classmethod
+    def of(cls, target: LanguageModel, model: LanguageModel) -> Draft:
+        """Compares the vocabularies."""
+        return cls(model, relate(target.tokenizer, model.tokenizer), target.vocab_size)
+
+
+def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -> Drafter:
+    """Build a drafter for one session. draft: the pair's draft model, if it has one; with another tokenizer than
+    the target's, `draft_model` means the wrapper that translates."""
+    model = draft.model if isinstance(draft, Draft) else draft
+    parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(model)
     if parsed.others:
         parts: list[Drafter] = []
         try:
@@ -86,15 +117,24 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | None) -> Drafte
                 made.close()
             raise
         return Combined(parts)
-    name, maker = parsed.name, DRAFTERS[parsed.name]
+    name = parsed.name
+    if name == DraftModel.name and isinstance(draft, Draft) and not draft.relation.same:
+        name = CrossTokenizer.name
+    maker = DRAFTERS[name]
     arguments = inspect.signature(maker).parameters
     settings = {key: _convert(name, key, value, arguments) for key, value in parsed.settings.items()}
     if "model" in arguments:
-        if draft is None:
+        if model is None:
             raise UsageError(
                 f"drafter {name!r} needs a draft model", fix="Name one with --draft, or use --drafter ngram."
             )
-        return maker(draft, **settings)
+        if "relation" not in arguments:
+            return maker(model, **settings)
+        if not isinstance(draft, Draft):
+            raise UsageError(
+                f"drafter {name!r} needs to know the target's vocabulary", fix="Use Draft.of(target, draft)."
+            )
+        return maker(model, draft.relation, draft.num_rows, **settings)
     return maker(**settings)
 
 

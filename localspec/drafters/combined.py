@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from localspec.context import Context
 from localspec.errors import SettingError
@@ -45,17 +47,25 @@ class Combined:
         """The union of all guesses. Under rejection the laws of different drafters cannot be mixed, so there,
         too, the first part that guesses anything is taken."""
         proposals = [part.propose(request) for part in self.parts]
+        counts = Counter[str]()
+        for proposal in proposals:
+            counts.update(proposal.counts)
         guessing = [proposal for proposal in proposals if proposal.num_nodes]
         if not guessing:
-            return Proposal(self.name)
+            return Proposal(self.name, counts=counts)
         if len(guessing) == 1 or not request.trees or request.needs_law:
-            return guessing[0]
+            return replace(guessing[0], counts=counts)
         merged = merge([_scored(proposal.tree()) for proposal in guessing])
         tree, kept = prune(merged.tree, request.max_nodes)
         sources = tuple(guessing[merged.origin[node]].source for node in kept)
         assert tree.log_q is not None
         return Proposal(
-            self.name, (HostTokens(tree.token),), tree.parent, log_q=tuple(tree.log_q.tolist()), sources=sources
+            self.name,
+            (HostTokens(tree.token),),
+            tree.parent,
+            log_q=tuple(tree.log_q.tolist()),
+            sources=sources,
+            counts=counts,
         )
 
     def observe(self, outcome: Outcome) -> None:

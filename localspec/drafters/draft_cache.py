@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -11,6 +12,26 @@ from localspec.protocols import HostTokens, LanguageModel, Scores, Step, Tokens,
 
 _PREFILL_CHUNK = 512
 ANCHOR = -1
+
+
+class GuessCache(Protocol):
+    """What feeds a draft model for `DraftModel`; `DraftCache` says what each part does."""
+
+    @property
+    def room(self) -> int: ...
+
+    @property
+    def free(self) -> int: ...
+
+    def begin(self, context: Context) -> None: ...
+
+    def start(self) -> Scores: ...
+
+    def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores: ...
+
+    def observe(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class DraftCache:
@@ -48,6 +69,15 @@ class DraftCache:
         self._context = context
         same = common_prefix(np.array(self._committed, np.int32), context.tokens)
         self._reset_to(min(same, len(context) - 1))
+
+    @property
+    def free(self) -> int:
+        """Tokens that the model's context has room for behind the conversation."""
+        return self.model.info.context_length - len(self._context)
+
+    def rewind(self, length: int) -> None:
+        """Forget all guesses, and what was committed from `length` on."""
+        self._reset_to(min(length, self._state.length))
 
     def start(self) -> Scores:
         """Forget earlier guesses, feed what is missing; scores [1, V] of the anchor."""

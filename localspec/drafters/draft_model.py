@@ -15,7 +15,7 @@ import numpy as np
 
 from localspec import noise
 from localspec.context import Context
-from localspec.drafters.draft_cache import ANCHOR, DraftCache
+from localspec.drafters.draft_cache import ANCHOR, DraftCache, GuessCache
 from localspec.drafters.shape import MOST_CHILDREN, Shape
 from localspec.errors import SettingError
 from localspec.noise import Purpose
@@ -40,6 +40,7 @@ class DraftModel:
 
     Where logits live on a device, a chain or fan-out under plain sampling is built without waiting; a tree,
     or min_prob above 0, waits once per level. The state commits accepted guesses and nothing else.
+    cache: what feeds the model, if it is not to read the conversation as it stands.
     """
 
     name = "draft_model"
@@ -47,6 +48,7 @@ class DraftModel:
     def __init__(
         self,
         model: LanguageModel,
+        cache: GuessCache | None = None,
         *,
         num: int = 0,
         shape: str = "chain",
@@ -68,7 +70,7 @@ class DraftModel:
         self.model = model
         self.min_prob = min_prob
         self.guess = guess
-        self._cache = DraftCache(model)
+        self._cache: GuessCache = DraftCache(model) if cache is None else cache
 
     @property
     def needs_trees(self) -> bool:
@@ -86,8 +88,7 @@ class DraftModel:
 
     def propose(self, request: DraftRequest) -> Proposal:
         """Guess; a chain where trees were not asked for."""
-        room = self.model.info.context_length - len(request.context)
-        num, branching = min(self.num, request.max_nodes, room), self.shape.branching[: request.max_depth]
+        num, branching = min(self.num, request.max_nodes, self._cache.free), self.shape.branching[: request.max_depth]
         if not request.trees:
             branching = (1,) * len(branching)
         if num < 1 or not branching:

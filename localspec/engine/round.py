@@ -109,7 +109,7 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
     for index, (lane, proposal, verdict) in enumerate(zip(lanes, proposals, verdicts, strict=True)):
         sources = proposal.sources or (proposal.source,) * proposal.num_nodes
         num_replayed = lane.state.num_replayed - replayed[index]
-        record = _record(proposal.source, sources, verdict, width, times, num_replayed)
+        record = _record(proposal, sources, verdict, width, times, num_replayed)
         results.append(RoundResult(verdict, record, logprobs[index], anchors[index], sources))
     return results
 
@@ -170,7 +170,7 @@ def _token_logprob(row: Logits, token: int, count: int) -> TokenLogprob:
 
 
 def _record(
-    source: str,
+    proposal: Proposal,
     sources: tuple[str, ...],
     verdict: Verdict,
     width: int,
@@ -178,7 +178,7 @@ def _record(
     num_replayed: int,
 ) -> RoundRecord:
     return RoundRecord(
-        source=source,
+        source=proposal.source,
         num_nodes=len(sources),
         num_accepted=len(verdict.path),
         num_emitted=len(verdict.tokens),
@@ -191,4 +191,5 @@ def _record(
         accepted_by_source=count_sources(sources[node] for node in verdict.path),
         accepted_ranks=sibling_ranks(verdict.tree.parent, verdict.path),
         num_replayed=num_replayed,
+        drafter_counts=proposal.counts,
     )

@@ -16,6 +16,7 @@ class RoundRecord:
     source: who proposed; `drafted_by_source` and `accepted_by_source` count the nodes of each who guessed.
     accepted_ranks: per accepted node how many siblings stood before it (0: the first guess for its place).
     num_replayed: tokens the target ran again because its state cannot take tokens back.
+    drafter_counts: what the drafter counted (`Proposal.counts`).
     """
 
     source: str
@@ -31,6 +32,7 @@ class RoundRecord:
     accepted_by_source: Mapping[str, int]
     accepted_ranks: tuple[int, ...]
     num_replayed: int = 0
+    drafter_counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def count_sources(sources: Iterable[str]) -> dict[str, int]:
@@ -74,6 +76,7 @@ class Stats:
     accepted_by_source: dict[str, int] = field(default_factory=dict)
     accepted_by_rank: list[int] = field(default_factory=list)
     widths: dict[int, int] = field(default_factory=dict)
+    drafter_counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, record: RoundRecord) -> None:
         """Count one round."""
@@ -97,6 +100,8 @@ class Stats:
             self.drafted_by_source[source] = self.drafted_by_source.get(source, 0) + amount
             accepted = record.accepted_by_source.get(source, 0)
             self.accepted_by_source[source] = self.accepted_by_source.get(source, 0) + accepted
+        for name, amount in record.drafter_counts.items():
+            self.drafter_counts[name] = self.drafter_counts.get(name, 0) + amount
         for rank in record.accepted_ranks:
             self.accepted_by_rank.extend([0] * (rank + 1 - len(self.accepted_by_rank)))
             self.accepted_by_rank[rank] += 1
@@ -145,6 +150,7 @@ class Stats:
             "drafted_by_source": self.drafted_by_source,
             "accepted_by_source": self.accepted_by_source,
             "accepted_by_rank": self.accepted_by_rank,
+            "drafter_counts": self.drafter_counts,
             "tokens_per_second": round(self.tokens_per_second, 2),
             "prefill_ms": round(self.prefill_ms, 3),
             "num_prefilled": self.num_prefilled,

@@ -26,7 +26,8 @@ from localspec.errors import (
 from localspec.formats.conversion import Checkpoint, check_architecture, write_gguf_file
 from localspec.loading import get_backend, load_model
 from localspec.memory import size
-from localspec.protocols import LanguageModel, LoadSettings, Quantizer
+from localspec.preparation import Quantizer
+from localspec.protocols import LanguageModel, LoadSettings
 from localspec.sampling import SamplingParams
 from localspec.verify import make_acceptance
 

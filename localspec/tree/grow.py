@@ -57,6 +57,10 @@ class Grower:
         """The parent of an offered node."""
         return self._parents[node]
 
+    def reach(self, node: int) -> float:
+        """Logarithm of the chance that the whole path to an offered node is accepted."""
+        return self._reach[node]
+
     def path(self, node: int) -> list[int]:
         """Tokens from a child of the anchor down to `node`."""
         tokens: list[int] = []

@@ -435,3 +435,47 @@ def test_a_cache_without_snapshots_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(weights, "text", lambda w, key: "deepseek4" if key == "general.architecture" else read(w, key))
     with pytest.raises(UnsupportedModelError, match="compressed cache"):
         BACKEND.load(file("llama"), PLAIN)
+
+
+# ---------------------------------------------------------------- anything at all
+
+
+@pytest.mark.parametrize("name", ["mamba2", "lfm2", "qwen3next", "gpt-oss"])
+def test_any_order_of_passes_gives_the_rows_of_plain_decoding(name: str) -> None:
+    """Random steps: few rows scored, tokens behind the last scored one, several passes before a keep, chains below
+    any pending node, half a path kept. Every row read is compared with one-by-one decoding of its path."""
+    model = opened(name, PLAIN if name in RECURRENT else TREES)
+    rng = np.random.default_rng(11)
+    state, other, held = model.open(), model.open(), list[int]()
+    for _ in range(40):
+        ids, parents, tree = (
+            list[int](),
+            list[int](),
+            TokenTree.from_parents(np.zeros(0, np.int32), np.zeros(0, np.int32)),
+        )
+        for _ in range(int(rng.integers(1, 4))):
+            size, first = int(rng.integers(2, 7)), len(ids)
+            above = int(rng.integers(-1, first)) if rng.integers(0, 3) == 0 else first - 1
+            below = np.arange(first - 1, first + size - 1, dtype=np.int32)
+            below[0] = above
+            rows = tuple(sorted({int(row) for row in rng.integers(0, size, int(rng.integers(0, 4)))}))
+            ids += rng.integers(3, 300, size).tolist()
+            parents += below.tolist()
+            tokens = HostTokens(np.array(ids[first:], np.int32))
+            [scores] = model.forward([Step(state, (tokens,), below, rows)])
+            got = scores.rows(range(len(rows))).copy()
+            tree = TokenTree.from_parents(np.array(ids, np.int32), np.array(parents, np.int32))
+            for row, values in zip(rows, got, strict=True):
+                path = tree.path(first + row)
+                assert np.array_equal(values, path_rows(model, other, [ids[node] for node in path])[-1]), (rows, path)
+        path = tree.path(int(rng.integers(-1, len(ids))))
+        state.keep(path)
+        held += [ids[node] for node in path]
+        if len(held) > 150 or rng.integers(0, 6) == 0:
+            held = held[: int(rng.integers(0, len(held) + 1))]
+            state.truncate(len(held))
+        other.truncate(0)
+        forward(model, other, [*held, 0, 0])
+        other.keep(range(len(held)))
+    state.close()
+    other.close()

@@ -53,12 +53,26 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    for command in ("chat", "generate", "trace", "doctor", "bench"):
+    for command in ("chat", "generate", "pairs", "trace", "doctor", "bench"):
         assert command in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command", ["chat", "generate", "trace", "doctor", "bench", "bench speed", "bench equality", "bench core"]
+    "command",
+    [
+        "chat",
+        "generate",
+        "pairs",
+        "pairs search",
+        "pairs show",
+        "pairs check",
+        "trace",
+        "doctor",
+        "bench",
+        "bench speed",
+        "bench equality",
+        "bench core",
+    ],
 )
 def test_every_command_has_help(command: str) -> None:
     assert run(*command.split(), "--help").exit_code == 0
@@ -182,7 +196,7 @@ def test_rejection_can_be_asked_for() -> None:
         (["--backend", "lamacpp"], 2, ["Did you mean 'llamacpp'"]),
         (["--acceptance", "wlak"], 2, ["Did you mean 'walk'"]),
         (["--target", "no-such-file.gguf"], 1, ["no such file", "no-such-file.gguf"]),
-        (["--target", "some-org/some-model"], 1, ["Hub id", "hf download"]),
+        (["--target", "some-org/some-model"], 1, ["Hub id", "localspec pull some-org/some-model"]),
         (["--target", "tiyn"], 2, ["Did you mean 'tiny'"]),
         (["--logit-bias", "x"], 2, ["TOKEN_ID=NUMBER"]),
         (["--plain", "--num-draft", "3"], 2, ["--plain"]),

@@ -10,6 +10,7 @@ import pytest
 
 from localspec.context import Context
 from localspec.drafters import AUTO, DRAFTERS, Combined, DrafterSpec, DraftModel, Ngram, Nothing, make_drafter
+from localspec.drafters.draft_cache import DraftCache
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, Step
@@ -293,7 +294,7 @@ def test_a_long_prompt_is_fed_in_pieces() -> None:
     tokens = np.random.default_rng(0).integers(0, 48, 700).tolist()
     short = DraftModel(ReferenceModel(48, seed=5, context_length=2000), num=2)
     assert proposed(drafter, tokens) == proposed(short, tokens)
-    assert drafter._cache.length == 512
+    assert isinstance(drafter._cache, DraftCache) and drafter._cache.length == 512
 
 
 def test_a_drafter_with_a_shorter_context_falls_silent_instead_of_failing() -> None:
@@ -400,5 +401,5 @@ def test_a_draft_model_drafter_without_a_draft_model_is_refused() -> None:
 
 
 def test_the_registry_names_are_the_drafters_own() -> None:
-    assert set(DRAFTERS) == {"nothing", "draft_model", "ngram"}
+    assert set(DRAFTERS) == {"nothing", "draft_model", "cross_tokenizer", "ngram"}
     assert all(DrafterSpec.parse(name).name == name for name in DRAFTERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from localspec.protocols import Capabilities, LanguageModel, Rewind, Scores, Ste
 from localspec.sampling import HostScores
 from localspec.testing.architectures import Finding, examine, table
 from localspec.testing.reference import HIDDEN, Cell, ReferenceModel, ReferenceState
+from scripts.architectures import write_section
 
 ROUNDS = 30
 
@@ -193,3 +195,13 @@ def test_a_refusal_is_reported_with_its_reason_and_a_crash_with_its_type() -> No
 def test_the_table_has_a_line_for_each_and_no_stray_bars() -> None:
     text = table([Finding("a", "tree", "", 2e-6, 200, 0), Finding("b", "refused", "x | y\nz")])
     assert text.splitlines()[2:] == ["| a | tree | 2.0e-06 | 200 |  |  |", "| b | refused |  |  |  | x \\| y z |"]
+
+
+def test_a_section_of_the_page_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
+    page = tmp_path / "architectures.md"
+    write_section(page, "mlx", "first\n")
+    write_section(page, "llamacpp", "other\n")
+    write_section(page, "mlx", "second\n")
+    text = page.read_text()
+    assert text.startswith("# Architectures") and "first" not in text
+    assert text.endswith("<!-- mlx -->\nsecond\n<!-- /mlx -->\n\n<!-- llamacpp -->\nother\n<!-- /llamacpp -->\n")

@@ -1,17 +1,15 @@
-"""Which architectures llama.cpp verifies, as what, and how that was found: the llama.cpp part of docs/architectures.md.
+"""llama.cpp's architectures, tiny, with random weights, and how each is examined.
 
-    python scripts/architectures_llamacpp.py [--only mamba,llama] [--rounds 200] [--quantization F32] [--write]
-
-Every architecture of `localspec/testing/gguf_architectures.py` is written as a tiny file of random weights and
-examined twice, rows compared bit for bit: as loaded by default, with chains; and with trees asked for, with trees.
-Before that a chain's rows must be those of a bare llama.cpp, up to rounding.
+Every architecture of `localspec/testing/gguf_architectures.py` is written as a file and examined twice, rows
+compared bit for bit: as loaded by default, with chains; and with trees asked for, with trees. Before that a
+chain's rows must be those of a bare llama.cpp, up to rounding.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,24 +17,29 @@ import numpy as np
 
 from localspec.loading import get_backend
 from localspec.protocols import HostTokens, LanguageModel, LoadSettings, Step, chain_parents
-from localspec.testing.architectures import TOLERANCE, Finding, distance, examine, table
+from localspec.testing.architectures import TOLERANCE, Finding, distance, examine
 from localspec.testing.gguf_architectures import ARCHITECTURES, write_architecture
 from localspec.types import Logits, TokenIds
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
-BEGIN, END = "<!-- llamacpp -->", "<!-- /llamacpp -->"
 _SETTINGS = LoadSettings(context=448, num_sequences=3)
 _MAX_LENGTH = 150  # beyond windows, and beyond the 63 tokens after which flash attention works otherwise
 
 
-def findings(only: Sequence[str] = (), rounds: int = 200, quantization: str = "F32") -> list[Finding]:
-    """One finding per architecture; only: names, all if empty."""
-    found = []
+def names() -> list[str]:
+    """All architectures."""
+    return list(ARCHITECTURES)
+
+
+def versions() -> str:
+    """What was examined."""
+    return f"llama-cpp-python {version('llama_cpp_python')}"
+
+
+def examined(name: str, rounds: int = 200, weights: str | None = None) -> Finding:
+    """One architecture, written, judged and deleted again."""
     with TemporaryDirectory() as folder:
-        for name in only or ARCHITECTURES:
-            path = write_architecture(Path(folder) / f"{name}.gguf", name, quantization=quantization)
-            found.append(_judged(name, path, rounds))
-    return found
+        path = write_architecture(Path(folder) / f"{name}.gguf", name, quantization=weights or "F32")
+        return _judged(name, path, rounds)
 
 
 def _judged(name: str, path: Path, rounds: int) -> Finding:
@@ -102,31 +105,6 @@ def _own_rows(path: Path, ids: TokenIds) -> Logits:
     return rows
 
 
-def section(found: Sequence[Finding], rounds: int, quantization: str) -> str:
-    """What stands between the markers."""
-    asked = f"python scripts/architectures_llamacpp.py --rounds {rounds} --quantization {quantization} --write"
-    return (
-        f"{BEGIN}\nTiny files of random weights in {quantization}, {rounds} random rounds each, rows compared bit for "
-        f"bit (`{asked}`).\n\n{table(found)}{END}"
-    )
-
-
-def main() -> None:
-    """Examine, print, and write into the page if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="names, separated by commas")
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--quantization", default="F32")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/architectures.md")
-    options = parser.parse_args()
-    found = findings([name for name in options.only.split(",") if name], options.rounds, options.quantization)
-    print(table(found))
-    if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        PAGE.write_text(before + section(found, options.rounds, options.quantization) + after, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def remarks() -> str:
+    """What stands below the table."""
+    return "Rows are compared bit for bit. *tree*: chains by default, trees when loaded for them.\n"

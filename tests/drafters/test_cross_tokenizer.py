@@ -1,0 +1,337 @@
+"""Drafting across tokenizers: the suite of drafters, and that translation loses, replaces and doubles nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localspec.drafters import CrossTokenizer, Draft
+from localspec.drafters.byte_encoder import ByteEncoder, incomplete
+from localspec.drafters.mirror import Mirror, Tail
+from localspec.engine.session import Session
+from localspec.errors import SettingError
+from localspec.fingerprint import Relation, Vocabulary, relate
+from localspec.loading import get_backend
+from localspec.protocols import Drafter, Tokenizer
+from localspec.sampling import SamplingParams
+from localspec.testing.alignment import fuzz, random_strings
+from localspec.testing.drafters import DrafterConformance
+from localspec.testing.reference import ReferenceModel
+from localspec.types import TokenIds
+
+VOCABULARIES = Path(__file__).resolve().parents[2].parent / "shared" / "vocabs"
+FAMILIES = ("gpt-2", "llama-spm", "llama-bpe", "qwen35", "phi-3", "starcoder")
+
+
+class Pieces:
+    """The longest piece that fits, from the left. Special tokens come first, then the pieces, then all bytes.
+
+    space: puts a space in front of all text, as sentencepiece does.
+    """
+
+    chat_template = None
+
+    def __init__(self, special: list[str], pieces: list[bytes], *, bos: int | None = None, space: bool = False) -> None:
+        self.texts = [text.encode() for text in special] + pieces + [bytes([byte]) for byte in range(256)]
+        self.num_tokens = len(self.texts)
+        self.num_special = len(special)
+        self.bos = bos
+        self.space = space
+        self.stop_tokens = frozenset({0})
+        self.template_tokens: Mapping[str, str] = {"eos_token": special[0]}
+        self._ids = {text: token for token, text in reversed(list(enumerate(self.texts))) if token >= self.num_special}
+
+    def encode(self, text: str, *, special: bool) -> TokenIds:
+        raw = (" " if self.space else "").encode() + text.encode()
+        ids, start = [], 0
+        while start < len(raw):
+            size = next(size for size in range(12, 0, -1) if raw[start : start + size] in self._ids)
+            ids.append(self._ids[raw[start : start + size]])
+            start += len(self.texts[ids[-1]])
+        return np.array(ids, np.int32)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.texts[token] if 0 <= token < self.num_tokens else b""
+
+    def is_special(self, token: int) -> bool:
+        return token < self.num_special
+
+
+class Folded(Pieces):
+    """Normalises: capital letters become small ones."""
+
+    def encode(self, text: str, *, special: bool) -> TokenIds:
+        return super().encode(text.replace("A", "a"), special=special)
+
+
+def trained(size: int, text: str) -> Pieces:
+    """Pieces that the tokenizers library learns from a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    pieces = [tokenizer.decode([token]).encode() for token in range(256, tokenizer.get_vocab_size())]
+    return Pieces(
+        ["<|end|>", f"<|{size}|>"], [piece for piece in pieces if "\ufffd".encode() not in piece and len(piece) < 13]
+    )
+
+
+@cache
+def tokenizers() -> dict[str, Tokenizer]:
+    text = Path(__file__).read_text(encoding="utf-8")
+    return {
+        "small": trained(60, text),
+        "large": trained(400, text),
+        "spaced": Pieces(
+            ["</s>", "<s>"], [b" the", b"the", b" ", b"  ", b"ing", "é".encode(), "😀".encode()], bos=1, space=True
+        ),
+        "folded": Folded(["<|end|>"], [b"aaa", b" a", "世界".encode()]),
+    }
+
+
+def relation(target: str, draft: str) -> Relation:
+    return relate(tokenizers()[target], tokenizers()[draft])
+
+
+# ---------------------------------------------------------------- as a drafter
+
+
+def speaking(model: ReferenceModel, tokenizer: Tokenizer) -> ReferenceModel:
+    model.tokenizer = tokenizer  # type: ignore[assignment]
+    return model
+
+
+class TestBytes(DrafterConformance):
+    mode, shape = "bytes", "chain"
+    max_tokens = 8
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        pieces = Pieces(["\0"], [bytes([a, b]) for a in range(8) for b in range(8)])
+        model = speaking(ReferenceModel(pieces.num_tokens, seed=9, context_length=400), pieces)
+        draft = Draft.of(target, model)
+        return CrossTokenizer(model, draft.relation, draft.num_rows, mode=self.mode, num=4, shape=self.shape)
+
+
+class TestTreeOfBytes(TestBytes):
+    shape = "tree"
+
+
+class TestIntersection(TestBytes):
+    mode = "intersection"
+    draws = True
+
+
+class TestTreeOfIntersection(TestIntersection):
+    shape = "tree"
+
+
+def test_a_perfect_drafter_of_shuffled_tokens_is_right_in_both_modes() -> None:
+    """The same weights under other ids: every guess is the sample, if noise and ids are the target's."""
+    target = ReferenceModel(48, seed=5, context_length=200)
+    order = np.random.default_rng(0).permutation(47)
+
+    class Shuffled(Pieces):
+        def __init__(self) -> None:
+            super().__init__(["\0"], [])
+            self.texts = [b"\0", *(bytes([byte]) for byte in order)]
+            self.num_tokens = 48
+            self._ids = {text: token for token, text in enumerate(self.texts) if token}
+
+    draft = speaking(ReferenceModel(48, seed=5, context_length=200), Shuffled())
+    rows = np.concatenate([[47], order])
+    draft.embedding, draft.head = target.embedding[rows], target.head[rows]
+    for mode in ("intersection", "bytes"):
+        for temperature in (0.0, 1.2):
+            related = Draft.of(target, draft)
+            drafter = CrossTokenizer(draft, related.relation, related.num_rows, mode=mode, num=3)
+            with Session(target, drafter) as session:
+                params = SamplingParams(temperature=temperature, seed=1, max_tokens=24, ignore_eos=True)
+                stats = session.generate([1, 2, 3], params).stats
+            assert stats.acceptance_rate == 1.0, (mode, temperature)
+            assert stats.accepted_length == 4.0
+            assert stats.drafter_counts[f"{mode}_rounds"] == stats.num_rounds
+
+
+def test_settings_are_checked_and_leave_no_sequence_open() -> None:
+    target, draft = ReferenceModel(257), ReferenceModel(100)
+    related = Draft.of(target, draft)
+    for settings in ({"mode": "magic"}, {"specials": "drop"}, {"guess": "wild"}):
+        with pytest.raises(SettingError):
+            CrossTokenizer(draft, related.relation, related.num_rows, **settings)  # type: ignore[arg-type]
+    assert draft.num_open == 0
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def test_padding_does_not_make_another_vocabulary_but_a_token_does() -> None:
+    same = relate(Pieces(["</s>"], [b"ab"]), Pieces(["</s>"], [b"ab"]))
+    assert same.same and not same.first_difference and same.target_share == 1.0
+    other = relate(Pieces(["</s>"], [b"ab", b"cd"]), Pieces(["</s>"], [b"ab", b"ce"]))
+    assert not other.same and other.first_difference.startswith("token 2 is 'cd'")
+    assert other.num_shared == 257 and other.coverage({1: 3, 2: 1}) == 0.75
+    assert other.to_target[1] == 1 and other.to_target[2] == -1
+
+
+def test_of_two_tokens_with_the_same_bytes_the_one_that_encoding_uses_counts() -> None:
+    vocabulary = Vocabulary(Pieces(["</s>"], [b"a", b"\n"]))
+    assert vocabulary.texts.count(b"a") == 2 and vocabulary.ids[b"a"] == 1
+
+
+def test_special_tokens_are_shared_by_text_and_roles_are_reported() -> None:
+    found = relate(Pieces(["</s>", "<s>"], [], bos=1), Pieces(["<|end|>", "</s>"], []))
+    assert found.to_draft[0] == 1 and found.to_target[0] == -1
+    assert any(words.startswith("BOS") for words in found.roles) and any(
+        "special in the target" in w for w in found.roles
+    )
+
+
+# ---------------------------------------------------------------- translation
+
+
+def test_alignment_holds_on_random_bytes_for_every_pair_of_small_vocabularies() -> None:
+    """A sample of `localspec bench tokenizers --fuzz 20000`, which does it with real ones."""
+    vocabularies = [Vocabulary(tokenizer) for tokenizer in tokenizers().values()]
+    relations = [relate(a, b) for a in vocabularies for b in vocabularies if a is not b]
+    assert fuzz(vocabularies, relations, 100) == 100 * 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VOCABULARIES.is_dir(), reason="needs the vocabularies in ../shared/vocabs")
+def test_alignment_holds_for_real_vocabularies() -> None:
+    backend = get_backend("llamacpp")
+    if not backend.is_installed():
+        pytest.skip("needs llama.cpp")
+    paths = [VOCABULARIES / f"ggml-vocab-{name}.gguf" for name in ("llama-spm", "gpt-2", "starcoder")]
+    vocabularies = [Vocabulary(backend.open_tokenizer(path)) for path in paths]
+    fuzz(vocabularies, [relate(a, b) for a in vocabularies for b in vocabularies if a is not b], 200)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "phi-3", "starcoder", "falcon"])
+@pytest.mark.skipif(not VOCABULARIES.is_dir(), reason="needs the vocabularies in ../shared/vocabs")
+def test_llama_cpp_agrees_with_its_vectors_and_its_bytes_with_the_text(name: str) -> None:
+    backend = get_backend("llamacpp")
+    if not backend.is_installed():
+        pytest.skip("needs llama.cpp")
+    path = VOCABULARIES / f"ggml-vocab-{name}.gguf"
+    tokenizer = backend.open_tokenizer(path)
+    texts = Path(f"{path}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    lines = Path(f"{path}.out").read_text(encoding="utf-8").split("\n")
+    for text, line in zip(texts, lines, strict=False):
+        ids = tokenizer.encode(text, special=False).tolist()
+        assert ids == [int(token) for token in line.split()], repr(text)
+        back = b"".join(tokenizer.token_bytes(token) for token in ids)
+        assert back in (text.encode(), b" " + text.encode())
+
+
+def tokens_of(name: str, raw: bytes) -> list[int]:
+    return ByteEncoder(Vocabulary(tokenizers()[name])).encode(raw).ids
+
+
+@pytest.mark.parametrize("name", ["small", "large", "spaced", "folded"])
+def test_encoding_writes_the_bytes_that_were_asked_for(name: str) -> None:
+    vocabulary = Vocabulary(tokenizers()[name])
+    for raw in random_strings(200, seed=3):
+        assert b"".join(vocabulary.texts[token] for token in tokens_of(name, raw)) == raw
+
+
+def test_a_space_is_not_put_in_front_nor_lost() -> None:
+    vocabulary = Vocabulary(tokenizers()["spaced"])
+    for raw, first in ((b"the", b"the"), (b" the", b" the"), (b"  the", b"  ")):
+        assert vocabulary.texts[tokens_of("spaced", raw)[0]] == first
+
+
+def test_a_round_encodes_a_bounded_tail() -> None:
+    """O(new text): the longest stretch that is encoded does not grow with the conversation."""
+    longest: list[int] = []
+
+    class Watched(Pieces):
+        def encode(self, text: str, *, special: bool) -> TokenIds:
+            longest.append(len(text))
+            return super().encode(text, special=special)
+
+    words = " the thing, and then 世界 😀 aaa" * 300
+    draft = Watched(["</s>"], [b" the", b"aaa", b"and"])
+    found = relate(tokenizers()["small"], draft)
+    mirror = Mirror(found)
+    tokens = np.array(tokens_of("small", words.encode()), np.int32)
+    mirror.begin(tokens[:3000])
+    longest.clear()
+    for end in range(3000, 3300, 3):
+        mirror.follow(tokens[:end])
+    assert max(longest) < 400
+
+
+def test_a_word_that_grows_is_split_anew_and_only_that() -> None:
+    found = relate(Pieces(["</s>"], [b"hel", b"lo"]), Pieces(["</s>"], [b"hello", b"hel"]))
+    mirror = Mirror(found)
+    target = [*tokens_of("small", b""), 1]
+    mirror.begin(np.array(target, np.int32))
+    assert [found.draft.texts[token] for token in mirror.ids] == [b"hel"]
+    assert mirror.follow(np.array([*target, 2], np.int32)) == 0
+    assert [found.draft.texts[token] for token in mirror.ids] == [b"hello"]
+
+
+@pytest.mark.parametrize(
+    ("specials", "want"), [("map", [b"</s>", b"<x>"]), ("skip", [b"</s>"]), ("text", [b"</s>", b"<x>"])]
+)
+def test_special_tokens_are_mapped_sent_as_text_or_left_out(specials: str, want: list[bytes]) -> None:
+    found = relate(Pieces(["</s>", "<x>"], []), Pieces(["</s>"], [b"q", b"<x>"]))
+    mirror = Mirror(found, specials)
+    mirror.begin(np.array([0, 1], np.int32))
+    texts = [found.draft.texts[token] for token in mirror.ids]
+    assert b"".join(texts) == b"".join(want)
+    assert (mirror.ids[0] == 0) == (specials != "text")
+
+
+def test_a_bos_is_never_doubled() -> None:
+    bos = Pieces(["</s>", "<s>"], [], bos=1)
+    other = Pieces(["</s>", "<begin>"], [], bos=1)
+    for target, draft in ((bos, other), (bos, bos), (Pieces(["</s>", "<begin>"], []), other)):
+        mirror = Mirror(relate(target, draft))
+        mirror.begin(np.array([1, 70], np.int32))
+        assert mirror.ids[0] == draft.bos and len(mirror.ids) == 2
+    mirror = Mirror(relate(bos, Pieces(["</s>"], [])))
+    mirror.begin(np.array([1, 70], np.int32))
+    assert len(mirror.ids) == 1
+
+
+def test_a_guess_that_would_change_the_last_word_is_known() -> None:
+    """ "the" and "re" would have been another token; behind " " it is a word of its own."""
+    found = relate(Pieces(["</s>"], [b" the", b" there", b"re"]), Pieces(["</s>"], [b"re"]))
+    mirror = Mirror(found)
+    tokens = np.array([1], np.int32)
+    mirror.begin(tokens)
+    tail = Tail(mirror, ByteEncoder(found.target), tokens)
+    assert tail.encode(b"re")[1] is False and tail.encode(b" the")[1] is True
+
+
+def test_unfinished_characters_are_counted() -> None:
+    for raw, count in (
+        (b"a", 0),
+        ("é".encode(), 0),
+        (b"\xc3", 1),
+        (b"\xf0\x9f", 2),
+        (b"a\xf0\x9f\x98", 3),
+        (b"\x80", 0),
+    ):
+        assert incomplete(raw) == count
+
+
+def test_free_writing_holds_back_the_last_token() -> None:
+    target = ReferenceModel(257, seed=3, context_length=200)
+    draft = speaking(ReferenceModel(300, seed=4, context_length=200), Pieces(["\0"], [b"ab", b"cd"]))
+    related = Draft.of(target, draft)
+    drafter = CrossTokenizer(draft, related.relation, related.num_rows, mode="bytes", num=3)
+    with Session(target, drafter) as session:
+        stats = session.generate(list(b"hello"), SamplingParams(max_tokens=8, ignore_eos=True)).stats
+    assert stats.drafter_counts["held_back"] >= stats.num_rounds - 1 and stats.num_drafted
