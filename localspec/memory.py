@@ -144,8 +144,8 @@ def make_plan(
             times = num_sequences if item.scope is MemoryScope.SEQUENCE else 1
             role = "program" if item.scope is MemoryScope.PROCESS else part.role
             lines.append(PlanLine(role, item.what, item.num_bytes, times, item.on_gpu))
-        if part.model.is_recurrent:
-            notes.append(f"{part.role}: the states of its recurrent layers are not counted")
+        if part.model.state_values is None:
+            notes.append(f"{part.role}: how large the states of its recurrent layers are is not known; not counted")
     gpu = next((found for part in parts if (found := part.planner.gpu()) is not None), None)
     return MemoryPlan(tuple(lines), context, num_sequences, machine, gpu, tuple(notes))
 

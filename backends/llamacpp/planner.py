@@ -25,11 +25,12 @@ _F32, _F16, _I64 = 4, 2, 8
 class LlamaPlanner:
     """`preparation.MemoryPlanner`. The arguments are the loader's constants.
 
-    width, tree_width: widest verify.  batch, flash_batch: tokens of a pass.
+    width, tree_width: widest verify.  batch, flash_batch: tokens of a pass.  num_states: of recurrent layers that
+    a sequence keeps, snapshots included.
     """
 
-    def __init__(self, *, width: int, tree_width: int, batch: int, flash_batch: int) -> None:
-        self._width, self._tree_width = width, tree_width
+    def __init__(self, *, width: int, tree_width: int, batch: int, flash_batch: int, num_states: int) -> None:
+        self._width, self._tree_width, self._num_states = width, tree_width, num_states
         self._batch, self._flash_batch = batch, flash_batch
 
     def items(self, model: ModelSummary, settings: LoadSettings, context: int) -> tuple[MemoryItem, ...]:
@@ -39,6 +40,7 @@ class LlamaPlanner:
         num_rows = (self._tree_width if settings.trees else self._width) + 2
         flash = settings.trees or bool(settings.flash_attention)
         batch = self._flash_batch if flash else self._batch
+        num_ids = self._num_states if model.is_recurrent else num_rows
         tables = _GRAPHS + _TOKEN * model.vocab_size
 
         def item(what: str, num_bytes: int, scope: MemoryScope, *, movable: bool = True) -> MemoryItem:
@@ -50,9 +52,12 @@ class LlamaPlanner:
             item("vocabulary and graphs", tables, MemoryScope.MODEL, movable=False),
             item("keys and values (F16)", cells * model.kv_values * _F16, MemoryScope.SEQUENCE),
             item("cells", cells * _CELL, MemoryScope.SEQUENCE, movable=False),
-            item("compute buffer", _compute(model, cells, batch, num_rows, flash), MemoryScope.SEQUENCE),
+            item("compute buffer", _compute(model, cells, batch, num_rows, num_ids, flash), MemoryScope.SEQUENCE),
             item("rows of logits", num_rows * model.vocab_size * _F32, MemoryScope.SEQUENCE, movable=False),
         ]
+        if model.state_values:
+            states = model.state_values * _F32 * self._num_states
+            found.append(item("states of recurrent layers (F32)", states, MemoryScope.SEQUENCE))
         if not share and self._repacks(settings):
             found.append(MemoryItem("weights, repacked (upper bound)", model.file_bytes, MemoryScope.MODEL))
         return tuple(found)
@@ -77,10 +82,10 @@ class LlamaPlanner:
         return probe.examine().verdict is probe.Verdict.WORK
 
 
-def _compute(model: ModelSummary, cells: int, batch: int, num_rows: int, flash: bool) -> int:
+def _compute(model: ModelSummary, cells: int, batch: int, num_rows: int, num_ids: int, flash: bool) -> int:
     """The largest of a pass's three phases, which llama.cpp reserves for a batch rounded up to whole sequences,
     and without flash attention the scores once more as F16, as a product with F16 values wants them."""
-    reserved = max(batch, num_rows) if flash else -(-batch // num_rows) * num_rows
+    reserved = max(batch, num_rows) if flash else -(-batch // num_ids) * num_ids
     widest = max(model.num_heads * model.key_size, model.hidden_size)
     keys = max(model.kv_heads, default=0) * model.value_size
     mask = cells * reserved * (_F32 + _F16 if flash else _F32)

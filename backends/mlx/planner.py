@@ -18,6 +18,7 @@ _STEP = 256  # rows by which a cache grows
 _BATCH = 512  # tokens of a pass
 _ROWS = 128
 _F32 = 4
+_NUM_STATES = 9  # the one at work, snapshots of committed lengths, one before a pass
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -38,13 +39,15 @@ class MlxPlanner:
             return MemoryItem(what, num_bytes, scope, num_bytes if on_gpu else 0)
 
         said = "float32" if expands else model.quantization
-        return (
+        states = (model.state_values or 0) * _NUM_STATES * _F32
+        found = (
             MemoryItem("Python, MLX and mlx-lm", _PROGRAM, MemoryScope.PROCESS),
             item(f"weights ({said})", weights, MemoryScope.MODEL),
             item("keys and values", rows * model.kv_values * value, MemoryScope.SEQUENCE),
             item("compute (estimated)", compute, MemoryScope.SEQUENCE),
             item("rows of logits", _ROWS * model.vocab_size * _F32, MemoryScope.SEQUENCE),
         )
+        return (*found, item("states of recurrent layers", states, MemoryScope.SEQUENCE)) if states else found
 
     def gpu(self) -> GpuMemory | None:
         """What MLX recommends as the most to take, or the GPU's size where it says no more."""

@@ -13,13 +13,12 @@ import numpy as np
 
 from localspec.errors import ModelFileError, ModelNotFoundError
 
-from . import gguf, safetensors
+from . import gguf, safetensors, states
+from .numbers import MAX_LAYERS, Numbers
 
 GGUF_HEADS = frozenset({"dflash", "dspark", "eagle3", "medusa", "gemma4-assistant"})
 """Architectures of GGUF files that read another model's hidden states."""
 
-_MAX_LAYERS = 4096
-_MAX_SIZE = 2**31 - 1
 _GGUF_LAYER = re.compile(r"blk\.(\d{1,4})\.(\w+)\.weight")
 _FOLDER_LAYER = re.compile(r".*layers\.(\d{1,4})\.(?:.*\.)?([\w]+)\.weight")
 _KEY_TENSORS = frozenset(
@@ -32,11 +31,11 @@ _FUSED = "attn_qkv"  # in hybrid models also the name of a recurrent layer's inp
 class ModelSummary:
     """What a model's headers say. None: not stated.
 
-    format: gguf or safetensors.  kv_heads: of each layer, 0 where a layer keeps no keys.  key_size,
-    value_size: numbers per head.  sliding_window: tokens, where any layer has one.  quantization: for
-    people.  weight_bytes: by stored type.  num_parameters: as if nothing was packed.  is_recurrent: has
-    layers with a state of fixed size.  drafter_kind: for a head that cannot run alone, its kind;
-    target_hidden, num_target_layers: the target it was trained for.
+    format: gguf or safetensors.  kv_heads: of each layer, 0 where a layer keeps no keys.  key_size, value_size:
+    numbers per head.  sliding_window: tokens, where any layer has one.  quantization: for people.  weight_bytes: by
+    stored type.  num_parameters: as if nothing was packed.  is_recurrent: has layers with a state of fixed size.
+    state_values: numbers of one such state, over all layers.  drafter_kind: for a head that cannot run alone, its
+    kind; target_hidden, num_target_layers: the target it was trained for.
     """
 
     name: str
@@ -59,6 +58,7 @@ class ModelSummary:
     num_parameters: int
     num_experts: int
     is_recurrent: bool
+    state_values: int | None
     drafter_kind: str | None = None
     target_hidden: int | None = None
     num_target_layers: int | None = None
@@ -99,8 +99,8 @@ def _of_gguf(path: Path) -> ModelSummary:
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise ModelFileError("the GGUF header names no general.architecture")
-    fields = _Numbers(metadata, f"{architecture}.", path.name)
-    num_layers = fields.size("block_count", most=_MAX_LAYERS)
+    fields = Numbers(metadata, f"{architecture}.", path.name)
+    num_layers = fields.size("block_count", most=MAX_LAYERS)
     hidden = fields.size("embedding_length")
     num_heads = max(fields.sizes("attention.head_count", 1), default=1)
     kv_heads = fields.sizes("attention.head_count_kv", num_heads)
@@ -117,6 +117,7 @@ def _of_gguf(path: Path) -> ModelSummary:
     name = metadata.get("general.name")
     names = [tensor.name for tensor in tensors]
     targets = metadata.get(f"{architecture}.target_layers")
+    state_values = states.of_gguf(fields, hidden, num_heads, names)
     return ModelSummary(
         name=name if isinstance(name, str) and name else path.stem,
         path=path,
@@ -137,7 +138,8 @@ def _of_gguf(path: Path) -> ModelSummary:
         file_bytes=sum(part.stat().st_size for part, _ in parts),
         num_parameters=sum(int(np.prod(tensor.shape, dtype=object)) for tensor in tensors),
         num_experts=fields.size("expert_count", 0),
-        is_recurrent=any(".ssm_" in name or ".time_mix_" in name or ".shortconv" in name for name in names),
+        is_recurrent=state_values != 0,
+        state_values=state_values,
         drafter_kind=architecture if architecture in GGUF_HEADS else None,
         target_hidden=fields.size("target_hidden_size", 0) or _fc_input(targets, tensors),
     )
@@ -150,33 +152,6 @@ def _fc_input(targets: object, tensors: Sequence[gguf.TensorInfo]) -> int | None
     if fc is None or not taps or len(fc.shape) != 2 or fc.shape[1] % taps:
         return None
     return fc.shape[1] // taps
-
-
-class _Numbers:
-    """Positive integers below a prefix, checked; `most` bounds what hostile files may claim."""
-
-    def __init__(self, values: Mapping[str, Any], prefix: str, where: str) -> None:
-        self._values, self._prefix, self._where = values, prefix, where
-
-    def size(self, key: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
-        """One number; of a list, the largest. Without a default it must be there."""
-        return max(self.sizes(key, default, most=most), default=0)
-
-    def sizes(self, key: str, default: int | None = None, *, most: int = _MAX_SIZE) -> list[int]:
-        """A number, or one for each layer."""
-        value = self._values.get(self._prefix + key)
-        if value is None and default is not None:
-            return [default]
-        if isinstance(value, np.ndarray):
-            value = value.tolist() if value.size <= _MAX_LAYERS else None
-        items: list[Any] = value if isinstance(value, list) else [value]
-        if len(items) > _MAX_LAYERS or not items or not all(type(item) is int and 0 <= item <= most for item in items):
-            raise ModelFileError(
-                f"{self._where}: {self._prefix}{key} is missing or out of range",
-                got=str(value)[:60],
-                expected=f"0 to {most}",
-            )
-        return [int(item) for item in items]
 
 
 def _by_layer(heads: list[int], num_layers: int, pattern: re.Pattern[str], names: Iterable[str]) -> tuple[int, ...]:
@@ -215,9 +190,9 @@ def _of_folder(path: Path) -> ModelSummary:
         raise ModelFileError("config.json names no model_type", got=str(architecture)[:80])
     inner = next((config[key] for key in ("text_config", "transformer_layer_config") if key in config), None)
     shape = {**config, **inner} if isinstance(inner, dict) else config
-    fields = _Numbers({key: value for key, value in shape.items() if value is not None}, "", "config.json")
+    fields = Numbers({key: value for key, value in shape.items() if value is not None}, "", "config.json")
     tensors = {name: tensor for _, found in parts for name, tensor in found.items()}
-    num_layers = fields.size("num_hidden_layers", fields.size("n_layer", 0), most=_MAX_LAYERS)
+    num_layers = fields.size("num_hidden_layers", fields.size("n_layer", 0), most=MAX_LAYERS)
     hidden = fields.size("hidden_size", fields.size("n_embd", 0))
     num_heads = fields.size("num_attention_heads", fields.size("n_head", 1))
     key_size = fields.size("head_dim", max(1, hidden // max(1, num_heads)))
@@ -229,6 +204,7 @@ def _of_folder(path: Path) -> ModelSummary:
     for tensor in tensors.values():
         weight_bytes[tensor.dtype] += tensor.num_bytes
     kind = _head_kind(config, tensors)
+    state_values = states.of_folder(shape, fields.where, tensors)
     return ModelSummary(
         name=folder.resolve().name,
         path=path,
@@ -249,14 +225,15 @@ def _of_folder(path: Path) -> ModelSummary:
         file_bytes=sum(file.stat().st_size for file, _ in parts),
         num_parameters=_num_parameters(tensors, config),
         num_experts=fields.size("num_experts", fields.size("num_local_experts", 0)),
-        is_recurrent=any("linear_attn" in name or "mamba" in name or ".ssm" in name for name in tensors),
+        is_recurrent=state_values != 0,
+        state_values=state_values,
         drafter_kind=kind,
         target_hidden=_target_hidden(config, tensors) if kind else None,
         num_target_layers=(fields.size("num_target_layers", 0) or None) if kind else None,
     )
 
 
-def _window(shape: Mapping[str, Any], fields: _Numbers) -> int | None:
+def _window(shape: Mapping[str, Any], fields: Numbers) -> int | None:
     if shape.get("use_sliding_window") is False:
         return None
     return fields.size("sliding_window", 0) or None
