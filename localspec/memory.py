@@ -136,7 +136,8 @@ def make_plan(
     lines, once = [], set[str]()
     notes = []
     for part in parts:
-        for item in part.planner.items(part.model, settings, context):
+        own = settings if part is parts[0] else replace(settings, trees=False)  # as `open_pair` loads draft models
+        for item in part.planner.items(part.model, own, context):
             if item.scope is MemoryScope.PROCESS:
                 if item.what in once:
                     continue

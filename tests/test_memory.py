@@ -39,7 +39,7 @@ def test_keys_and_values_are_counted_for_each_conversation() -> None:
 @pytest.mark.real
 def test_the_plan_is_within_a_tenth_of_what_was_measured() -> None:
     """Peaks measured by scripts/memory.py, in MiB; docs/fit.md has the conditions."""
-    for context, measured in ((2048, 213), (16384, 910)):
+    for context, measured in ((2048, 215), (16384, 912)):
         planned = plan("tiny", context=context, backend="llamacpp", machine=ROOM).total / MIB
         assert abs(planned - measured) < 0.1 * measured
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import click
@@ -45,8 +47,8 @@ def fit(
 ) -> None:
     """Say what memory a pair or model would take, from file headers; nothing is loaded.
 
-    NAME is a pair of the catalog, a path, or a pulled ORG/NAME[:QUANT]; without one, the bundled pair.
-    Exits with 1 if it does not fit.
+    NAME is a pair of the catalog, a path, or ORG/NAME[:QUANT]; without one, the bundled pair. Of models that
+    are not on this machine the headers are read from the Hub, a few MB. Exits with 1 if it does not fit.
     """
     from localspec.errors import SettingError
     from localspec.hub.fit import examine
@@ -59,17 +61,40 @@ def fit(
     if pair is None and catalog is not None and name is not None:
         raise SettingError("--catalog only says where pairs are looked for", got=name, expected="a pair's name")
     options = {"target": name, "draft": draft, "pair": pair, "catalog": catalog, "backend": backend}
-    target, helper, backend = named_models(options)
-    found = examine(
-        target,
-        helper,
-        context=context,
-        backend=backend,
-        settings=LoadSettings(trees=trees),
-        num_sequences=conversations,
-    )
+    with tempfile.TemporaryDirectory(prefix="localspec-") as folder:
+        target, helper, backend = named_models(options, partial(_find, Path(folder)))
+        found = examine(
+            target,
+            helper,
+            context=context,
+            backend=backend,
+            settings=LoadSettings(trees=trees),
+            num_sequences=conversations,
+        )
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2))
     else:
         print_fit(found)
     sys.exit(0 if found.plan.fits else 1)
+
+
+def _find(folder: Path, text: str, role: str, backend: str) -> Path:
+    """The model on this machine, or its headers below `folder`."""
+    from localspec.errors import HubOfflineError, NotPulledError
+    from localspec.hub.headers import fetch_headers
+    from localspec.hub.name import HubName
+    from localspec.hub.resolver import find_model
+
+    try:
+        return find_model(text, role, backend)
+    except NotPulledError as error:
+        try:
+            headers = fetch_headers(HubName.parse(text), folder, backend=backend, on_wait=_say)
+        except HubOfflineError as reason:
+            raise NotPulledError(error.what, got=reason.what, fix=error.fix) from None
+    _say(f"{text} is not on this machine; its headers were read from the Hub, {headers.num_bytes / 1e6:.1f} MB")
+    return headers.path
+
+
+def _say(text: str) -> None:
+    click.echo(click.style(text, dim=True), err=True)

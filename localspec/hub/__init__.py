@@ -6,6 +6,7 @@
     pull       all of it together                           resolver  a name or path -> a model on this machine
     catalog    known pairs, and users' own                  selection what runs and fits here
     fit        the memory that a pair takes                 convert   safetensors to GGUF or fewer bits
+    headers    of models that are not here
 
 Importing this package imports nothing.
 """

@@ -202,16 +202,19 @@ def locate(pair: KnownPair, choice: Choice, resolve: Callable[[str], Path] = res
     """
     found: list[Path] = []
     lacking: list[str] = []
+    reasons: list[str] = []
     references = [choice.target] if choice.draft is None else [choice.target, choice.draft]
     for reference in references:
         try:
             found.append(resolve(reference))
-        except ModelNotFoundError:
+        except ModelNotFoundError as error:
             lacking.append(reference)
+            reasons += [str(error.got)] if error.got is not None else []
     if lacking:
         pulls = " and ".join(f"`localspec pull {text}`" for text in lacking if not text.startswith(("/", "~")))
         raise ModelNotFoundError(
             f"pair {pair.name} is not on this machine: {' and '.join(lacking)}",
+            got="; ".join(dict.fromkeys(reasons)) or None,
             fix=f"Get it with {pulls}." if pulls else "Check the paths in its catalog.",
         )
     return found[0], found[1] if len(found) == 2 else None
