@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
+from localspec.compatibility import check_draft, check_whole
 from localspec.drafters import AUTO, Draft, DrafterSpec, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import (
@@ -31,6 +32,8 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from localspec.formats import summarize
+from localspec.memory import Part, look, settle
 from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
 from localspec.verify import make_acceptance
 
@@ -43,6 +46,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 
 BUNDLED = "tiny"
 """Name of the pair that comes with localspec."""
+
+TARGET, DRAFT = "target", "draft model"
+"""Roles of the parts of a memory plan."""
 
 
 # ---------------------------------------------------------------- backends
@@ -183,11 +189,15 @@ def resolve_model(text: str, role: str = "target", find_pulled: Callable[[str], 
 
 
 class Pair:
-    """A target with its draft model (if any), opened and checked. Close it, or use it with `with`."""
+    """A target with its draft model (if any), opened and checked. Close it, or use it with `with`.
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel | None) -> None:
+    found: what was decided or found doubtful before loading, in words.
+    """
+
+    def __init__(self, target: LanguageModel, draft: LanguageModel | None, found: Sequence[str] = ()) -> None:
         self.target = target
         self.draft = draft
+        self._found = tuple(found)
 
     @cached_property
     def drafting(self) -> Draft | None:
@@ -196,8 +206,9 @@ class Pair:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was worked around for the two models and between them, each thing once."""
-        found = [note for model in (self.target, self.draft) if model is not None for note in model.info.notes]
+        """What was decided before loading, and worked around for the two models and between them, each thing once."""
+        found = [*self._found]
+        found += [note for model in (self.target, self.draft) if model is not None for note in model.info.notes]
         if self.drafting is not None and not self.drafting.relation.same:
             found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
         return tuple(dict.fromkeys(found))
@@ -235,11 +246,13 @@ def open_pair(
     *,
     backend: str = AUTO,
     settings: LoadSettings | None = None,
+    check_memory: bool = True,
 ) -> Pair:
     """Open a target and, if one is named, its draft model; with no target the bundled pair.
 
-    The draft model gets the target's context length. Raises members of the error tree; what was
-    opened before an error is closed again.
+    The draft model gets the target's context length. Where no context is named and memory does not allow
+    the usual one, a shorter one is chosen and said in `Pair.notes`. check_memory: refuse what does not
+    fit (`localspec.memory`). Raises members of the error tree; what was opened before an error is closed again.
     """
     settings = settings or LoadSettings()
     if target is None:
@@ -248,14 +261,19 @@ def open_pair(
         draft = target
     target_path = resolve_model(target, "target")
     draft_path = resolve_model(draft, "draft") if draft is not None else None
+    parts = plan_parts(target_path, draft_path, backend)
+    found = check_pair(parts)
+    if check_memory:
+        settings, said = settle(parts, settings, look())
+        found += said
     model = load_model(target_path, backend, settings)
     try:
         if draft_path is None:
-            return Pair(model, None)
+            return Pair(model, None, found)
         # a drafter's trees need not be exact, so it is spared what that costs
         helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length, trees=False))
         try:
-            pair = Pair(model, helper)
+            pair = Pair(model, helper, found)
             if pair.drafting is not None and pair.drafting.relation.same:
                 check_rows(model, helper)
         except BaseException:
@@ -265,6 +283,27 @@ def open_pair(
     except BaseException:
         model.close()
         raise
+
+
+def plan_parts(target: Path, draft: Path | None = None, backend: str = AUTO) -> list[Part]:
+    """What a memory plan is made from; without the models whose backend cannot tell. Raises as `choose_backend`
+    and `formats.summarize`."""
+    parts = []
+    for role, path in ((TARGET, target), (DRAFT, draft)):
+        planner = choose_backend(backend, path).planner if path is not None else None
+        if path is not None and planner is not None:
+            parts.append(Part(role, summarize(path), planner))
+    return parts
+
+
+def check_pair(parts: Sequence[Part]) -> tuple[str, ...]:
+    """What headers say against a target and its draft model, from `plan_parts`. Returns doubts; raises
+    PairMismatchError and UnsupportedModelError. What only a backend can read is left to it."""
+    models = {part.role: part.model for part in parts}
+    target, draft = models.get(TARGET), models.get(DRAFT)
+    if target is not None:
+        check_whole(target, TARGET)
+    return () if target is None or draft is None else check_draft(target, draft)
 
 
 def load_model(path: Path, backend: str = AUTO, settings: LoadSettings | None = None) -> LanguageModel:

@@ -33,6 +33,7 @@ from localspec.types import Logits, NodeIndices, NoiseKeys, TokenIds
 
 if TYPE_CHECKING:
     from localspec.context import Context
+    from localspec.preparation import MemoryPlanner, Quantizer
     from localspec.sampling import Law, Sampler
     from localspec.tree.grow import Grower
 
@@ -397,6 +398,16 @@ class Backend(Protocol):
 
     def accepts(self, path: Path) -> bool:
         """Could `path` be a model of this backend, judged by name and first bytes?"""
+        ...
+
+    @property
+    def planner(self) -> MemoryPlanner | None:
+        """What its models take; None where that cannot be told, and then nothing is refused for it."""
+        ...
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """None where it converts nothing."""
         ...
 
     def open_tokenizer(self, path: Path) -> Tokenizer:

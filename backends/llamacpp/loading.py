@@ -26,6 +26,7 @@ from localspec.protocols import Capabilities, LoadSettings, ModelInfo, Rewind, W
 from . import native, probe, recurrent, selfcheck
 from .memory import MAX_IDS, Memory
 from .model import LlamaModel
+from .planner import LlamaPlanner
 from .processors import num_cores
 from .state import LlamaState
 from .tokenizer import LlamaTokenizer
@@ -43,6 +44,13 @@ _MAX_BATCH = 512
 _MAX_FLASH_BATCH = 63  # from 64 tokens on, flash attention on a CPU works in tiles and rounds otherwise
 _MAX_SEQUENCES = 64
 _ALL_LAYERS = 999
+PLANNER = LlamaPlanner(
+    width=_MAX_WIDTH,
+    tree_width=_MAX_TREE_WIDTH,
+    batch=_MAX_BATCH,
+    flash_batch=_MAX_FLASH_BATCH,
+    num_states=recurrent.NUM_IDS,
+)
 _FLASH_AUTO, _FLASH_OFF, _FLASH_ON = -1, 0, 1
 
 _CPU_CLASS = WidthClass(

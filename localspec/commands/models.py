@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +30,15 @@ def open_models(
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
-    target, draft, backend = _models(options, offer_pull)
+    target, draft, backend = named_models(options, partial(_find, offer_pull=offer_pull))
     with loading(quiet=quiet):
-        return open_pair(target, draft, backend=backend, settings=settings)
+        return open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
 
 
-def _models(options: dict[str, Any], offer_pull: bool) -> tuple[str | None, str | None, str]:
+def named_models(options: dict[str, Any], find: Callable[[str, str, str], Path]) -> tuple[str | None, str | None, str]:
     """Target, draft model and backend as named, or those of the catalog's pair.
 
-    offer_pull: on a terminal, ask whether to fetch what is not here.
+    find: from (name or path, role, backend) to the model.
     """
     from localspec.doctor import memory_bytes
     from localspec.errors import SettingError
@@ -46,14 +48,14 @@ def _models(options: dict[str, Any], offer_pull: bool) -> tuple[str | None, str 
     if options["pair"] is None:
         if options["catalog"] is not None:
             raise SettingError("--catalog only says where pairs are looked for", fix="Name one with --pair.")
-        target, draft = (_locate(options[role], role, options["backend"], offer_pull) for role in ("target", "draft"))
+        target, draft = (_locate(options[role], role, options["backend"], find) for role in ("target", "draft"))
         return target, draft, options["backend"]
     if options["target"] is not None or options["draft"] is not None:
         raise SettingError("--pair names both models", fix="Leave out --target and --draft, or --pair.")
     name, _, quantization = options["pair"].partition(":")
     pair = load_catalog(options["catalog"]).get(name)
     choice = choice_for(pair, memory_bytes(), allowed_backends(options), quantization or None)
-    found, helper = locate(pair, choice, lambda text: _find(text, "target", choice.backend, offer_pull))
+    found, helper = locate(pair, choice, lambda text: find(text, "target", choice.backend))
     return str(found), None if helper is None else str(helper), choice.backend
 
 
@@ -66,13 +68,13 @@ def allowed_backends(options: dict[str, Any]) -> list[str]:
     return installed_backends() or backend_names()  # with none installed, opening says how to install one
 
 
-def _locate(text: str | None, role: str, backend: str, offer_pull: bool) -> str | None:
+def _locate(text: str | None, role: str, backend: str, find: Callable[[str, str, str], Path]) -> str | None:
     """The path of a model; bundled names stay as they are, because they name pairs."""
     from localspec.loading import bundled_names
 
     if text is None or text in bundled_names():
         return text
-    return str(_find(text, role, backend, offer_pull))
+    return str(find(text, role, backend))
 
 
 def _find(text: str, role: str, backend: str, offer_pull: bool) -> Path:

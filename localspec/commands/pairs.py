@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from localspec.commands.fit import fit
 from localspec.commands.models import pull_model
 from localspec.commands.options import F, apply_options, catalog_option
 
@@ -78,6 +79,9 @@ def check_pairs(file: Path) -> None:
     for name, origin in load_catalog(file).replaced:
         if name in own:
             click.echo(f"{name} replaces that of {origin}")
+
+
+pairs.add_command(fit)
 
 
 def _print_pairs(text: str, options: dict[str, Any]) -> None:

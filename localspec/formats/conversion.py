@@ -1,14 +1,14 @@
 """Writes a GGUF file from what a Hugging Face folder holds: configuration, weights, tokenizer.
 
-Covers the dense llama, qwen2 and qwen3 families, which is what the bundled pair and the tests need;
-for anything else llama.cpp's own converter is the tool. The same input gives the same bytes.
+Covers the dense llama, qwen2 and qwen3 families; for anything else llama.cpp's own converter is the
+tool. The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,24 @@ from numpy.typing import NDArray
 
 from localspec.errors import ModelFileError, SettingError, UnsupportedModelError
 
+from . import gguf, safetensors
+
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["FILE_TYPES", "QUANTIZATIONS", "Checkpoint", "add_tokenizer", "read_safetensors", "write_gguf_file"]
+__all__ = [
+    "ARCHITECTURES",
+    "FILE_TYPES",
+    "QUANTIZATIONS",
+    "Checkpoint",
+    "Progress",
+    "StoredWeights",
+    "add_tokenizer",
+    "check_architecture",
+    "read_safetensors",
+    "write_gguf_file",
+    "write_gguf_like",
+]
 
 QUANTIZATIONS = ("Q4_0", "Q8_0", "F16", "F32")
 """Types a matrix may be stored in. Norms and biases are always F32."""
@@ -29,7 +43,10 @@ QUANTIZATIONS = ("Q4_0", "Q8_0", "F16", "F32")
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
 """Numbers that GGUF metadata name them by."""
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+Progress = Callable[[int, int], None]
+"""Told (number done, number in all)."""
 
 _OUTER_TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -57,6 +74,7 @@ _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLIT_PATTERNS = {_LETTERS + "{1,3}" + _REST: "llama-bpe", _LETTERS + _REST: "qwen2"}
 
+_MAX_TOKENIZER = 128 * 2**20
 _SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -75,66 +93,133 @@ class Checkpoint:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Checkpoint:
-        """Read a folder with `config.json`, `model.safetensors`, `tokenizer.json` and its config."""
+        """Read a folder with `config.json`, weights in one file or several, `tokenizer.json` and its config.
 
-        def parsed(name: str) -> dict[str, Any]:
-            content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return content
-
+        Weights are read when asked for. Raises ModelFileError.
+        """
         return cls(
-            config=parsed("config.json"),
-            weights=read_safetensors(folder / "model.safetensors"),
-            tokenizer=parsed("tokenizer.json"),
-            tokenizer_config=parsed("tokenizer_config.json"),
+            config=safetensors.read_json(folder / "config.json"),
+            weights=StoredWeights(safetensors.read_folder(folder)),
+            tokenizer=safetensors.read_json(folder / "tokenizer.json", _MAX_TOKENIZER),
+            tokenizer_config=safetensors.read_json(folder / "tokenizer_config.json", _MAX_TOKENIZER),
         )
+
+
+class StoredWeights(Mapping[str, NDArray[np.float32]]):
+    """The tensors of safetensors files as float32, each read when asked for."""
+
+    def __init__(self, parts: Sequence[tuple[Path, Mapping[str, safetensors.StoredTensor]]]) -> None:
+        self._places = {name: (path, tensor) for path, tensors in parts for name, tensor in tensors.items()}
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        path, tensor = self._places[name]
+        if tensor.dtype not in _SAFETENSORS_TYPES:  # numpy has no bfloat16, and packed weights need their scales
+            known = ", ".join(_SAFETENSORS_TYPES)
+            raise ModelFileError(f"tensor {name} of {path.name} cannot be read", got=tensor.dtype, expected=known)
+        with path.open("rb") as file:
+            file.seek(tensor.start)
+            raw = file.read(tensor.num_bytes)
+        if len(raw) != tensor.num_bytes:
+            raise ModelFileError(f"{path.name} became shorter while it was read")
+        stored = np.frombuffer(raw, _SAFETENSORS_TYPES[tensor.dtype]).reshape(tensor.shape)
+        if tensor.dtype == "BF16":  # the upper half of a float32
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def read_safetensors(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Every tensor as float32, by name. Written out here because numpy has no bfloat16."""
-    content = path.read_bytes()
-    header_size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + header_size])
-    header.pop("__metadata__", None)
-    body = memoryview(content)[8 + header_size :]
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            known = ", ".join(_SAFETENSORS_TYPES)
-            raise ModelFileError(f"tensor {name} of {path.name} cannot be read", got=entry["dtype"], expected=known)
-        start, end = entry["data_offsets"]
-        stored = np.frombuffer(body[start:end], _SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            tensors[name] = (stored.astype(np.uint32) << 16).view(np.float32)
-        else:
-            tensors[name] = stored.astype(np.float32)
-    return tensors
+    """Every tensor as float32, by name. Raises ModelFileError."""
+    return dict(StoredWeights([(path, safetensors.read_header(path))]))
 
 
 def write_gguf_file(
-    path: Path, checkpoint: Checkpoint, quantization: str, *, name: str, licence: str = "", description: str = ""
+    path: Path,
+    checkpoint: Checkpoint,
+    quantization: str,
+    *,
+    name: str,
+    licence: str = "",
+    description: str = "",
+    on_tensor: Progress | None = None,
 ) -> None:
     """Write `checkpoint` to `path`, all matrices in `quantization`, all vectors in float32."""
-    from gguf import GGUFWriter
-
-    if quantization not in QUANTIZATIONS:
-        raise SettingError("unknown quantization", got=quantization, expected=f"one of {', '.join(QUANTIZATIONS)}")
-    architecture = checkpoint.config["model_type"]
-    if architecture not in _ARCHITECTURES:
-        raise UnsupportedModelError(
-            "this converter does not know the architecture", got=architecture, expected=", ".join(_ARCHITECTURES)
-        )
-    writer = GGUFWriter(path, architecture)
+    writer = _begin(path, checkpoint.config, quantization)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_description(description)
     writer.add_license(licence)
     _add_shape(writer, checkpoint.config, quantization)
     add_tokenizer(writer, checkpoint)
-    _add_tensors(writer, checkpoint, quantization)
+    _add_tensors(writer, checkpoint.config, checkpoint.weights, quantization, on_tensor)
+    _finish(writer)
+
+
+def write_gguf_like(
+    path: Path,
+    pattern: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, NDArray[np.float32]],
+    quantization: str,
+    *,
+    name: str,
+) -> None:
+    """Write a model of another shape with the tokenizer of the GGUF file `pattern`: for measuring."""
+    writer = _begin(path, config, quantization)
+    writer.add_name(name)
+    _add_shape(writer, config, quantization)
+    for key, value in gguf.read_header(pattern).metadata.items():
+        if not key.startswith("tokenizer."):
+            continue
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_array(key, value if isinstance(value, list) else np.asarray(value).tolist())
+    _add_tensors(writer, config, weights, quantization, None)
+    _finish(writer)
+
+
+def _begin(path: Path, config: Mapping[str, Any], quantization: str) -> GGUFWriter:
+    from gguf import GGUFWriter
+
+    if quantization not in QUANTIZATIONS:
+        raise SettingError("unknown quantization", got=quantization, expected=f"one of {', '.join(QUANTIZATIONS)}")
+    check_architecture(config)
+    return GGUFWriter(path, config["model_type"])
+
+
+def _finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError, naming what is known, for a model that would come out wrong."""
+    architecture = config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            "this converter does not know the architecture", got=architecture, expected=", ".join(ARCHITECTURES)
+        )
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
+    for name, found, known in (
+        ("scaling of positions", kind, ("default",)),
+        ("sliding window", bool(config.get("use_sliding_window")), (False,)),
+        ("quantised source", config.get("quantization") or config.get("quantization_config"), (None,)),
+    ):
+        if found not in known:
+            raise UnsupportedModelError(f"this converter does not know a model with a {name}", got=str(found)[:80])
 
 
 def _add_shape(writer: GGUFWriter, config: Mapping[str, Any], quantization: str) -> None:
@@ -151,7 +236,7 @@ def _add_shape(writer: GGUFWriter, config: Mapping[str, Any], quantization: str)
     writer.add_key_length(head_size)
     writer.add_value_length(head_size)
     writer.add_rope_dimension_count(head_size)
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(_rope_base(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
@@ -200,13 +285,20 @@ def _split_name(pre_tokenizer: Mapping[str, Any]) -> str:
     )
 
 
-def _add_tensors(writer: GGUFWriter, checkpoint: Checkpoint, quantization: str) -> None:
+def _add_tensors(
+    writer: GGUFWriter,
+    config: Mapping[str, Any],
+    weights: Mapping[str, NDArray[np.float32]],
+    quantization: str,
+    on_tensor: Progress | None,
+) -> None:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    config = checkpoint.config
-    for name in sorted(checkpoint.weights, key=_reading_order):
-        weight = checkpoint.weights[name]
+    for number, name in enumerate(sorted(weights, key=_reading_order), start=1):
+        if on_tensor is not None:
+            on_tensor(number, len(weights))
+        weight = weights[name]
         if name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue  # the same matrix as the embedding, which llama.cpp then uses twice
         if config["model_type"] == "llama" and ".q_proj." in name:
@@ -242,6 +334,15 @@ def _interleave_halves(weight: NDArray[np.float32], num_heads: int) -> NDArray[n
     """
     halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _rope_base(config: Mapping[str, Any]) -> float:
+    """Newer configurations keep it one level down."""
+    inner = config.get("rope_parameters")
+    base = config.get("rope_theta", inner.get("rope_theta") if isinstance(inner, dict) else None)
+    if not isinstance(base, int | float):
+        raise ModelFileError("config.json names no rope_theta", got=base, expected="a number")
+    return float(base)
 
 
 def _head_size(config: Mapping[str, Any]) -> int:

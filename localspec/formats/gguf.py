@@ -1,16 +1,15 @@
-"""Reads a GGUF header with every count checked against the file's size, so that no file can crash us.
-
-Nothing here knows MLX; `gguf_model.py` does.
-"""
+"""Reads a GGUF header with every count checked against the file's size, so that no file can crash us."""
 
 from __future__ import annotations
 
 import math
-import mmap
+import os
+import re
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +33,14 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+_MAX_HEADER = 128 * 2**20  # bytes; the largest known tokenizers need 20 MB
+_MAX_TEXTS = 4 * 2**20
+_MAX_KEY = 2**16 - 1  # bytes, as the format says
+_MAX_NAME = 512  # bytes of a tensor's name; llama.cpp takes 64
+_MAX_PARTS = 1024
+_MAX_SAID = 200  # characters of a message, which may quote the file
+_CHUNK = 64 * 2**10
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 # type number: (name, weights in a block, bytes of a block), as in ggml.h
 TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
@@ -70,31 +77,70 @@ def read_header(path: Path) -> GgufHeader:
     """Raises ModelFileError for a file that is truncated, corrupt or not GGUF, UnsupportedModelError for
     versions and tensor types that are not known."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reader(content, path.name).header()
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise ModelFileError(f"{path.name} cannot be read", got=error) from error
+        with path.open("rb") as file:
+            return _Reader(file, os.fstat(file.fileno()).st_size, path.name).header()
+    except OSError as error:
+        raise ModelFileError(f"{path.name} cannot be read", got=error.strerror or error) from error
+
+
+def read_parts(path: Path) -> list[tuple[Path, GgufHeader]]:
+    """The headers of a model that is split into files, the first one first; of a whole file, just its own.
+
+    Any part may be named. Raises ModelFileError where one is missing or belongs to another model.
+    """
+    header = read_header(path)
+    count = header.metadata.get("split.count", 0)
+    if not isinstance(count, int) or not 0 <= count <= _MAX_PARTS:
+        raise ModelFileError(f"{path.name}: split.count out of range", got=count, expected=f"at most {_MAX_PARTS}")
+    if count < 2:
+        return [(path, header)]
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise ModelFileError(
+            "the GGUF file is one part of several and is not named as one",
+            got=path.name,
+            expected=f"NAME-00001-of-{count:05}.gguf",
+        )
+    parts, names = [], set[str]()
+    for number in range(count):
+        part = path.with_name(f"{match[1]}-{number + 1:05}-of-{count:05}.gguf")
+        if not part.is_file():
+            raise ModelFileError("a part of the model is missing", got=part.name, fix="Download it.")
+        found = header if part == path else read_header(part)
+        if found.metadata.get("split.no") != number or found.metadata.get("split.count") != count:
+            raise ModelFileError(f"{part.name} is not the part that its name says", got=found.metadata.get("split.no"))
+        twice = names & found.tensors.keys()
+        if twice:
+            raise ModelFileError(f"{part.name} repeats a tensor of another part", got=min(twice))
+        names |= found.tensors.keys()
+        parts.append((part, found))
+    return parts
 
 
 class _Reader:
-    """A cursor that never leaves the file."""
+    """A cursor that never leaves the file, nor reads more of it than a header may have."""
 
-    def __init__(self, content: mmap.mmap, name: str) -> None:
-        self._content = content
+    def __init__(self, file: BinaryIO, size: int, name: str) -> None:
+        self._file = file
         self._name = name
-        self._size = len(content)
+        self._size = size
+        self._end = min(size, _MAX_HEADER)
+        self._window = b""  # what was read and is not used up
+        self._start = 0  # where in the window the cursor stands
         self._at = 0
+        self._num_texts = 0
 
     def header(self) -> GgufHeader:
-        if self._bytes(4) != b"GGUF":
-            raise ModelFileError(f"{self._name} is no GGUF file", got=self._content[:4], expected=b"GGUF")
+        magic = self._bytes(min(4, self._size))
+        if magic != b"GGUF":
+            raise ModelFileError(f"{self._name} is no GGUF file", got=magic, expected=b"GGUF")
         version = self._integer("<I")
         if version not in (2, 3):
             raise UnsupportedModelError(f"{self._name} has an unknown GGUF version", got=version, expected="2 or 3")
         num_tensors, num_values = self._integer("<Q"), self._integer("<Q")
         metadata: dict[str, Value] = {}
         for _ in range(self._count(num_values, 13)):
-            key = self._string()
+            key = self._string(_MAX_KEY)
             if key in metadata:
                 raise self._corrupt(f"{key} occurs twice")
             metadata[key] = self._value(key)
@@ -102,11 +148,14 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise self._corrupt(f"alignment {alignment}")
+        for t in tensors:
+            if t.offset % alignment:
+                raise self._corrupt(f"tensor {t.name} begins at {t.offset}, not at a multiple of {alignment}")
         return GgufHeader(metadata, self._placed(tensors, -(-self._at // alignment) * alignment))
 
     def _placed(self, tensors: list[TensorInfo], start: int) -> dict[str, TensorInfo]:
-        """Tensors by name, with offsets from the file's start, all inside the file."""
-        placed = {}
+        """Tensors by name, with offsets from the file's start, all inside the file and none over another."""
+        placed: dict[str, TensorInfo] = {}
         for t in tensors:
             if t.name in placed:
                 raise self._corrupt(f"tensor {t.name} occurs twice")
@@ -118,10 +167,13 @@ class _Reader:
                     expected=end,
                 )
             placed[t.name] = TensorInfo(t.name, t.kind, t.shape, start + t.offset, t.num_bytes)
+        for first, second in pairwise(sorted(placed.values(), key=lambda t: t.offset)):
+            if first.offset + first.num_bytes > second.offset:
+                raise self._corrupt(f"tensors {first.name} and {second.name} overlap")
         return placed
 
     def _tensor(self) -> TensorInfo:
-        name = self._string()
+        name = self._string(_MAX_NAME)
         num_dimensions = self._integer("<I")
         if not 0 < num_dimensions <= _MAX_DIMENSIONS:
             raise self._corrupt(f"tensor {name} has {num_dimensions} dimensions")
@@ -147,7 +199,7 @@ class _Reader:
     def _array(self, key: str) -> Value:
         kind, count = self._integer("<I"), self._integer("<Q")
         if kind == _STRING:
-            return [self._string() for _ in range(self._count(count, 8))]
+            return self._texts(self._count(count, 8))
         if kind not in _SCALARS:
             raise self._corrupt(f"{key} is an array of type {kind}")
         return self._numbers(kind, count)
@@ -156,27 +208,46 @@ class _Reader:
         dtype = np.dtype(_SCALARS[kind])
         return np.frombuffer(self._bytes(self._count(count, dtype.itemsize) * dtype.itemsize), dtype)
 
-    def _string(self) -> str:
-        raw = self._bytes(self._integer("<Q"))
+    def _texts(self, count: int) -> list[str]:
+        self._num_texts += count
+        if self._num_texts > _MAX_TEXTS:
+            raise self._corrupt(f"more than {_MAX_TEXTS} texts")
+        return [self._string(self._end) for _ in range(count)]
+
+    def _string(self, limit: int = _MAX_HEADER) -> str:
+        length = self._integer("<Q")
+        if length > limit:
+            raise self._corrupt(f"a name of {length} bytes")
+        raw = self._bytes(length)
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise self._corrupt(f"a text is not UTF-8: {raw[:40]!r}") from error
 
     def _integer(self, form: str) -> int:
-        value: int = struct.unpack(form, self._bytes(struct.calcsize(form)))[0]
+        value: int = struct.unpack(form, self._bytes(8 if form == "<Q" else 4))[0]
         return value
 
     def _count(self, count: int, min_bytes: int) -> int:
         """`count` items of at least `min_bytes` each must fit into what is left."""
-        if count * min_bytes > self._size - self._at:
-            raise self._corrupt(f"{count} items do not fit into the file")
+        if count * min_bytes > self._end - self._at:
+            raise self._corrupt(f"{count} items do not fit into the file, or into a header of {_MAX_HEADER} bytes")
         return count
 
     def _bytes(self, count: int) -> bytes:
-        self._count(count, 1)
+        """The next bytes; read from the file in chunks, since most are asked for by the dozen."""
+        end = self._start + count
+        if end > len(self._window):
+            self._count(count, 1)
+            rest = self._window[self._start :]
+            self._window = rest + self._file.read(max(count - len(rest), min(_CHUNK, self._end - self._at)))
+            self._start, end = 0, count
+            if end > len(self._window):
+                raise self._corrupt("the file became shorter while it was read")
+        raw = self._window[self._start : end]
+        self._start = end
         self._at += count
-        return self._content[self._at - count : self._at]
+        return raw
 
     def _corrupt(self, what: str) -> ModelFileError:
-        return ModelFileError(f"{self._name} is truncated or corrupt", got=what)
+        return ModelFileError(f"{self._name} is truncated or corrupt", got=what[:_MAX_SAID])
