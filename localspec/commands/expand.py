@@ -1,0 +1,40 @@
+"""`localspec bench expand`: a target with the cost of a larger model and the function of a small one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+_TYPES = "gguf: F32, F16, Q8_0, Q4_0; safetensors: float32, float16, bfloat16"
+
+
+@click.command()
+@click.argument("source")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--size", required=True, metavar="SIZE", help="0.5b, 1b or 8b.")
+@click.option("--format", "form", metavar="FORMAT", help="gguf or safetensors [default: by OUTPUT's name].")
+@click.option("--type", "kind", metavar="TYPE", help=f"{_TYPES} [default: Q4_0; bfloat16].")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def expand(
+    source: str, output: Path, size: str, form: str | None, kind: str | None, seed: int, force: bool, as_json: bool
+) -> None:
+    """Write OUTPUT: it costs what a model of SIZE costs and says what SOURCE says.
+
+    SOURCE is a safetensors folder, a GGUF file or a bundled name (dense llama, qwen2 or qwen3). For measuring
+    speed at realistic cost with true acceptance; it knows no more than SOURCE. Use SOURCE's draft model with it.
+    """
+    from localspec.bench.expand import Size
+    from localspec.bench.expand import expand as write
+    from localspec.commands.progress import progress_bar
+    from localspec.loading import resolve_model
+
+    form = form or ("gguf" if output.suffix == ".gguf" else "safetensors")
+    kind = kind or ("Q4_0" if form == "gguf" else "bfloat16")
+    path = resolve_model(source)
+    with progress_bar(f"writing {output.name}") as tell:
+        done = write(path, output, Size.named(size), form, kind, seed=seed, force=force, on_bytes=tell)
+    click.echo(json.dumps(done.as_dict(), indent=2) if as_json else "\n".join(done.lines()))
