@@ -14,10 +14,16 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(label, total=None)
+    progress = Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    )
+    task = progress.add_task(label, total=None)
 
-        def tell(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+    def tell(done: int, total: int) -> None:
+        progress.start()  # not before there is something to show: an empty display leaves an empty line
+        progress.update(task, completed=done, total=total)
 
+    try:
         yield tell
+    finally:
+        progress.stop()

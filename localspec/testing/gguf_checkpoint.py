@@ -78,6 +78,9 @@ class _Weights(Mapping[str, NDArray[np.float32]]):
         shape = tuple(int(size) for size in reversed(tensor.shape))
         return interleave_heads(name, values.astype(np.float32, copy=False).reshape(shape), self.config, back=True)
 
+    def __contains__(self, name: object) -> bool:  # inherited, it would read the tensor
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

@@ -65,9 +65,11 @@ class Expansion:
                 f"the function of the source stored as {self.kind}: {self.num_rounded} of its {self.num_kept} numbers "
                 f"are rounded, by at most {self.worst:.1e} of the largest in their tensor"
             )
+        shape = f"{self.num_layers} layers of {self.hidden}, MLP {self.inner}, "
+        shape += f"{self.num_heads} heads, {self.num_kv_heads} of keys and values"
         return [
             f"{self.path}: {self.num_parameters / 1e9:.2f}B parameters, {self.kind}, {self.num_bytes / 1e9:.2f} GB",
-            f"{self.num_layers} layers of {self.hidden}, MLP {self.inner}, heads {self.num_heads} / {self.num_kv_heads}",
+            shape,
             function,
         ]
 
@@ -285,7 +287,7 @@ def _vector(tensor: Grown, kept: Blocks | None, e: Encoding, noise: Noise) -> Bl
     """[entries, bytes]."""
     (length,) = tensor.shape
     if tensor.part is Part.BIAS:
-        blocks = noise.matrix(tensor.name, 1, length)[0]
+        blocks: Blocks = noise.matrix(tensor.name, 1, length)[0]
         if kept is not None:
             blocks[: len(kept)] = kept
         return blocks
