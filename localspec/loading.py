@@ -231,7 +231,9 @@ class Pair:
             return make_drafter(parsed, self.drafting)
         experience = self.experience  # first of all: measuring needs a free sequence
         capabilities = self.target.capabilities
-        form = "tree" if capabilities.trees and capabilities.exact_trees else "chain"
+        # on a device a chain is guessed without waiting for it, a tree waits once per level
+        branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
+        form = "tree" if branches else "chain"
         free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None)]
         if self.draft is None:
             return Scheduled(free, [], experience)
