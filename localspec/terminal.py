@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +56,18 @@ def _console(*, stderr: bool = False) -> Console:
 def loading(*, quiet: bool) -> AbstractContextManager[Status | None]:
     """A spinner on standard error while models are opened."""
     return nullcontext() if quiet else _console(stderr=True).status("loading models ...")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[float, str], None]]:
+    """A function that shows on standard error which share is done, 0 to 1, and what is being done."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
+    with Bar(*columns, console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share, what: bar.update(task, completed=share, description=what)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def open_models(
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
-    target, draft, backend = named_models(options, partial(_find, offer_pull=offer_pull))
+    target, draft, backend = find_models(options, offer_pull)
     with loading(quiet=quiet) as status:
         pair = open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
         if any(spec.decides for spec in specs):
@@ -42,6 +42,11 @@ def open_models(
                 pair.close()
                 raise
         return pair
+
+
+def find_models(options: dict[str, Any], offer_pull: bool = False) -> tuple[str | None, str | None, str]:
+    """Target, draft model and backend to open. offer_pull: on a terminal, ask whether to fetch what is not here."""
+    return named_models(options, partial(_find, offer_pull=offer_pull))
 
 
 def named_models(options: dict[str, Any], find: Callable[[str, str, str], Path]) -> tuple[str | None, str | None, str]:

@@ -51,7 +51,7 @@ def describe_files(path: Path) -> dict[str, Any]:
 
 
 def describe_model(model: LanguageModel) -> dict[str, Any]:
-    """A loaded model: its files, the runtime and its options, the device, the context it was loaded with."""
+    """A loaded model: its files, the runtime and its options, the device."""
     info = model.info
     return {
         "name": info.name,
@@ -60,5 +60,4 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
         "runtime": info.runtime,
         "device": info.device,
         "options": dict(info.options),
-        "context": info.context_length,
     }

@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,20 +52,17 @@ class Tuned:
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         found = self.width_class
-        fields = None if found is None else {name: getattr(found, name) for name in _CLASS_FIELDS}
-        return {"costs": self.costs.as_dict(), "width_class": fields}
+        return {"costs": self.costs.as_dict(), "width_class": None if found is None else asdict(found)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tuned:
         """The inverse. Raises ValueError, KeyError or TypeError for anything else."""
         found = data["width_class"]
-        return cls(Costs.from_dict(data["costs"]), None if found is None else _width_class(found))
+        return cls(Costs.from_dict(data["costs"]), None if found is None else width_class_from(found))
 
 
-_CLASS_FIELDS = ("min_width", "max_width", "evidence", "measured")
-
-
-def _width_class(data: Mapping[str, Any]) -> WidthClass:
+def width_class_from(data: Mapping[str, Any]) -> WidthClass:
+    """A width class from its fields. Raises ValueError, KeyError or TypeError for anything else."""
     most = None if data["max_width"] is None else int(data["max_width"])
     return WidthClass(int(data["min_width"]), most, str(data["evidence"]), bool(data["measured"]))
 
@@ -117,25 +114,33 @@ def options_for(
 ) -> dict[str, bool | int]:
     """The `LoadSettings` fields that won for a target with this draft model (None: without one) on this machine; empty
     if `localspec tune` was not run for them."""
+    report = find_report(path, backend, draft, folder)
+    return {} if report is None else report[0]
+
+
+def find_report(
+    path: Path, backend: str, draft: Path | None, folder: Path | None = None
+) -> tuple[dict[str, bool | int], Mapping[str, Any]] | None:
+    """(the options that won, all that `localspec tune` said) for a target with a draft model, if it was run."""
     key = _options_key(path, backend, draft)
     file = _file(folder, _OPTIONS, key)
     stored = _read(file, key)
-    return (None if stored is None else _understood(file, stored, _options)) or {}
+    return (
+        None if stored is None else _understood(file, stored, lambda data: (_options(data["options"]), data["report"]))
+    )
 
 
-def keep_options(
-    path: Path, backend: str, draft: Path | None, options: Mapping[str, bool | int], folder: Path | None = None
+def keep_report(
+    path: Path,
+    backend: str,
+    draft: Path | None,
+    options: Mapping[str, bool | int],
+    report: Mapping[str, Any],
+    folder: Path | None = None,
 ) -> None:
-    """Store the options that won."""
+    """Store the options that won, with the report."""
     key = _options_key(path, backend, draft)
-    _write(_file(folder, _OPTIONS, key), key, dict(options))
-
-
-def forget(target: LanguageModel, draft: LanguageModel | None = None, folder: Path | None = None) -> None:
-    """Delete what is stored for a loaded pair, its options excepted."""
-    key = _pair_key(target, draft)
-    for kind in (_TUNED, _QUICK):
-        _file(folder, kind, key).unlink(missing_ok=True)
+    _write(_file(folder, _OPTIONS, key), key, {"options": dict(options), "report": report})
 
 
 # ---------------------------------------------------------------- keys
@@ -174,8 +179,8 @@ def _file(folder: Path | None, kind: str, key: Mapping[str, Any]) -> Path:
 
 
 def _options(data: Mapping[str, Any]) -> dict[str, bool | int]:
-    if not all(isinstance(value, int) for value in data.values()):
-        raise TypeError("an option is neither a number nor yes or no")
+    if not isinstance(data, dict) or not all(isinstance(value, int) for value in data.values()):
+        raise TypeError("options that are neither numbers nor yes or no")
     return dict(data)
 
 
