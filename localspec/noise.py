@@ -7,16 +7,28 @@ target's own noise. The integer part is defined here bit by bit, so that a devic
     key(seed, purpose, position)  64 bits: SplitMix64's finaliser over the three, in turn
     bits(key, v)                  32 bits: mix(mix(v * 0x9E3779B9 ^ low) + high), all modulo 2^32
     mix(x)                        x ^= x>>16; x *= 0x7FEB352D; x ^= x>>15; x *= 0x846CA68B; x ^= x>>16
-    w  = (bits + 1/2) / 2^32      in (0, 1), at most 1 - 2^-24
-    E  = -log1p(-w)               Exp(1): small values, the ones that win, keep full precision
-    g  = -log(E)                  Gumbel(0, 1)
+    w(word)                       (word + 1/2) / 2^32, in (0, 1), at most 1 - 2^-24
+    exp(word)                     -log1p(-w(word)), Exp(1): small values, the ones that win, keep full precision
 
-argmax_v [log p(v) + g(v)] is a draw from p (the Gumbel-max trick).
+Tokens stand in groups of 64 (those of a block of 262,144 whose ids agree modulo 4096), and the least draw
+of a group is known without the others:
+
+    group(v)   = (v >> 18) * 4096 + (v & 4095)        member(v) = (v >> 12) & 63
+    least(c)   = exp(bits(key, 2^31 + c)) / 64        Exp(64), as the least of 64 Exp(1) is
+    holder(c)  = bits(key, 2^31 + 2^30 + c) >> 26     whose it is: any of the 64 alike
+    E(v)       = least(group(v)) + (0 if member(v) is the holder else exp(bits(key, v)))
+    g(v)       = -log(E(v))                           Gumbel(0, 1)
+
+The draws of a group are independent Exp(1) all the same: the rest of an exponential draw that is known to
+exceed the least one is Exp(1) again. argmax_v [log p(v) + g(v)] is a draw from p (the Gumbel-max trick),
+and whoever looks for it need only open groups whose best logit and best noise together could win.
+Source of the grouping: ours (top-down sampling of maxima, made a fixed function of the key).
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +36,33 @@ from numpy.typing import NDArray
 from localspec.types import NoiseKeys
 
 _MASK = (1 << 64) - 1
-_SPREAD = np.uint32(0x9E3779B9)
-CHUNK = 32768
-_SPREAD_CHUNK = np.arange(CHUNK, dtype=np.uint32) * _SPREAD
-_LARGEST_W = np.float32(1.0 - 2.0**-24)
+# arrays without dimensions: numpy takes them faster than scalars, and most arrays here are short
+_SPREAD, _MIX_1, _MIX_2, _15, _16 = (np.array(v, np.uint32) for v in (0x9E3779B9, 0x7FEB352D, 0x846CA68B, 15, 16))
+_12, _18, _26, _LOW_6, _LOW_12 = (np.array(v, np.uint32) for v in (12, 18, 26, 63, 4095))
+_UNIT, _HALF, _LARGEST_W, _SHARE = (np.array(v, np.float32) for v in (2.0**-32, 2.0**-33, 1.0 - 2.0**-24, 2.0**-6))
+
+GROUP = 64
+"""Tokens in a group."""
+STRIDE = 4096
+"""Distance of neighbours in a group; `GROUP * STRIDE` ids are a block with `STRIDE` groups."""
+BLOCK = GROUP * STRIDE
+
+MAX_GUMBEL = 27.04
+"""No draw exceeds this: g <= -log(2^-33 / 64) = 27.03..., rounded up."""
+
+LEAST = 1 << 31
+"""Group numbers above this give the words of least draws ..."""
+HOLDER = LEAST + (1 << 30)
+"""... and above this those that say whose they are."""
+_LEAST_WORD, _HOLDER_WORD = np.array(LEAST, np.uint32), np.array(HOLDER, np.uint32)
 
 
-MAX_GUMBEL = 22.875
-"""No draw exceeds this: g <= -log(2^-33) = 22.8738..., rounded up."""
+def _spread_groups(groups: int) -> NDArray[np.uint32]:
+    return (np.arange(groups, dtype=np.uint32) | np.uint32(LEAST)) * _SPREAD
+
+
+_SPREAD_GROUPS = _spread_groups(4096)
+_LOG_GROUP = np.float32(np.log(GROUP))
 
 
 class Purpose(IntEnum):
@@ -64,16 +95,16 @@ def keys(seed: int, purpose: Purpose, positions: NDArray[np.integer]) -> NoiseKe
 
 def _mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """In place: a bijection of 32-bit integers with low bias."""
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x7FEB352D)
-    x ^= x >> np.uint32(15)
-    x *= np.uint32(0x846CA68B)
-    x ^= x >> np.uint32(16)
+    x ^= x >> _16
+    x *= _MIX_1
+    x ^= x >> _15
+    x *= _MIX_2
+    x ^= x >> _16
     return x
 
 
 def bits(low_high: tuple[int, int], tokens: NDArray[np.integer]) -> NDArray[np.uint32]:
-    """[K] the 32 random bits of each token under one key."""
+    """[...] the 32 random bits of each token (or group number, above 2^31) under one key."""
     return _keyed(low_high, tokens.astype(np.uint32) * _SPREAD)
 
 
@@ -86,27 +117,64 @@ def _keyed(low_high: tuple[int, int], x: NDArray[np.uint32]) -> NDArray[np.uint3
 
 
 def _scaled(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """[K] w in (0, 1)."""
+    """w in (0, 1)."""
     w = words.astype(np.float32)
-    w *= np.float32(2.0**-32)
-    w += np.float32(2.0**-33)
+    w *= _UNIT
+    w += _HALF
     return np.minimum(w, _LARGEST_W, out=w)
 
 
-def small_uniform(low_high: tuple[int, int], start: int, count: int) -> NDArray[np.float32]:
-    """[count <= CHUNK] w of the tokens from `start` on: at most their Exp(1) draws, and much cheaper."""
-    offset = np.uint32((start * int(_SPREAD)) & 0xFFFFFFFF)
-    return _scaled(_keyed(low_high, _SPREAD_CHUNK[:count] + offset))
+def _exponential(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Exp(1)."""
+    draws = _scaled(words)
+    np.negative(draws, out=draws)
+    np.log1p(draws, out=draws)
+    return np.negative(draws, out=draws)
+
+
+def num_groups(num_tokens: int) -> int:
+    """Groups that hold at least one of the tokens 0 to num_tokens - 1, or lie before one that does."""
+    blocks, rest = divmod(num_tokens, BLOCK)
+    return blocks * STRIDE + min(rest, STRIDE)
+
+
+def first_of(groups: NDArray[np.integer]) -> NDArray[np.int32]:
+    """The lowest token of each group; the others follow `STRIDE` apart."""
+    return ((groups >> 12 << 18) | (groups & 4095)).astype(np.int32)
+
+
+@lru_cache(maxsize=256)
+def ceilings(low_high: tuple[int, int], groups: int) -> NDArray[np.float32]:
+    """[groups] what no draw of the group exceeds: at least -log(least), without the costlier logarithm.
+
+    Kept for the last positions: the nodes of a level, a drafter and its target ask for the same ones."""
+    x = _SPREAD_GROUPS[:groups] if groups <= len(_SPREAD_GROUPS) else _spread_groups(groups)
+    w = _scaled(_keyed(low_high, x.copy()))
+    np.log(w, out=w)
+    np.subtract(_LOG_GROUP, w, out=w)  # -log1p(-w) >= w
+    w.flags.writeable = False
+    return w
 
 
 def gumbel(low_high: tuple[int, int], tokens: NDArray[np.integer]) -> NDArray[np.float32]:
     """[K] Gumbel(0, 1) draws."""
-    draws = _scaled(bits(low_high, tokens))
-    np.negative(draws, out=draws)
-    np.log1p(draws, out=draws)
-    np.negative(draws, out=draws)
-    np.log(draws, out=draws)
-    return np.negative(draws, out=draws)
+    words = np.empty((3, len(tokens)), np.uint32)
+    words[0] = tokens
+    groups = words[0] & _LOW_12
+    groups |= words[0] >> _18 << _12
+    members = words[0] >> _12
+    members &= _LOW_6
+    np.bitwise_or(groups, _LEAST_WORD, out=words[1])
+    np.bitwise_or(groups, _HOLDER_WORD, out=words[2])
+    words *= _SPREAD
+    _keyed(low_high, words)
+    draws = _exponential(words[:2])
+    least: NDArray[np.float32] = draws[1]
+    least *= _SHARE
+    np.add(least, draws[0], out=least, where=words[2] >> _26 != members)
+    np.log(least, out=least)
+    np.negative(least, out=least)
+    return least
 
 
 def uniform(seed: int, purpose: Purpose, position: int, index: int = 0) -> float:

@@ -19,13 +19,13 @@ from localspec import noise
 from localspec.errors import SettingError, StaleScoresError
 from localspec.noise import Purpose
 from localspec.protocols import HostTokens
+from localspec.ranking import best_first, gumbel_argmax, row_top, top_ids
 from localspec.types import Logits, NoiseKeys, Probabilities, TokenIds
 
 if TYPE_CHECKING:
     from localspec.context import Context
 
 _LEAST_TEMPERATURE = 1e-5
-_BLOCK = 64  # top-k looks at the best of each block first: 152k scores become 2.4k
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,8 @@ class Sampler:
         if not self._truncates:
             return gumbel_argmax(row, self.params.temperature, position_key)
         ids, logits = self._candidates(row)
-        return int(ids[_argmax_lowest_id(ids, logits + noise.gumbel(position_key, ids))])
+        sums = logits + noise.gumbel(position_key, ids)
+        return int(ids[sums == sums.max()].min())  # the lowest id among equals
 
     def guesses(self, row: Logits, context: Context, k: int) -> tuple[TokenIds, Probabilities]:
         """([k'] ids, [k'] `chances`) of the at most k tokens that this row makes likeliest to be chosen at
@@ -219,86 +220,13 @@ class Sampler:
 
 def _nucleus_size(weights: Probabilities, total: float, top_p: float) -> int:
     """Fewest leading candidates whose mass reaches top_p of the total."""
-    return min(len(weights), int(np.searchsorted(np.cumsum(weights), top_p * total)) + 1)
+    return min(len(weights), int(weights.cumsum().searchsorted(top_p * total)) + 1)
 
 
 def _above(row: Logits, min_p: float, temperature: np.float32) -> TokenIds:
     """Ids with p >= min_p * max p, best first."""
     threshold = row.max() + np.float32(math.log(min_p)) * temperature if min_p > 0.0 else -np.inf
-    return _sorted_best_first(row, np.flatnonzero(row >= threshold))
-
-
-def _sorted_best_first(row: Logits, ids: np.ndarray[tuple[int], np.dtype[np.intp]]) -> TokenIds:
-    return ids[np.argsort(-row[ids], kind="stable")].astype(np.int32)
-
-
-def top_ids(row: Logits, k: int) -> TokenIds:
-    """[min(k, V)] ids of the best scores, best first, ties by lower id.
-
-    Ids are dealt into blocks; a token among the k best lies in one of the k blocks with the best
-    maxima (or ties with the last of them), so only those are sorted.
-    """
-    size = len(row)
-    if k >= size:
-        return _sorted_best_first(row, np.arange(size))
-    if size < 4 * _BLOCK * k:
-        floor = np.partition(row, size - k)[size - k]
-        return _sorted_best_first(row, np.flatnonzero(row >= floor))[:k]
-    whole = size - size % _BLOCK
-    blocks = row[:whole].reshape(_BLOCK, -1)  # column b is a block: ids b, b + width, b + 2 width, ...
-    maxima = blocks.max(axis=0)
-    floor = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
-    chosen = np.flatnonzero(maxima >= floor)
-    part, column = np.nonzero(blocks[:, chosen] >= floor)
-    ids = np.concatenate([part * len(maxima) + chosen[column], whole + np.flatnonzero(row[whole:] >= floor)])
-    return _sorted_best_first(row, np.sort(ids))[:k]
-
-
-def gumbel_argmax(row: Logits, temperature: float, low_high: tuple[int, int]) -> int:
-    """argmax_v of (row - max) / temperature + g(key, v), the lowest id among equals.
-
-    The best token's sum is a floor under the winner's. No draw exceeds MAX_GUMBEL, so tokens far below
-    the floor are not even hashed; and -log1p(-w) >= w, so of the others only those with w at most
-    exp(row / temperature - floor) are given a logarithm. Exact for every row.
-    """
-    inverse = np.float32(1.0 / temperature)
-    best = int(row.argmax())
-    below = row - row[best]  # small numbers near the winner, whatever the temperature
-    floor = noise.gumbel(low_high, np.array([best], np.int32))[0]
-    near = np.flatnonzero(below >= (floor - np.float32(noise.MAX_GUMBEL + 1e-2)) * np.float32(temperature))
-    if len(near) < len(row) // 4:
-        return int(near[int((below[near] * inverse + noise.gumbel(low_high, near)).argmax())])
-    hopeful = []
-    for start in range(0, len(row), noise.CHUNK):  # pieces that stay in the cache
-        limit = below[start : start + noise.CHUNK] * inverse
-        limit -= floor - np.float32(1e-3)
-        np.exp(limit, out=limit)
-        hopeful.append(start + np.flatnonzero(noise.small_uniform(low_high, start, len(limit)) <= limit))
-    ids = np.concatenate(hopeful)
-    return int(ids[int((below[ids] * inverse + noise.gumbel(low_high, ids)).argmax())])
-
-
-def row_top(
-    row: Logits, k: int, temperature: float = 0.0, low_high: tuple[int, int] | None = None
-) -> tuple[TokenIds, Logits]:
-    """([k] ids best first, [k] what they were ranked by) of a row: by logit, or with a temperature and a key
-    by logit / temperature + noise.
-
-    The noisy sums of the k best logits are a floor under the k best sums; tokens so far below it that no
-    draw can lift them over it are not hashed.
-    """
-    best = top_ids(row, k)
-    if temperature == 0.0:
-        return best, row[best]
-    if low_high is None:
-        raise ValueError("a noisy ranking needs a key per row")
-    inverse = np.float32(1.0 / temperature)
-    peak = row[best[0]]
-    floor = float(((row[best] - peak) * inverse + noise.gumbel(low_high, best)).min())
-    near = np.flatnonzero(row - peak >= np.float32((floor - noise.MAX_GUMBEL - 1e-2) * temperature))
-    sums = (row[near] - peak) * inverse + noise.gumbel(low_high, near)  # the peak taken out, for precision
-    chosen = top_ids(sums, k)
-    return near[chosen].astype(np.int32), sums[chosen] + peak * inverse
+    return best_first(row, np.flatnonzero(row >= threshold))
 
 
 def chances(values: NDArray[np.floating], temperature: float) -> Probabilities:
@@ -312,12 +240,6 @@ def chances(values: NDArray[np.floating], temperature: float) -> Probabilities:
     scaled = values.astype(np.float64) * (temperature or 1.0)
     scaled -= scaled.max(axis=-1, keepdims=True)
     return np.asarray(scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True)))
-
-
-def _argmax_lowest_id(ids: TokenIds, scores: Logits) -> int:
-    """Index of the best score; among equal scores the one with the lowest token id."""
-    best = np.flatnonzero(scores == scores.max())
-    return int(best[0]) if len(best) == 1 else int(best[ids[best].argmin()])
 
 
 def log_softmax_at(row: Logits, tokens: Sequence[int]) -> list[float]:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
     frozenset({"tree", "noise", "replay", "formats"}),
-    frozenset({"protocols"}),
+    frozenset({"protocols", "ranking"}),
     frozenset({"preparation", "context", "sampling", "fingerprint"}),
     frozenset({"memory", "compatibility"}),
     frozenset({"verify", "drafters", "schedule"}),

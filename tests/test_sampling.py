@@ -16,7 +16,8 @@ from localspec import noise
 from localspec.context import Context
 from localspec.errors import SettingError, StaleScoresError
 from localspec.noise import Purpose
-from localspec.sampling import HostScores, Sampler, SamplingParams, gumbel_argmax, log_softmax_at, top_ids
+from localspec.ranking import gumbel_argmax, top_ids
+from localspec.sampling import HostScores, Sampler, SamplingParams, log_softmax_at
 from localspec.types import Logits
 
 

@@ -8,6 +8,7 @@ from weakref import WeakSet
 import mlx.core as mx
 import numpy as np
 
+from localspec import noise
 from localspec.types import Logits, NoiseKeys, TokenIds
 
 from .border import translated
@@ -167,17 +168,31 @@ def _mix(x: mx.array) -> mx.array:
     return x ^ (x >> _U16)
 
 
-def noise_bits(keys: mx.array, num_tokens: int) -> mx.array:
-    """[N, V] uint32: `noise.bits` of each key [N, 2] and every token."""
-    spread = mx.arange(num_tokens, dtype=mx.uint32) * _GOLDEN
+def noise_bits(keys: mx.array, numbers: mx.array) -> mx.array:
+    """[N, K] uint32: `noise.bits` of each key [N, 2] and every number [K] (uint32)."""
+    spread = numbers * _GOLDEN
     low, high = keys[:, 0:1], keys[:, 1:2]
     return _mix(_mix(spread[None] ^ low) + high)
 
 
+def _exponential(words: mx.array) -> mx.array:
+    """Exp(1) draws."""
+    return -mx.log1p(-mx.minimum(words.astype(mx.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24))
+
+
 def gumbel(keys: mx.array, num_tokens: int) -> mx.array:
     """[N, V] float32 Gumbel noise of each key [N, 2] and every token."""
-    w = mx.minimum(noise_bits(keys, num_tokens).astype(mx.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24)
-    return -mx.log(-mx.log1p(-w))
+    rows = keys.shape[0]
+    blocks = -(-num_tokens // noise.BLOCK)
+    tokens = mx.arange(blocks * noise.BLOCK, dtype=mx.uint32)
+    groups = mx.arange(blocks * noise.STRIDE, dtype=mx.uint32)
+    least = _exponential(noise_bits(keys, groups | _LEAST)) * (1.0 / noise.GROUP)
+    holder = noise_bits(keys, groups | _HOLDER) >> _u32(26)
+    shape = (rows, blocks, 1, noise.STRIDE)
+    members = mx.arange(noise.GROUP, dtype=mx.uint32).reshape(1, 1, noise.GROUP, 1)
+    rest = _exponential(noise_bits(keys, tokens)).reshape(rows, blocks, noise.GROUP, noise.STRIDE)
+    draws = least.reshape(shape) + mx.where(holder.reshape(shape) == members, 0.0, rest)
+    return -mx.log(draws.reshape(rows, -1)[:, :num_tokens])
 
 
 @mx.compile
@@ -191,3 +206,4 @@ def _u32(value: int) -> mx.array:
 
 
 _U15, _U16, _GOLDEN, _MIX_1, _MIX_2 = (_u32(v) for v in (15, 16, 0x9E3779B9, 0x7FEB352D, 0x846CA68B))
+_LEAST, _HOLDER = _u32(noise.LEAST), _u32(noise.HOLDER)

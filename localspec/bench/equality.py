@@ -15,7 +15,8 @@ from localspec.engine.session import Generation
 from localspec.engine.width import pad
 from localspec.loading import Pair
 from localspec.protocols import HostTokens, Step, chain_parents
-from localspec.sampling import SamplingParams, top_ids
+from localspec.ranking import top_ids
+from localspec.sampling import SamplingParams
 from localspec.types import TokenIds
 
 

@@ -30,7 +30,8 @@ from localspec.drafters.shape import MOST_CHILDREN, MOST_NODES, Shape
 from localspec.errors import SettingError
 from localspec.fingerprint import Relation
 from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome, Proposal, Scores
-from localspec.sampling import chances, top_ids
+from localspec.ranking import top_ids
+from localspec.sampling import chances
 from localspec.tree.grow import Grower, merge, prune
 from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits, NoiseKeys, Probabilities, TokenIds

@@ -26,13 +26,20 @@ if TYPE_CHECKING:
 __all__ = [
     "ARCHITECTURES",
     "FILE_TYPES",
+    "LAYER_MODULES",
+    "OUTER_TENSORS",
     "QUANTIZATIONS",
+    "SPLIT_PATTERNS",
     "Checkpoint",
     "Progress",
     "StoredWeights",
     "add_tokenizer",
+    "begin_gguf",
     "check_architecture",
+    "gguf_name",
+    "interleave_heads",
     "read_safetensors",
+    "reading_order",
     "write_gguf_file",
     "write_gguf_like",
 ]
@@ -48,13 +55,13 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 Progress = Callable[[int, int], None]
 """Told (number done, number in all)."""
 
-_OUTER_TENSORS = {
+OUTER_TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
 
-_LAYER_MODULES = {
+LAYER_MODULES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -72,7 +79,7 @@ _LAYER_MODULES = {
 # llama.cpp's names for the same splits.
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLIT_PATTERNS = {_LETTERS + "{1,3}" + _REST: "llama-bpe", _LETTERS + _REST: "qwen2"}
+SPLIT_PATTERNS = {_LETTERS + "{1,3}" + _REST: "llama-bpe", _LETTERS + _REST: "qwen2"}
 
 _MAX_TOKENIZER = 128 * 2**20
 _SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -149,6 +156,18 @@ def write_gguf_file(
     on_tensor: Progress | None = None,
 ) -> None:
     """Write `checkpoint` to `path`, all matrices in `quantization`, all vectors in float32."""
+    writer = begin_gguf(path, checkpoint, quantization, name=name, licence=licence, description=description)
+    _add_tensors(writer, checkpoint.config, checkpoint.weights, quantization, on_tensor)
+    _finish(writer)
+
+
+def begin_gguf(
+    path: Path, checkpoint: Checkpoint, quantization: str, *, name: str, licence: str = "", description: str = ""
+) -> GGUFWriter:
+    """A writer that knows all but the tensors; nothing is on disk yet.
+
+    Raises SettingError for an unknown quantization, UnsupportedModelError for an unknown architecture.
+    """
     writer = _begin(path, checkpoint.config, quantization)
     writer.add_type("model")
     writer.add_name(name)
@@ -156,8 +175,7 @@ def write_gguf_file(
     writer.add_license(licence)
     _add_shape(writer, checkpoint.config, quantization)
     add_tokenizer(writer, checkpoint)
-    _add_tensors(writer, checkpoint.config, checkpoint.weights, quantization, on_tensor)
-    _finish(writer)
+    return writer
 
 
 def write_gguf_like(
@@ -276,8 +294,8 @@ def _split_name(pre_tokenizer: Mapping[str, Any]) -> str:
         return "gpt-2"
     for part in pre_tokenizer.get("pretokenizers", ()):
         pattern = part.get("pattern", {}).get("Regex")
-        if part["type"] == "Split" and pattern in _SPLIT_PATTERNS:
-            return _SPLIT_PATTERNS[pattern]
+        if part["type"] == "Split" and pattern in SPLIT_PATTERNS:
+            return SPLIT_PATTERNS[pattern]
     raise UnsupportedModelError(
         "this converter does not know how the tokenizer splits text",
         got=json.dumps(pre_tokenizer),
@@ -295,30 +313,27 @@ def _add_tensors(
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    for number, name in enumerate(sorted(weights, key=_reading_order), start=1):
+    for number, name in enumerate(sorted(weights, key=reading_order), start=1):
         if on_tensor is not None:
             on_tensor(number, len(weights))
-        weight = weights[name]
         if name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue  # the same matrix as the embedding, which llama.cpp then uses twice
-        if config["model_type"] == "llama" and ".q_proj." in name:
-            weight = _interleave_halves(weight, config["num_attention_heads"])
-        if config["model_type"] == "llama" and ".k_proj." in name:
-            weight = _interleave_halves(weight, config["num_key_value_heads"])
+        weight = interleave_heads(name, weights[name], config)
         kind = GGMLQuantizationType[quantization if weight.ndim == 2 else "F32"]
-        writer.add_tensor(_gguf_name(name), quantize(weight, kind), raw_dtype=kind)
+        writer.add_tensor(gguf_name(name), quantize(weight, kind), raw_dtype=kind)
 
 
-def _gguf_name(name: str) -> str:
-    if name in _OUTER_TENSORS:
-        return _OUTER_TENSORS[name]
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor. Raises UnsupportedModelError."""
+    if name in OUTER_TENSORS:
+        return OUTER_TENSORS[name]
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    if match is None or match[2] not in _LAYER_MODULES:
+    if match is None or match[2] not in LAYER_MODULES:
         raise UnsupportedModelError("this converter does not know the tensor", got=name)
-    return f"blk.{match[1]}.{_LAYER_MODULES[match[2]]}.{match[3]}"
+    return f"blk.{match[1]}.{LAYER_MODULES[match[2]]}.{match[3]}"
 
 
-def _reading_order(name: str) -> tuple[int, int, str]:
+def reading_order(name: str) -> tuple[int, int, str]:
     """Embedding, layers by number, then the rest: the order in which a forward pass reads them."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     if match:
@@ -326,13 +341,20 @@ def _reading_order(name: str) -> tuple[int, int, str]:
     return (0 if "embed_tokens" in name else 2, 0, name)
 
 
-def _interleave_halves(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    """Reorder each head's rows (a1 a2 .. b1 b2 ..) to (a1 b1 a2 b2 ..).
+def interleave_heads(
+    name: str, weight: NDArray[np.float32], config: Mapping[str, Any], *, back: bool = False
+) -> NDArray[np.float32]:
+    """The tensor with each head's rows (a1 a2 .. b1 b2 ..) reordered to (a1 b1 a2 b2 ..) where GGUF wants them so,
+    or back.
 
     Hugging Face rotates a head's first half with its second, llama.cpp's `llama` architecture
     rotates neighbours (its qwen architectures do not).
     """
-    halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
+    projection = re.search(r"\.([qk])_proj\.", name)
+    if config["model_type"] != "llama" or projection is None:
+        return weight
+    num_heads = config["num_attention_heads" if projection[1] == "q" else "num_key_value_heads"]
+    halves = weight.reshape(num_heads, *((-1, 2) if back else (2, -1)), *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
 

@@ -21,7 +21,7 @@ from localspec.engine.width import pad
 from localspec.errors import BackendError, ContextFullError, StaleScoresError
 from localspec.noise import Purpose
 from localspec.protocols import HostTokens, LanguageModel, SequenceState, Step, chain_parents
-from localspec.sampling import gumbel_argmax, top_ids
+from localspec.ranking import gumbel_argmax, top_ids
 from localspec.testing.reference import random_tree
 from localspec.tree.mask import depths
 from localspec.tree.token_tree import TokenTree

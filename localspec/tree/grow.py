@@ -57,6 +57,10 @@ class Grower:
         """The parent of an offered node."""
         return self._parents[node]
 
+    def log_q(self, node: int) -> float:
+        """Logarithm of the chance that an offered node is accepted if its parent is."""
+        return self._log_q[node]
+
     def reach(self, node: int) -> float:
         """Logarithm of the chance that the whole path to an offered node is accepted."""
         return self._reach[node]
@@ -79,24 +83,28 @@ class Grower:
         if depth >= len(self.branching):
             return
         above = self._reach[parent] if parent >= 0 else 0.0
+        most, best = self.max_nodes, self._best
         floor = self._floor()
         for token, value in zip(tokens[: self.branching[depth]], log_q[: self.branching[depth]], strict=True):
-            if value > _ROUNDING:
-                raise ValueError(f"a chance cannot exceed 1: logarithm {value}")
-            edge = min(float(value), 0.0)
-            reach = above + edge
+            if value > 0.0:
+                if value > _ROUNDING:
+                    raise ValueError(f"a chance cannot exceed 1: logarithm {value}")
+                value = 0.0
+            reach = above + value
             if reach <= floor:
                 break  # so are the others, which are no better
-            self._tokens.append(int(token))
+            self._tokens.append(token)
             self._parents.append(parent)
-            self._log_q.append(edge)
+            self._log_q.append(value)
             self._reach.append(reach)
             self._depth.append(depth)
-            if len(self._best) < self.max_nodes:
-                heapq.heappush(self._best, reach)
+            if len(best) < most:
+                heapq.heappush(best, reach)
+                if len(best) < most:
+                    continue
             else:
-                heapq.heapreplace(self._best, reach)
-            floor = self._floor()
+                heapq.heapreplace(best, reach)
+            floor = best[0]
 
     def frontier(self, most: int | None = None) -> list[int]:
         """The nodes of the newest level that are among the best so far, at most the best `most` of them: those
@@ -119,8 +127,8 @@ class Grower:
 
     def finish(self) -> Grown:
         """The best nodes, parents first."""
-        order = np.argsort(-np.array(self._reach), kind="stable")[: max(self.max_nodes, 0)]
-        chosen = sorted(int(node) for node in order)
+        reach = self._reach
+        chosen = sorted(sorted(range(len(reach)), key=reach.__getitem__, reverse=True)[: max(self.max_nodes, 0)])
         place = {node: index for index, node in enumerate(chosen)}
         tree = TokenTree.from_parents(
             np.array([self._tokens[node] for node in chosen], np.int32),

@@ -20,11 +20,10 @@ def ancestor_mask(parents: NodeIndices) -> BoolMask:
 
 def depths(parents: NodeIndices) -> NodeIndices:
     """[N] distance below the root; its children have depth 0."""
-    result = np.zeros(len(parents), np.int32)
-    for node, parent in enumerate(parents.tolist()):
-        if parent >= 0:
-            result[node] = result[parent] + 1
-    return result
+    result: list[int] = []
+    for parent in parents.tolist():
+        result.append(result[parent] + 1 if parent >= 0 else 0)
+    return np.array(result, np.int32)
 
 
 def is_chain(parents: NodeIndices) -> bool:

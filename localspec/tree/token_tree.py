@@ -47,10 +47,13 @@ class TokenTree:
         """Children of a node (-1: of the anchor), in order."""
         return [int(i) for i in np.flatnonzero(self.parent == node)]
 
-    def child(self, node: int, token: int) -> int | None:
-        """The child of `node` that carries `token`, or None."""
-        hits = np.flatnonzero((self.parent == node) & (self.token == token))
-        return int(hits[0]) if len(hits) else None
+    def steps(self) -> dict[tuple[int, int], int]:
+        """(node, token) -> the first child of `node` (-1: the anchor) that carries `token`."""
+        pairs = zip(self.parent.tolist(), self.token.tolist(), strict=True)
+        found: dict[tuple[int, int], int] = {}
+        for child, pair in enumerate(pairs):
+            found.setdefault(pair, child)
+        return found
 
     def path(self, node: int) -> list[int]:
         """Nodes from a child of the anchor down to `node`."""

@@ -25,6 +25,7 @@ class Walk:
         """Follow the target's own tokens down the tree."""
         choose = _chooser(trial)
         tree, context = trial.proposal.tree(), trial.context
+        steps = tree.steps()
         mark = len(context)
         path: list[int] = []
         tokens: list[int] = []
@@ -33,7 +34,7 @@ class Walk:
             while node is not None:
                 token = choose(node + 1)
                 tokens.append(token)
-                node = None if token in trial.stop_tokens else tree.child(node, token)
+                node = None if token in trial.stop_tokens else steps.get((node, token))
                 if node is not None:
                     path.append(node)
                     context.append(token)

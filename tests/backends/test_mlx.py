@@ -206,7 +206,7 @@ def test_the_device_draws_the_bits_that_noise_defines() -> None:
     keys = np.concatenate(
         [noise.keys(2**64 - 1, Purpose.TOKEN, np.arange(6)), np.array([[0, 0], [2**32 - 1, 2**32 - 1]], np.uint32)]
     )
-    got = np.array(module("scores").noise_bits(mx.array(keys), 10_000))
+    got = np.array(module("scores").noise_bits(mx.array(keys), mx.arange(10_000, dtype=mx.uint32)))
     tokens = np.arange(10_000)
     want = np.array([noise.bits((int(low), int(high)), tokens) for low, high in keys])
     assert got.dtype == np.uint32 and np.array_equal(got, want)
@@ -217,9 +217,12 @@ def test_the_device_noise_is_gumbel_to_the_last_bits() -> None:
     """Logarithms may round differently; nothing else may."""
     import mlx.core as mx
 
-    key = noise.key(11, Purpose.TOKEN, 3)
-    got = np.array(module("scores").gumbel(mx.array(np.array([key], np.uint32)), 10_000))[0]
-    np.testing.assert_allclose(got, noise.gumbel(key, np.arange(10_000)), rtol=2e-6, atol=2e-6)
+    keys = noise.keys(11, Purpose.TOKEN, np.arange(2))
+    for num_tokens in (10_000, 270_000):  # less than a block of groups, and more
+        got = np.array(module("scores").gumbel(mx.array(keys), num_tokens))
+        for row, (low, high) in zip(got, keys, strict=True):
+            want = noise.gumbel((int(low), int(high)), np.arange(num_tokens))
+            np.testing.assert_allclose(row, want, rtol=2e-6, atol=2e-6)
 
 
 def device_scores(rows: NDArray[np.float32], dtype: str = "float32") -> Any:

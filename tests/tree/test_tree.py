@@ -27,7 +27,7 @@ def test_the_mask_shows_exactly_the_path(parent: NodeIndices) -> None:
         assert np.flatnonzero(mask[node]).tolist() == path
         assert tree.depth[node] == depths(parent)[node] == len(path) - 1
         check_path(parent, path)
-        assert tree.child(int(parent[node]), node) == node
+        assert tree.steps()[(int(parent[node]), node)] == node
 
 
 @given(parents())

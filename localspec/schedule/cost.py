@@ -1,0 +1,100 @@
+"""What a pass costs on this machine: a table of measured times by width and context.
+
+The curve over widths is a staircase and may fall (backends differ, and with them kernels, blocks and
+caches), so it is treated as a table: nothing is fitted to it. Between measured widths the line between its
+neighbours stands in, beyond the last one the last slope does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Median milliseconds of one pass: ms[context][width], for the measured `contexts` (committed tokens, ascending)
+    and `widths` (tokens in the pass, ascending)."""
+
+    widths: tuple[int, ...]
+    contexts: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        shape = (len(self.contexts), len(self.widths))
+        rows = {len(row) for row in self.ms}
+        if not all(shape) or len(self.ms) != shape[0] or rows != {shape[1]}:
+            raise ValueError(f"a curve of {shape[0]} contexts by {shape[1]} widths has {len(self.ms)} rows of {rows}")
+        for axis in (self.widths, self.contexts):
+            if list(axis) != sorted(set(axis)):
+                raise ValueError(f"not ascending: {axis}")
+        if not all(value > 0.0 for row in self.ms for value in row):
+            raise ValueError("a pass takes more than no time")
+
+    def at(self, width: int, context: int) -> float:
+        """Milliseconds of a pass of `width` tokens behind `context` committed ones."""
+        return _at(self, width, context >> 5 << 5)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"widths": list(self.widths), "contexts": list(self.contexts), "ms": [list(row) for row in self.ms]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Curve:
+        """The inverse. Raises ValueError, KeyError or TypeError for anything else."""
+        return cls(
+            tuple(int(w) for w in data["widths"]),
+            tuple(int(c) for c in data["contexts"]),
+            tuple(tuple(float(value) for value in row) for row in data["ms"]),
+        )
+
+
+@lru_cache(maxsize=4096)
+def _at(curve: Curve, width: int, context: int) -> float:
+    by_context = [_line(curve.widths, row, width) for row in curve.ms]
+    return _line(curve.contexts, by_context, context)
+
+
+def _line(places: Sequence[int], values: Sequence[float], place: int) -> float:
+    """Linear between measured places, the last slope (if it rises) beyond the last."""
+    if place <= places[-1] or len(places) == 1:
+        return float(np.interp(place, places, values))
+    slope = (values[-1] - values[-2]) / (places[-1] - places[-2])
+    return values[-1] + max(0.0, slope) * (place - places[-1])
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the plan needs to know of a pair: the target's and the draft model's curves (None without a draft model)
+    and the host's own milliseconds per round. measured: by `localspec tune`, in short at first load, or not at all."""
+
+    target: Curve
+    draft: Curve | None = None
+    overhead_ms: float = 0.1
+    measured: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "target": self.target.as_dict(),
+            "draft": None if self.draft is None else self.draft.as_dict(),
+            "overhead_ms": self.overhead_ms,
+            "measured": self.measured,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Costs:
+        """The inverse. Raises ValueError, KeyError or TypeError for anything else."""
+        return cls(
+            Curve.from_dict(data["target"]),
+            None if data["draft"] is None else Curve.from_dict(data["draft"]),
+            float(data["overhead_ms"]),
+            str(data["measured"]),
+            tuple(str(note) for note in data["notes"]),
+        )
