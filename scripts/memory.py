@@ -4,7 +4,7 @@
     python scripts/memory.py FOLDER --only half      # the expanded target only
     python scripts/memory.py FOLDER --prefill        # fills contexts with real passes, many minutes
 
-FOLDER takes the expanded target, 0.5B parameters with random weights in Q8_0, written at the first run.
+FOLDER takes the expanded target, 0.5B parameters in Q4_0, written at the first run.
 Each row is a child process that opens the pair, fills both caches to the last cell, and runs a pass of
 the largest batch and one of the widest verify. Its peak is VmHWM: mapped pages of the model file that
 were touched count, as they do for `top`. Without --prefill a block of cells is computed once and copied into
@@ -17,12 +17,10 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from localspec.protocols import LanguageModel
@@ -105,64 +103,13 @@ def _fill(model: LanguageModel, context: int, prefill: bool) -> None:
     run(width, width)
 
 
-class _Random(Mapping[str, NDArray[np.float32]]):
-    """Weights made when asked for: two gigabytes of them need not be held at once."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
-
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return np.ones(shape, np.float32)
-        values = np.random.default_rng(list(name.encode())).standard_normal(shape, np.float32)
-        return values * np.float32(shape[-1] ** -0.5)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-
 def write_half(path: Path) -> None:
-    """A Qwen3 of 0.5B parameters with random weights and the bundled pair's tokenizer, in Q8_0."""
-    from localspec.formats.conversion import write_gguf_like
+    """The bundled target with the cost of 0.5B parameters, in Q4_0, as `localspec bench expand` makes it."""
+    from localspec.bench.expand import Size, expand
     from localspec.loading import bundled_path
 
-    hidden, ffn, layers, heads, kv, size, vocab = 896, 7040, 24, 14, 2, 64, 8192
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    for layer in range(layers):
-        one = {
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-            "self_attn.q_norm": (size,),
-            "self_attn.k_norm": (size,),
-            "self_attn.q_proj": (heads * size, hidden),
-            "self_attn.k_proj": (kv * size, hidden),
-            "self_attn.v_proj": (kv * size, hidden),
-            "self_attn.o_proj": (hidden, heads * size),
-            "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden),
-            "mlp.down_proj": (hidden, ffn),
-        }
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in one.items()}
-    config = {
-        "model_type": "qwen3",
-        "vocab_size": vocab,
-        "max_position_embeddings": 32768,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": ffn,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "head_dim": size,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_gguf_like(path, bundled_path("tiny", "target"), config, _Random(shapes), "Q8_0", name="half")
+    expand(bundled_path("tiny", "target"), path, Size.named("0.5b"), "gguf", "Q4_0")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class LlamaPlanner:
         flash = settings.trees or bool(settings.flash_attention)
         batch = self._flash_batch if flash else self._batch
         num_ids = self._num_states if model.is_recurrent else num_rows
+        repacked = ", repacked" if not share and self._repacks(settings) else ""
         tables = _GRAPHS + _TOKEN * model.vocab_size
 
         def item(what: str, num_bytes: int, scope: MemoryScope, *, movable: bool = True) -> MemoryItem:
@@ -48,7 +49,7 @@ class LlamaPlanner:
 
         found = [
             MemoryItem("Python and llama.cpp", _PROGRAM, MemoryScope.PROCESS),
-            item(f"weights ({model.quantization})", model.file_bytes, MemoryScope.MODEL),
+            item(f"weights ({model.quantization}{repacked})", model.file_bytes, MemoryScope.MODEL),
             item("vocabulary and graphs", tables, MemoryScope.MODEL, movable=False),
             item("keys and values (F16)", cells * model.kv_values * _F16, MemoryScope.SEQUENCE),
             item("cells", cells * _CELL, MemoryScope.SEQUENCE, movable=False),
@@ -58,8 +59,6 @@ class LlamaPlanner:
         if model.state_values:
             states = model.state_values * _F32 * self._num_states
             found.append(item("states of recurrent layers (F32)", states, MemoryScope.SEQUENCE))
-        if not share and self._repacks(settings):
-            found.append(MemoryItem("weights, repacked (upper bound)", model.file_bytes, MemoryScope.MODEL))
         return tuple(found)
 
     def gpu(self) -> GpuMemory | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 from localspec.errors import BackendMissingError, SettingError, UnsupportedModelError
@@ -34,7 +36,7 @@ class MlxQuantizer:
             from .folder import open_folder
         except (ImportError, OSError) as error:
             raise BackendMissingError("MLX is not installed or cannot be imported", got=error) from error
-        with translated(f"converting {source.name}"):
+        with translated(f"converting {source.name}"), redirect_stdout(StringIO()):  # mlx-lm prints
             module = open_folder(source).module
             on_progress(f"{name}: groups of {_GROUP}, by mlx-lm")
             module, config = quantize_model(module, config, _GROUP, _BITS[name])

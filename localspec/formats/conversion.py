@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from localspec.errors import ModelFileError, SettingError, UnsupportedModelError
 
-from . import gguf, safetensors
+from . import safetensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -41,7 +41,6 @@ __all__ = [
     "read_safetensors",
     "reading_order",
     "write_gguf_file",
-    "write_gguf_like",
 ]
 
 QUANTIZATIONS = ("Q4_0", "Q8_0", "F16", "F32")
@@ -176,34 +175,6 @@ def begin_gguf(
     _add_shape(writer, checkpoint.config, quantization)
     add_tokenizer(writer, checkpoint)
     return writer
-
-
-def write_gguf_like(
-    path: Path,
-    pattern: Path,
-    config: Mapping[str, Any],
-    weights: Mapping[str, NDArray[np.float32]],
-    quantization: str,
-    *,
-    name: str,
-) -> None:
-    """Write a model of another shape with the tokenizer of the GGUF file `pattern`: for measuring."""
-    writer = _begin(path, config, quantization)
-    writer.add_name(name)
-    _add_shape(writer, config, quantization)
-    for key, value in gguf.read_header(pattern).metadata.items():
-        if not key.startswith("tokenizer."):
-            continue
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_array(key, value if isinstance(value, list) else np.asarray(value).tolist())
-    _add_tensors(writer, config, weights, quantization, None)
-    _finish(writer)
 
 
 def _begin(path: Path, config: Mapping[str, Any], quantization: str) -> GGUFWriter:

@@ -83,6 +83,16 @@ def read_header(path: Path) -> GgufHeader:
         raise ModelFileError(f"{path.name} cannot be read", got=error.strerror or error) from error
 
 
+def read_architecture(path: Path) -> str:
+    """`general.architecture`, empty where there is none; of what stands behind it nothing is read. Raises as
+    `read_header`."""
+    try:
+        with path.open("rb") as file:
+            return _Reader(file, os.fstat(file.fileno()).st_size, path.name).architecture()
+    except OSError as error:
+        raise ModelFileError(f"{path.name} cannot be read", got=error.strerror or error) from error
+
+
 def read_parts(path: Path) -> list[tuple[Path, GgufHeader]]:
     """The headers of a model that is split into files, the first one first; of a whole file, just its own.
 
@@ -130,14 +140,29 @@ class _Reader:
         self._at = 0
         self._num_texts = 0
 
-    def header(self) -> GgufHeader:
+    def architecture(self) -> str:
+        """The value of one key, or an empty string."""
+        _, num_values = self._counts()
+        for _ in range(self._count(num_values, 13)):
+            key = self._string(_MAX_KEY)
+            value = self._value(key)
+            if key == "general.architecture":
+                return value if isinstance(value, str) else ""
+        return ""
+
+    def _counts(self) -> tuple[int, int]:
+        """(tensors, values), behind magic and version."""
         magic = self._bytes(min(4, self._size))
         if magic != b"GGUF":
             raise ModelFileError(f"{self._name} is no GGUF file", got=magic, expected=b"GGUF")
         version = self._integer("<I")
         if version not in (2, 3):
             raise UnsupportedModelError(f"{self._name} has an unknown GGUF version", got=version, expected="2 or 3")
-        num_tensors, num_values = self._integer("<Q"), self._integer("<Q")
+        return self._integer("<Q"), self._integer("<Q")
+
+    def header(self) -> GgufHeader:
+        """Everything."""
+        num_tensors, num_values = self._counts()
         metadata: dict[str, Value] = {}
         for _ in range(self._count(num_values, 13)):
             key = self._string(_MAX_KEY)

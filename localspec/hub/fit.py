@@ -87,6 +87,8 @@ def examine(
         raise UnsupportedModelError(f"no backend can tell what {target_path.name} takes")
     model = parts[0].model
     wanted = context or settings.context or default_context(model)
+    if wanted > (model.trained_context or wanted):
+        notes += (f"{wanted} tokens are more than the target was trained for ({model.trained_context})",)
     made = make_plan(parts, settings, wanted, machine, num_sequences=num_sequences)
     most = max(wanted, model.trained_context or wanted)
     longest = largest_context(parts, settings, most, machine, num_sequences=num_sequences)

@@ -156,5 +156,5 @@ def print_fit(fit: Fit, *, width: int | None = None) -> None:
     console.print(f"with {plan.context} tokens of context")
     console.print(table)
     for note in (*fit.notes, *plan.notes):
-        console.print(f"note: {note}")
-    console.print(Text(verdict(fit), "green" if plan.fits else "red"))
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(Text(verdict(fit), "green" if plan.fits else "red"), soft_wrap=True)

@@ -7,14 +7,15 @@ that `conversion.py` knows.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localspec.errors import ModelFileError, UnsupportedModelError
+from localspec.formats import gguf
 from localspec.formats.conversion import (
     ARCHITECTURES,
     LAYER_MODULES,
@@ -23,9 +24,6 @@ from localspec.formats.conversion import (
     Checkpoint,
     interleave_heads,
 )
-
-if TYPE_CHECKING:
-    from gguf import ReaderTensor
 
 __all__ = ["read_gguf"]
 
@@ -46,14 +44,11 @@ _SHAPE_KEYS = {
 
 def read_gguf(path: Path) -> Checkpoint:
     """Raises ModelFileError, and UnsupportedModelError for what the converter does not write."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelFileError(f"{path.name} cannot be read as GGUF", got=error) from error
-    weights = _Weights(path, reader.tensors)
+    header = gguf.read_header(path)
+    metadata = {
+        key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in header.metadata.items()
+    }
+    weights = _Weights(path, header.tensors.values())
     config = _config(path, metadata, weights)
     weights.config = config
     return Checkpoint(config, weights, _tokenizer(metadata), _tokenizer_config(metadata))
@@ -62,21 +57,24 @@ def read_gguf(path: Path) -> Checkpoint:
 class _Weights(Mapping[str, NDArray[np.float32]]):
     """Tensors by Hugging Face name, dequantised when asked for."""
 
-    def __init__(self, path: Path, tensors: list[ReaderTensor]) -> None:
+    def __init__(self, path: Path, tensors: Iterable[gguf.TensorInfo]) -> None:
         self._path = path
         self._tensors = {_our_name(tensor.name): tensor for tensor in tensors}
         self.config: Mapping[str, Any] = {}
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
+        from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
+        raw = np.fromfile(self._path, np.uint8, tensor.num_bytes, offset=tensor.offset)
+        if len(raw) != tensor.num_bytes:
+            raise ModelFileError(f"{self._path.name} became shorter while it was read")
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            values = dequantize(raw.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType[tensor.kind])
         except (NotImplementedError, ValueError) as error:
             raise UnsupportedModelError(f"tensor {name} of {self._path.name} cannot be read", got=error) from error
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        return interleave_heads(name, values.astype(np.float32, copy=False).reshape(shape), self.config, back=True)
+        return interleave_heads(name, values.astype(np.float32, copy=False), self.config, back=True)
 
     def __contains__(self, name: object) -> bool:  # inherited, it would read the tensor
         return name in self._tensors

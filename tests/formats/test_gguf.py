@@ -91,3 +91,17 @@ def test_the_header_reader_agrees_with_the_gguf_package(tmp_path: Path) -> None:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         assert (mine.kind, mine.shape, mine.offset) == (tensor.tensor_type.name, shape, tensor.data_offset)
         assert mine.num_bytes == tensor.n_bytes
+
+
+def test_the_architecture_is_found_wherever_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    first, second = (text(key) + struct.pack("<I", 8) + text(b"value") for key in (b"general.name", b"general.type"))
+    named = text(b"general.architecture") + struct.pack("<I", 8) + text(b"qwen3")
+    for values in ((named, first), (first, second, named), (first, named, b"what is behind is not read")):
+        path.write_bytes(gguf_file(*values))
+        assert gguf.read_architecture(path) == "qwen3"
+    path.write_bytes(gguf_file(first, second))
+    assert gguf.read_architecture(path) == ""
+    path.write_bytes(gguf_file(first, num_values=2))
+    with pytest.raises(ModelFileError, match="corrupt"):
+        gguf.read_architecture(path)
