@@ -50,6 +50,16 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def _own_costs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests measure stays out of the user's cache, and they measure nothing that they did not ask for: neither
+    here nor in programs that they start."""
+    folder = tmp_path_factory.getbasetemp() / "tune"
+    monkeypatch.setattr(store, "default_folder", lambda: folder)
+    monkeypatch.setattr(store, "_automatic", False)
+    monkeypatch.setenv("LOCALSPEC_MEASURE", "0")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
