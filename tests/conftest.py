@@ -36,7 +36,7 @@ def a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     that a test did not ask for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        store.switch_off()
+        store.set_automatic(False)
         yield
 
 
