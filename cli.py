@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from localspec.commands.bench import bench
+from localspec.commands.convert import convert
+from localspec.commands.fit import fit
 from localspec.commands.models import allowed_backends, open_models
 from localspec.commands.options import (
     draft_options,
@@ -261,7 +263,7 @@ def _report(pair: Pair, result: Generation) -> dict[str, Any]:
     return {**result.as_dict(), **described, "vocabularies": relation}
 
 
-for command in (bench, pairs, pull, tune):
+for command in (bench, convert, fit, pairs, pull, tune):
     main.add_command(command)
 
 

@@ -17,9 +17,10 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
-from localspec.drafters import AUTO, Draft, DrafterSpec, make_drafter
+from localspec.compatibility import check_draft, check_whole
+from localspec.drafters import AUTO, Draft, DrafterSpec, DraftModel, Ngram, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import (
     BackendError,
@@ -31,7 +32,11 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from localspec.formats import summarize
+from localspec.memory import Part, look, settle
 from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
+from localspec.schedule.scheduled import Experience, Scheduled
+from localspec.schedule.store import class_for, load_or_measure, options_for
 from localspec.verify import make_acceptance
 
 _log = logging.getLogger("localspec.loading")
@@ -43,6 +48,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 
 BUNDLED = "tiny"
 """Name of the pair that comes with localspec."""
+
+TARGET, DRAFT = "target", "draft model"
+"""Roles of the parts of a memory plan."""
 
 
 # ---------------------------------------------------------------- backends
@@ -183,11 +191,15 @@ def resolve_model(text: str, role: str = "target", find_pulled: Callable[[str], 
 
 
 class Pair:
-    """A target with its draft model (if any), opened and checked. Close it, or use it with `with`."""
+    """A target with its draft model (if any), opened and checked. Close it, or use it with `with`.
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel | None) -> None:
+    found: what was decided or found doubtful before loading, in words.
+    """
+
+    def __init__(self, target: LanguageModel, draft: LanguageModel | None, found: Sequence[str] = ()) -> None:
         self.target = target
         self.draft = draft
+        self._found = tuple(found)
 
     @cached_property
     def drafting(self) -> Draft | None:
@@ -196,20 +208,49 @@ class Pair:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was worked around for the two models and between them, each thing once."""
-        found = [note for model in (self.target, self.draft) if model is not None for note in model.info.notes]
+        """What was decided before loading, and worked around for the two models and between them, each thing once."""
+        found = [*self._found]
+        found += [note for model in (self.target, self.draft) if model is not None for note in model.info.notes]
         if self.drafting is not None and not self.drafting.relation.same:
             found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
         return tuple(dict.fromkeys(found))
 
+    @cached_property
+    def experience(self) -> Experience:
+        """What the sessions that decide by themselves (drafter "auto") learn together. It starts from what passes cost
+        on this machine; if that is not known yet, a few seconds of measuring go before: see `localspec tune`. Needs a
+        free sequence then."""
+        return Experience(load_or_measure(self.target, self.draft), self.target.capabilities)
+
+    def drafter(self, spec: str | DrafterSpec) -> Drafter:
+        """A drafter for one session, which closes it. "auto" decides every round what pays: prompt lookup, the draft
+        model if there is one, how much of either, or nothing; with settings it is the draft model (lookup without
+        one) so set."""
+        parsed = DrafterSpec.parse(spec) if isinstance(spec, str) else spec
+        if not parsed.decides:
+            return make_drafter(parsed, self.drafting)
+        experience = self.experience  # first of all: measuring needs a free sequence
+        capabilities = self.target.capabilities
+        # on a device a chain is guessed without waiting for it, a tree waits once per level
+        branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
+        form = "tree" if branches else "chain"
+        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None)]
+        if self.draft is None:
+            return Scheduled(free, [], experience)
+        if form == "tree" and not self.draft.capabilities.trees:
+            form = "chain"
+        size = 16 if self.drafting is not None and not self.drafting.relation.same else 48
+        draft = make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting)
+        return Scheduled(free, [draft], experience)
+
     def session(self, drafter: str | DrafterSpec | Drafter = AUTO, *, acceptance: str = "walk") -> Session:
-        """A new conversation. drafter: a name with settings, e.g. "ngram:max=4" ("nothing" is plain
-        decoding), or a drafter of your own; the session closes it. Sessions that are open at the same
-        time each need a sequence: see `LoadSettings.num_sequences`."""
+        """A new conversation. drafter: "auto" decides every round, others do as they are told, e.g. "ngram:max=4"
+        ("nothing" is plain decoding); or a drafter of your own; the session closes it. Sessions that are open at the
+        same time each need a sequence: see `LoadSettings.num_sequences`."""
         rule = make_acceptance(acceptance)
         if not isinstance(drafter, str | DrafterSpec):
             return Session(self.target, drafter, acceptance=rule)
-        own = make_drafter(drafter, self.drafting)
+        own = self.drafter(drafter)
         try:
             return Session(self.target, own, acceptance=rule)
         except BaseException:
@@ -235,11 +276,16 @@ def open_pair(
     *,
     backend: str = AUTO,
     settings: LoadSettings | None = None,
+    check_memory: bool = True,
+    use_tuned: bool = True,
 ) -> Pair:
     """Open a target and, if one is named, its draft model; with no target the bundled pair.
 
-    The draft model gets the target's context length. Raises members of the error tree; what was
-    opened before an error is closed again.
+    The draft model gets the target's context length. Where no context is named and memory does not allow
+    the usual one, a shorter one is chosen and said in `Pair.notes`. check_memory: refuse what does not
+    fit (`localspec.memory`).  use_tuned: where no runtime option is given, load with those that `localspec tune`
+    found best, and stay in the width class that it found. Raises members of the error tree; what was opened
+    before an error is closed again.
     """
     settings = settings or LoadSettings()
     if target is None:
@@ -248,14 +294,24 @@ def open_pair(
         draft = target
     target_path = resolve_model(target, "target")
     draft_path = resolve_model(draft, "draft") if draft is not None else None
+    parts = plan_parts(target_path, draft_path, backend)
+    found = check_pair(parts)
+    if check_memory:
+        settings, said = settle(parts, settings, look())
+        found += said
+    if use_tuned:
+        settings, noted = _tuned(target_path, draft_path, backend, settings)
+        found += noted
     model = load_model(target_path, backend, settings)
     try:
+        if use_tuned:
+            model.capabilities = replace(model.capabilities, width_class=class_for(model))
         if draft_path is None:
-            return Pair(model, None)
+            return Pair(model, None, found)
         # a drafter's trees need not be exact, so it is spared what that costs
         helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length, trees=False))
         try:
-            pair = Pair(model, helper)
+            pair = Pair(model, helper, found)
             if pair.drafting is not None and pair.drafting.relation.same:
                 check_rows(model, helper)
         except BaseException:
@@ -265,6 +321,43 @@ def open_pair(
     except BaseException:
         model.close()
         raise
+
+
+def _tuned(
+    target: Path, draft: Path | None, backend: str, settings: LoadSettings
+) -> tuple[LoadSettings, tuple[str, ...]]:
+    """The settings with the options that `localspec tune` found best, if none of these was given; and what to tell."""
+    chosen = choose_backend(backend, target)
+    defaults = LoadSettings()
+    if any(getattr(settings, name) != getattr(defaults, name) for name in (*chosen.own_settings, "trees")):
+        return settings, ()
+    options = options_for(target, chosen.name, draft)
+    if not options:
+        return settings, ()
+    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items())
+    changes: dict[str, Any] = dict(options)
+    return replace(settings, **changes), (f"runtime options found by `localspec tune`: {words}",)
+
+
+def plan_parts(target: Path, draft: Path | None = None, backend: str = AUTO) -> list[Part]:
+    """What a memory plan is made from; without the models whose backend cannot tell. Raises as `choose_backend`
+    and `formats.summarize`."""
+    parts = []
+    for role, path in ((TARGET, target), (DRAFT, draft)):
+        planner = choose_backend(backend, path).planner if path is not None else None
+        if path is not None and planner is not None:
+            parts.append(Part(role, summarize(path), planner))
+    return parts
+
+
+def check_pair(parts: Sequence[Part]) -> tuple[str, ...]:
+    """What headers say against a target and its draft model, from `plan_parts`. Returns doubts; raises
+    PairMismatchError and UnsupportedModelError. What only a backend can read is left to it."""
+    models = {part.role: part.model for part in parts}
+    target, draft = models.get(TARGET), models.get(DRAFT)
+    if target is not None:
+        check_whole(target, TARGET)
+    return () if target is None or draft is None else check_draft(target, draft)
 
 
 def load_model(path: Path, backend: str = AUTO, settings: LoadSettings | None = None) -> LanguageModel:

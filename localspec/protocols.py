@@ -33,7 +33,9 @@ from localspec.types import Logits, NodeIndices, NoiseKeys, TokenIds
 
 if TYPE_CHECKING:
     from localspec.context import Context
+    from localspec.preparation import MemoryPlanner, Quantizer
     from localspec.sampling import Law, Sampler
+    from localspec.tree.grow import Grower
 
 
 # ---------------------------------------------------------------- tokens and scores
@@ -272,8 +274,8 @@ class LanguageModel(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    @property
-    def capabilities(self) -> Capabilities: ...
+    capabilities: Capabilities
+    """Set by the backend; whoever measured more (`localspec tune`) may narrow it before sequences are open."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -405,6 +407,16 @@ class Backend(Protocol):
         """Could `path` be a model of this backend, judged by name and first bytes?"""
         ...
 
+    @property
+    def planner(self) -> MemoryPlanner | None:
+        """What its models take; None where that cannot be told, and then nothing is refused for it."""
+        ...
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """None where it converts nothing."""
+        ...
+
     def open_tokenizer(self, path: Path) -> Tokenizer:
         """The tokenizer of a model without the model. Raises members of the error tree only."""
         ...
@@ -417,6 +429,15 @@ class Backend(Protocol):
 # ---------------------------------------------------------------- drafters
 
 
+class Budget(Protocol):
+    """Asked while a drafter works: would more guesses be worth their time?"""
+
+    def expand(self, grower: Grower, nodes: Sequence[int]) -> list[int]:
+        """Which of these newest nodes should get children by one more pass of the drafter, in their order; none ends
+        the drafting. Called once per pass."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftRequest:
     """What the engine wants guessed: at most `max_nodes` nodes in at most `max_depth` levels below the
@@ -426,6 +447,7 @@ class DraftRequest:
     trees: the target can verify nodes with several children; otherwise propose a chain.
     needs_law: the acceptance rule needs the distribution that each token was drawn from, so tokens
     must be *drawn* from it (rejection), not chosen.  max_depth: longest path that could be emitted.
+    budget: asked before each pass of a drafter that works level by level; None: `max_nodes` decides.
     """
 
     context: Context
@@ -435,6 +457,7 @@ class DraftRequest:
     stop_tokens: frozenset[int]
     trees: bool = False
     needs_law: bool = False
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +469,8 @@ class Proposal:
     or None where tokens were chosen, not drawn.  log_q: [N] the drafter's logarithm of the chance that a node
     is accepted if its parent is, where it knows that on the host.  source: who guessed.  sources: [N] who
     guessed each node, where several did.  counts: what else a drafter counts, for the statistics.
+    width: verify in a pass of at least that many tokens (some are quicker than narrower ones); the engine pads.
+    because: why nothing is proposed, for people.
     """
 
     source: str
@@ -455,6 +480,8 @@ class Proposal:
     log_q: tuple[float, ...] | None = None
     sources: tuple[str, ...] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    width: int = 0
+    because: str = ""
 
     @property
     def num_nodes(self) -> int:
@@ -475,11 +502,14 @@ class Proposal:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a proposal. path: accepted nodes of `tree`, root side first.
-    tokens: what was emitted: the path's tokens, then the one the target adds."""
+    tokens: what was emitted: the path's tokens, then the one the target adds.
+    width, verify_ms: tokens in the target's pass (of all lanes) and how long it took, where that is known."""
 
     tree: TokenTree
     path: tuple[int, ...]
     tokens: tuple[int, ...]
+    width: int = 0
+    verify_ms: float = 0.0
 
 
 class Drafter(Protocol):

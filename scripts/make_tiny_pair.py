@@ -13,7 +13,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from localspec.testing.conversion import QUANTIZATIONS, Checkpoint, write_gguf_file
+from localspec.formats.conversion import QUANTIZATIONS, Checkpoint, write_gguf_file
 
 
 def main() -> None:

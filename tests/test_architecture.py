@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # not know each other, except in the top layer.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
-    frozenset({"tree", "noise", "replay"}),
+    frozenset({"tree", "noise", "replay", "formats"}),
     frozenset({"protocols", "ranking"}),
-    frozenset({"context", "sampling", "fingerprint"}),
+    frozenset({"preparation", "context", "sampling", "fingerprint"}),
+    frozenset({"memory", "compatibility"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
     frozenset({"loading"}),
@@ -40,7 +41,9 @@ TOP = len(LAYERS) - 1
 OUTSIDE_LAYERS = frozenset({"", "testing"})
 
 # What a backend implements, and the pieces it may build that from.
-FOR_BACKENDS = frozenset({"types", "errors", "protocols", "noise", "sampling", "context", "tree", "replay"})
+FOR_BACKENDS = frozenset(
+    {"types", "errors", "protocols", "preparation", "noise", "sampling", "context", "tree", "replay", "formats"}
+)
 
 RUNTIMES = frozenset({"mlx", "mlx_lm", "llama_cpp", "torch", "transformers", "backends", "cli"})
 OTHER_RUNTIMES = {

@@ -20,7 +20,10 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from localspec.preparation import MemoryPlanner, Quantizer
 from localspec.protocols import BackendReport, LanguageModel, LoadSettings
+from localspec.schedule.scheduled import Scheduled
+from localspec.testing.files import write_gguf
 from localspec.testing.reference import ReferenceModel
 
 
@@ -75,6 +78,8 @@ class FakeBackend:
     name: str
     installed: bool
     own_settings: frozenset[str] = frozenset({"threads"})
+    planner: MemoryPlanner | None = None
+    quantizer: Quantizer | None = None
     formats: tuple[str, ...] = ("gguf",)
 
     def report(self) -> BackendReport:
@@ -192,9 +197,9 @@ def test_what_was_opened_before_an_error_is_closed_again(monkeypatch: pytest.Mon
 
 
 def test_a_target_alone_makes_a_pair_without_a_draft_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = tmp_path / "some.gguf"
-    path.write_bytes(b"")
+    path = write_gguf(tmp_path / "some.gguf")
     monkeypatch.setattr(loading, "load_model", lambda *_: ReferenceModel(257))
     with loading.open_pair(str(path)) as pair, pair.session() as session:
-        assert pair.draft is None and session.drafter.name == "ngram"
+        assert pair.draft is None and isinstance(session.drafter, Scheduled)
+        assert [part.name for part in session.drafter.parts] == ["ngram"]
         assert np.array_equal(session.tokens, [])

@@ -4,6 +4,7 @@
     state       trees and rewinding by sequence ids            tokenizer  in bytes
     model       forward                                        loading    checks and choices
     probe       do the extra CPU buffers survive here?         processors how many threads
+    planner     memory, before anything is loaded              quantizer  fewer bits
 
 Importing this package imports neither llama.cpp nor its binding.
 """
@@ -17,6 +18,7 @@ from localspec.errors import LocalspecError
 from localspec.protocols import Backend, BackendReport, LanguageModel, LoadSettings, Tokenizer
 
 from . import loading, native, probe
+from .quantizer import LlamaQuantizer
 
 __all__ = ["BACKEND"]
 
@@ -26,6 +28,8 @@ class LlamaCppBackend:
 
     name = loading.NAME
     own_settings = loading.OWN_SETTINGS
+    planner = loading.PLANNER
+    quantizer = LlamaQuantizer()
     formats = ("gguf",)
 
     def is_installed(self) -> bool:

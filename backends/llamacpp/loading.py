@@ -21,11 +21,14 @@ from localspec.errors import (
     SettingError,
     UnsupportedModelError,
 )
+from localspec.formats.gguf import read_architecture
+from localspec.formats.summary import GGUF_HEADS
 from localspec.protocols import Capabilities, LoadSettings, ModelInfo, Rewind, WidthClass
 
 from . import native, probe, recurrent, selfcheck
 from .memory import MAX_IDS, Memory
 from .model import LlamaModel
+from .planner import LlamaPlanner
 from .processors import num_cores
 from .state import LlamaState
 from .tokenizer import LlamaTokenizer
@@ -35,7 +38,6 @@ NAME = "llamacpp"
 OWN_SETTINGS = frozenset({"gpu_layers", "threads", "flash_attention", "extra_buffers"})
 
 _MAGIC = b"GGUF"
-_DRAFT_HEADS = frozenset({"dflash", "dspark", "eagle3", "medusa"})
 _DEFAULT_CONTEXT = 4096
 _MAX_WIDTH = 128
 _MAX_TREE_WIDTH = MAX_IDS - 2  # the sequence's own id is its first leaf's, too; one is a carrier for `keep`
@@ -43,6 +45,13 @@ _MAX_BATCH = 512
 _MAX_FLASH_BATCH = 63  # from 64 tokens on, flash attention on a CPU works in tiles and rounds otherwise
 _MAX_SEQUENCES = 64
 _ALL_LAYERS = 999
+PLANNER = LlamaPlanner(
+    width=_MAX_WIDTH,
+    tree_width=_MAX_TREE_WIDTH,
+    batch=_MAX_BATCH,
+    flash_batch=_MAX_FLASH_BATCH,
+    num_states=recurrent.NUM_IDS,
+)
 _FLASH_AUTO, _FLASH_OFF, _FLASH_ON = -1, 0, 1
 
 _CPU_CLASS = WidthClass(
@@ -85,7 +94,7 @@ def load(path: Path, settings: LoadSettings) -> LlamaModel:
     """Open a model. Raises members of the error tree."""
     check_file(path)
     check_settings(settings)
-    check_is_whole(first_architecture(path))
+    check_is_whole(read_architecture(path))
     lib = native.library()
     has_gpu = bool(lib.llama_supports_gpu_offload())
     extra_buffers, notes = _extra_buffers(settings)
@@ -124,25 +133,10 @@ def check_file(path: Path) -> None:
         raise ModelFileError(f"{path.name} is not a GGUF file", got=f"first bytes {magic!r}", expected=repr(_MAGIC))
 
 
-def first_architecture(path: Path) -> str:
-    """`general.architecture` where it is the first entry, as converters write it; else an empty string."""
-    with path.open("rb") as stream:
-        start = stream.read(256)
-    key, key_end = _text_at(start, 24)  # behind magic, version and two counts
-    is_text = start[key_end : key_end + 4] == b"\x08\0\0\0"
-    return _text_at(start, key_end + 4)[0] if key == "general.architecture" and is_text else ""
-
-
-def _text_at(content: bytes, start: int) -> tuple[str, int]:
-    """(text, where it ends)."""
-    end = start + 8 + int.from_bytes(content[start : start + 8], "little")
-    return content[start + 8 : end].decode(errors="replace"), end
-
-
 def check_is_whole(architecture: str) -> None:
     """Raise UnsupportedModelError for a draft head: it reads another model's hidden states, so it cannot
     run alone, and llama.cpp may die trying."""
-    if architecture in _DRAFT_HEADS:
+    if architecture in GGUF_HEADS:
         raise UnsupportedModelError(
             "the file is a draft head, not a model that writes by itself",
             got=architecture,

@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import re
+import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -26,11 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localspec.errors import BackendError, BackendMissingError
+from localspec.preparation import GpuMemory
 from localspec.types import Logits, Positions, TokenIds
 
 INSTALL_COMMAND = "pip install llama-cpp-python"
 
 _SPIN_COUNT = "1000"
+_GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 _LEVEL_WARNING, _LEVEL_ERROR, _LEVEL_CONTINUED = 3, 4, 5
 _LOG_LEVELS = {_LEVEL_WARNING: logging.INFO, _LEVEL_ERROR: logging.INFO}  # the rest is for debugging
 
@@ -101,6 +104,34 @@ def devices() -> tuple[str, ...]:
     describe.argtypes, describe.restype = [ctypes.c_void_p], ctypes.c_char_p
     handles = [ggml.ggml_backend_dev_get(index) for index in range(ggml.ggml_backend_dev_count())]
     return tuple(str(describe(handle).decode(errors="replace")) for handle in handles)
+
+
+def gpu_memory() -> GpuMemory | None:
+    """Free memory of the first GPU of this build, or None. Raises BackendError."""
+    lib = library()
+    if not lib.llama_supports_gpu_offload():
+        return None
+    ggml: Any = importlib.import_module("llama_cpp._ggml").libggml
+    ggml.ggml_backend_dev_by_type.argtypes, ggml.ggml_backend_dev_by_type.restype = [ctypes.c_int], ctypes.c_void_p
+    memory = ggml.ggml_backend_dev_memory
+    memory.argtypes, memory.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p], None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    device = ggml.ggml_backend_dev_by_type(_GPU_DEVICE)
+    if not device:
+        return None
+    memory(device, ctypes.byref(free), ctypes.byref(total))
+    return GpuMemory(free.value, shared=sys.platform == "darwin") if free.value else None
+
+
+def quantize(source: Path, output: Path, file_type: str, num_threads: int) -> None:
+    """Write a GGUF file again in another type, e.g. MOSTLY_Q4_0. Raises BackendError."""
+    lib = library()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = getattr(lib, f"LLAMA_FTYPE_{file_type}")
+    params.nthread = num_threads
+    forget_errors()
+    if lib.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params)):
+        raise BackendError(f"llama.cpp could not quantise {source.name}: {quoted(complaints())}")
 
 
 # ---------------------------------------------------------------- the log

@@ -13,6 +13,8 @@ from localspec.errors import BackendMissingError, LocalspecError, ModelNotFoundE
 from localspec.protocols import BackendReport, LanguageModel, LoadSettings, Tokenizer
 
 from .border import translated
+from .planner import MlxPlanner
+from .quantizer import MlxQuantizer
 
 if TYPE_CHECKING:
     from .scores import Ledger
@@ -34,6 +36,8 @@ class MlxBackend:
 
     name = "mlx"
     own_settings = frozenset({"dtype"})
+    planner = MlxPlanner()
+    quantizer = MlxQuantizer()
     formats = ("safetensors", "gguf")
 
     def __init__(self) -> None:
@@ -83,7 +87,8 @@ class MlxBackend:
                 from .tokenizer import open_folder_tokenizer
 
                 return open_folder_tokenizer(path)
-            from .gguf import read_header
+            from localspec.formats.gguf import read_header
+
             from .gguf_tokenizer import open_gguf_tokenizer
 
             return open_gguf_tokenizer(read_header(path).metadata)

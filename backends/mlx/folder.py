@@ -13,12 +13,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from localspec.errors import ModelFileError, UnsupportedModelError
+from localspec.formats import safetensors
 
 from .border import is_memory_error
 from .loader import Opened
 from .tokenizer import open_folder_tokenizer
 
-_MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger ones too
 _MAX_NAMES = 5  # of tensors in a message
 _SHAPE_ERROR = re.compile(r"Expected shape (\(.*?\)) but received shape (\(.*?\)) for parameter (\S+)")
 
@@ -101,34 +101,7 @@ def _check_weight_files(path: Path) -> list[str]:
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise ModelFileError("no weights in the folder", got=path, expected="model.safetensors or its parts")
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        mapping = read_json(index).get("weight_map")
-        wanted = set(mapping.values()) if isinstance(mapping, dict) else set()
-        missing = sorted(name for name in wanted if not (path / str(name)).is_file())
-        if missing:
-            raise ModelFileError(
-                "parts of the model are missing", got=", ".join(missing[:_MAX_NAMES]), fix="Download them."
-            )
-    return [name for file in files for name in _tensor_names(file)]
-
-
-def _tensor_names(path: Path) -> list[str]:
-    """Tensor names of a safetensors file whose header and size agree."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ModelFileError(f"{path.name} is truncated or no safetensors file", got=f"{size} bytes")
-        try:
-            header = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-            raise ModelFileError(f"the header of {path.name} is corrupt", got=error) from error
-    if size < 8 + length + end:
-        raise ModelFileError(f"{path.name} is truncated", got=f"{size} bytes", expected=8 + length + end)
-    return list(tensors)
+    return [name for _, tensors in safetensors.read_folder(path) for name in tensors]
 
 
 def _check_size(config: dict[str, Any], num_tensors: int) -> None:

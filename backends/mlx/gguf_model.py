@@ -15,8 +15,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from localspec.errors import ModelFileError, UnsupportedModelError
+from localspec.formats.gguf import GgufHeader, TensorInfo, Value, read_header
 
-from .gguf import GgufHeader, TensorInfo, Value, read_header
 from .gguf_tokenizer import open_gguf_tokenizer
 from .loader import Opened
 

@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from localspec.errors import ModelFileError, UnsupportedModelError
+from localspec.formats.gguf import Value
 
-from .gguf import Value
 from .tokenizer import MlxTokenizer, end_tokens
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types; 1 is ordinary, 5 unused, 6 a byte

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from localspec.commands.expand import expand
 from localspec.commands.models import open_models
 from localspec.commands.options import F, apply_options, load_options
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 @click.group()
 def bench() -> None:
     """Measure: speed against plain decoding, equality with it, the core's own time."""
+
+
+bench.add_command(expand)
 
 
 def _in_a_folder(_: click.Context, __: click.Parameter, output: Path | None) -> Path | None:

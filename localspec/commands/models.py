@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,10 @@ import click
 
 if TYPE_CHECKING:
     from localspec.drafters import DrafterSpec
+    from localspec.hub.catalog import Choice, KnownPair
     from localspec.loading import Pair
+
+Find = Callable[[str, str, str], Path]
 
 
 def open_models(
@@ -28,33 +33,71 @@ def open_models(
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
-    target, draft, backend = find_models(options, offer_pull)
-    with loading(quiet=quiet):
-        return open_pair(target, draft, backend=backend, settings=settings)
+    target, draft, backend = named_models(options, offer_pull=offer_pull)
+    with loading(quiet=quiet) as status:
+        pair = open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
+        if any(spec.decides for spec in specs):
+            if status is not None:
+                status.update("measuring what passes cost here (once) ...")
+            try:
+                _ = pair.experience
+            except BaseException:
+                pair.close()
+                raise
+        return pair
 
 
-def find_models(options: dict[str, Any], offer_pull: bool = False) -> tuple[str | None, str | None, str]:
+def named_models(
+    options: dict[str, Any], find: Find | None = None, *, offer_pull: bool = False
+) -> tuple[str | None, str | None, str]:
     """Target, draft model and backend as named, or those of the catalog's pair.
 
-    offer_pull: on a terminal, ask whether to fetch what is not here.
+    find: from (name or path, role, backend) to the model [default: on this machine].  offer_pull: on a terminal,
+    ask whether to fetch what is not here.
     """
-    from localspec.doctor import memory_bytes
     from localspec.errors import SettingError
-    from localspec.hub.catalog import load_catalog
-    from localspec.hub.selection import choice_for, locate
 
+    find = find or partial(_find, offer_pull=offer_pull and options["pair"] is None)
     if options["pair"] is None:
         if options["catalog"] is not None:
             raise SettingError("--catalog only says where pairs are looked for", fix="Name one with --pair.")
-        target, draft = (_locate(options[role], role, options["backend"], offer_pull) for role in ("target", "draft"))
+        target, draft = (_locate(options[role], role, options["backend"], find) for role in ("target", "draft"))
         return target, draft, options["backend"]
     if options["target"] is not None or options["draft"] is not None:
         raise SettingError("--pair names both models", fix="Leave out --target and --draft, or --pair.")
+    return _models_of_pair(options, find, offer_pull)
+
+
+def _models_of_pair(options: dict[str, Any], find: Find, offer_pull: bool) -> tuple[str, str | None, str]:
+    """As `named_models`. Asks once for both models, because one is of no use without the other."""
+    from localspec.errors import ModelNotFoundError
+    from localspec.hub.selection import locate, memory_gb
+
+    pair, choice = chosen_pair(options)
+
+    def located() -> tuple[str, str | None, str]:
+        target, draft = locate(pair, choice, lambda text: find(text, "target", choice.backend))
+        return str(target), None if draft is None else str(draft), choice.backend
+
+    try:
+        return located()
+    except ModelNotFoundError as error:
+        question = f"{error.what}. Pull it now? (about {memory_gb(pair, choice):.1f} GB of memory in use)"
+        if not offer_pull or not _may_ask() or not click.confirm(question, err=True):
+            raise
+    pull_pair(choice)
+    return located()
+
+
+def chosen_pair(options: dict[str, Any]) -> tuple[KnownPair, Choice]:
+    """The pair that --pair names, and which of its files suit this machine."""
+    from localspec.doctor import memory_bytes
+    from localspec.hub.catalog import load_catalog
+    from localspec.hub.selection import choice_for
+
     name, _, quantization = options["pair"].partition(":")
     pair = load_catalog(options["catalog"]).get(name)
-    choice = choice_for(pair, memory_bytes(), allowed_backends(options), quantization or None)
-    found, helper = locate(pair, choice, lambda text: _find(text, "target", choice.backend, offer_pull))
-    return str(found), None if helper is None else str(helper), choice.backend
+    return pair, choice_for(pair, memory_bytes(), allowed_backends(options), quantization or None)
 
 
 def allowed_backends(options: dict[str, Any]) -> list[str]:
@@ -66,13 +109,13 @@ def allowed_backends(options: dict[str, Any]) -> list[str]:
     return installed_backends() or backend_names()  # with none installed, opening says how to install one
 
 
-def _locate(text: str | None, role: str, backend: str, offer_pull: bool) -> str | None:
+def _locate(text: str | None, role: str, backend: str, find: Find) -> str | None:
     """The path of a model; bundled names stay as they are, because they name pairs."""
     from localspec.loading import bundled_names
 
     if text is None or text in bundled_names():
         return text
-    return str(_find(text, role, backend, offer_pull))
+    return str(find(text, role, backend))
 
 
 def _find(text: str, role: str, backend: str, offer_pull: bool) -> Path:
@@ -82,11 +125,20 @@ def _find(text: str, role: str, backend: str, offer_pull: bool) -> Path:
     try:
         return find_model(text, role, backend)
     except NotPulledError as error:
-        if not offer_pull or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-            raise
-        if not click.confirm(f"{error.what}. Pull it now?", err=True):
+        if not offer_pull or not _may_ask() or not click.confirm(f"{error.what}. Pull it now?", err=True):
             raise
         return pull_model(text, None, backend)
+
+
+def _may_ask() -> bool:
+    """Is there somebody who reads and types?"""
+    return bool(sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
+
+
+def pull_pair(choice: Choice, *, verify: bool = False) -> list[Path]:
+    """Fetch what a catalog's choice names; the paths of target and draft model. Paths of the user's own are left."""
+    names = [name for name in (choice.target, choice.draft) if name is not None and not name.startswith(("/", "~"))]
+    return [pull_model(name, None, choice.backend, verify=verify) for name in names]
 
 
 def pull_model(text: str, revision: str | None, backend: str, *, verify: bool = False) -> Path:

@@ -75,6 +75,9 @@ def load_options(command: F) -> F:
         ),
         click.option("--extra-buffers/--no-extra-buffers", default=None, help="Repacked CPU weights (llama.cpp)."),
         click.option("--dtype", metavar="TYPE", help="Compute type (MLX): float32, float16 or bfloat16."),
+        click.option(
+            "--check-memory/--no-check-memory", default=True, help="Refuse what memory does not allow; see `fit`."
+        ),
     ]
     return apply_options(options, command)
 

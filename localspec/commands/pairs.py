@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from localspec.commands.models import pull_model
+from localspec.commands.fit import fit
+from localspec.commands.models import chosen_pair, pull_model, pull_pair
 from localspec.commands.options import F, apply_options, catalog_option
 
 
@@ -80,6 +81,9 @@ def check_pairs(file: Path) -> None:
             click.echo(f"{name} replaces that of {origin}")
 
 
+pairs.add_command(fit)
+
+
 def _print_pairs(text: str, options: dict[str, Any]) -> None:
     from localspec.errors import UnknownNameError
     from localspec.hub.catalog import KINDS, load_catalog
@@ -111,15 +115,27 @@ def _machine_memory(text: str | None) -> int:
 
 
 @click.command()
-@click.argument("name", metavar="ORG/NAME[:QUANT]")
+@click.argument("name", metavar="ORG/NAME[:QUANT]|PAIR[:QUANT]")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit [default: main].")
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Whose format to fetch.")
 @click.option("--verify", is_flag=True, help="Also check what is already here against its checksums.")
-def pull(name: str, revision: str | None, backend: str, verify: bool) -> None:
-    """Fetch a model from the Hub into its cache, and print its path.
+@catalog_option
+def pull(name: str, revision: str | None, backend: str, verify: bool, catalog: Path | None) -> None:
+    """Fetch a model from the Hub into its cache, and print its path; or both models of a pair of the catalog.
 
     Safetensors and GGUF only, no code, checksums compared. Ctrl-C keeps what has arrived; the same
     command goes on from there. QUANT is a quantisation or a file name. HF_TOKEN, HF_HOME, HF_HUB_CACHE,
     HF_ENDPOINT and HF_HUB_OFFLINE mean what they always mean.
     """
-    click.echo(pull_model(name, revision, backend, verify=verify))
+    from localspec.errors import SettingError
+    from localspec.hub.selection import names_a_pair
+
+    if not names_a_pair(name):
+        paths = [pull_model(name, revision, backend, verify=verify)]
+    elif revision is not None:
+        raise SettingError("a pair's models have revisions of their own", got=revision, fix="Pull them one by one.")
+    else:
+        _, choice = chosen_pair({"pair": name, "catalog": catalog, "backend": backend})
+        paths = pull_pair(choice, verify=verify)
+    for path in paths:
+        click.echo(path)

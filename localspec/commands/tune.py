@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from localspec.commands.models import find_models
+from localspec.commands.models import named_models
 from localspec.commands.options import load_options
 
 _QUICK_SECONDS = 8.0
@@ -56,7 +56,7 @@ def tune(
             raise SettingError(f"{name}: no such folder: {file.parent}", fix="Make it first.")
     if plot is not None:
         check_plot(plot)
-    target, draft, backend = find_models(options)
+    target, draft, backend = named_models(options)
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     settings = LoadSettings(num_sequences=1, **{name: options[name] for name in names})
     plan = Plan(seconds or (_QUICK_SECONDS if quick else Plan().seconds), search=not quick, fresh=fresh)

@@ -64,11 +64,12 @@ class DraftCache:
         return max(in_context if leaves is None else min(in_context, leaves - 1 - (pending - self._base)), 0)
 
     def begin(self, context: Context) -> None:
-        """Follow another context; of what is cached the common prefix stays, but for the anchor: its row
-        starts the guessing."""
+        """Follow another context: of what is cached the common prefix stays, the rest is read, but for the anchor:
+        its row starts the guessing."""
         self._context = context
         same = common_prefix(np.array(self._committed, np.int32), context.tokens)
         self._reset_to(min(same, len(context) - 1))
+        self._read(len(context) - 1)
 
     @property
     def free(self) -> int:
@@ -83,14 +84,18 @@ class DraftCache:
         """Forget earlier guesses, feed what is missing; scores [1, V] of the anchor."""
         self._reset_to(self._state.length)
         tokens = self._context.tokens
-        while len(tokens) - self._state.length > _PREFILL_CHUNK:
-            chunk = tokens[self._state.length : self._state.length + _PREFILL_CHUNK].copy()
-            self._forward(HostTokens(chunk), chain_parents(self._state, len(chunk)).tolist(), ())
-            self._commit(range(len(chunk)), chunk.tolist())
+        self._read(len(tokens) - _PREFILL_CHUNK)
         rest = tokens[self._state.length :].copy()
         scores = self._forward(HostTokens(rest), chain_parents(self._state, len(rest)).tolist(), (len(rest) - 1,))
         self._base = len(rest)
         return scores
+
+    def _read(self, length: int) -> None:
+        """Commit the context up to `length` tokens."""
+        while self._state.length < length:
+            chunk = self._context.tokens[self._state.length : min(length, self._state.length + _PREFILL_CHUNK)].copy()
+            self._forward(HostTokens(chunk), chain_parents(self._state, len(chunk)).tolist(), ())
+            self._commit(range(len(chunk)), chunk.tolist())
 
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
         """Feed guesses; scores [N, V] of all of them."""

@@ -97,6 +97,7 @@ class DraftModel:
         if request.needs_law and not request.sampler.is_greedy:
             return self._draw(request, scores, num, branching)
         waits = self.shape.by_score or self.min_prob > 0.0 or not request.sampler.is_plain
+        # a budget is asked only where the scores are at hand anyway: waiting for a device level by level costs more
         if self.model.capabilities.host_scores or waits:
             return self._grow(request, scores, num, branching)
         return self._fan_out(request, scores, num, branching)
@@ -126,6 +127,8 @@ class DraftModel:
                 grower.offer(node, ids[:likely].tolist(), log_q[:likely].tolist())
             nodes = grower.frontier(self._cache.room)
             nodes = [node for node in nodes if grower.token(node) not in request.stop_tokens]
+            if nodes and request.budget is not None:
+                nodes = request.budget.expand(grower, nodes)
             if nodes:
                 tokens = HostTokens(np.array([grower.token(node) for node in nodes], np.int32))
                 scores = self._cache.extend(tokens, [fed[grower.parent(node)] for node in nodes])

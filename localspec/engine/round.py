@@ -100,12 +100,12 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
         for lane in lanes:
             lane.state.keep(())
         raise
+    width, verify_ms = sum(step.num_tokens for step in steps), (verified - drafted) * 1e3
     for lane, verdict in zip(lanes, verdicts, strict=True):
         lane.state.keep([0, *(node + 1 for node in verdict.path)])
         lane.context.extend(verdict.tokens)
-        lane.drafter.observe(Outcome(verdict.tree, verdict.path, verdict.tokens))
-    times = ((drafted - started) * 1e3, (verified - drafted) * 1e3, (perf_counter() - verified) * 1e3)
-    width = sum(step.num_tokens for step in steps)
+        lane.drafter.observe(Outcome(verdict.tree, verdict.path, verdict.tokens, width, verify_ms))
+    times = ((drafted - started) * 1e3, verify_ms, (perf_counter() - verified) * 1e3)
     results = []
     for index, (lane, proposal, verdict) in enumerate(zip(lanes, proposals, verdicts, strict=True)):
         sources = proposal.sources or (proposal.source,) * proposal.num_nodes
@@ -130,6 +130,8 @@ def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
     if proposal.num_nodes > room.nodes:
         raise ValueError(f"drafter {proposal.source!r} proposed {proposal.num_nodes} nodes, at most {room.nodes} fit")
     levels = int(proposal.depth().max(initial=-1)) + 1
+    if proposal.width > room.nodes + 1:
+        raise ValueError(f"drafter {proposal.source!r} asked for {proposal.width} tokens, {room.nodes + 1} fit")
     if levels > room.depth:
         raise ValueError(f"drafter {proposal.source!r} proposed {levels} levels, at most {room.depth} fit")
     if sum(len(segment) for segment in proposal.tokens) != proposal.num_nodes:
@@ -150,7 +152,8 @@ def _steps(model: LanguageModel, lanes: Sequence[Lane], proposals: Sequence[Prop
     for lane, proposal in zip(lanes, proposals, strict=True):
         anchor = HostTokens(np.array([lane.context.anchor], np.int32))
         parents = np.concatenate([np.array([-1], np.int32), proposal.parents + 1])
-        steps.append(pad(Step(lane.state, (anchor, *proposal.tokens), parents), model.capabilities.width_class))
+        step = Step(lane.state, (anchor, *proposal.tokens), parents)
+        steps.append(pad(step, model.capabilities.width_class, proposal.width))
     return steps
 
 
@@ -193,4 +196,5 @@ def _record(
         accepted_ranks=sibling_ranks(verdict.tree.parent, verdict.path),
         num_replayed=num_replayed,
         drafter_counts=proposal.counts,
+        plain_because=proposal.because,
     )

@@ -116,6 +116,8 @@ class _Answer:
         """Why nothing was speculated, if so."""
         if self.stats.num_drafted:
             return None
+        if self.stats.plain_rounds:
+            return max(self.stats.plain_rounds, key=lambda reason: self.stats.plain_rounds[reason])
         return f"the drafter {drafter!r} proposed nothing" if self.asked else "no round had room for a guess"
 
     def say(self, text: str, source: str, rank: int = 0) -> Iterator[Piece]:

@@ -16,7 +16,7 @@ class RoundRecord:
     source: who proposed; `drafted_by_source` and `accepted_by_source` count the nodes of each who guessed.
     accepted_ranks: per accepted node how many siblings stood before it (0: the first guess for its place).
     num_replayed: tokens the target ran again because its state cannot take tokens back.
-    drafter_counts: what the drafter counted (`Proposal.counts`).
+    drafter_counts: what the drafter counted (`Proposal.counts`).  plain_because: why it proposed nothing.
     """
 
     source: str
@@ -33,6 +33,7 @@ class RoundRecord:
     accepted_ranks: tuple[int, ...]
     num_replayed: int = 0
     drafter_counts: Mapping[str, int] = field(default_factory=dict)
+    plain_because: str = ""
 
 
 def count_sources(sources: Iterable[str]) -> dict[str, int]:
@@ -77,6 +78,7 @@ class Stats:
     accepted_by_rank: list[int] = field(default_factory=list)
     widths: dict[int, int] = field(default_factory=dict)
     drafter_counts: dict[str, int] = field(default_factory=dict)
+    plain_rounds: dict[str, int] = field(default_factory=dict)  # why nothing was proposed -> rounds
 
     def add(self, record: RoundRecord) -> None:
         """Count one round."""
@@ -102,6 +104,8 @@ class Stats:
             self.accepted_by_source[source] = self.accepted_by_source.get(source, 0) + accepted
         for name, amount in record.drafter_counts.items():
             self.drafter_counts[name] = self.drafter_counts.get(name, 0) + amount
+        if record.plain_because:
+            self.plain_rounds[record.plain_because] = self.plain_rounds.get(record.plain_because, 0) + 1
         for rank in record.accepted_ranks:
             self.accepted_by_rank.extend([0] * (rank + 1 - len(self.accepted_by_rank)))
             self.accepted_by_rank[rank] += 1
@@ -151,6 +155,7 @@ class Stats:
             "accepted_by_source": self.accepted_by_source,
             "accepted_by_rank": self.accepted_by_rank,
             "drafter_counts": self.drafter_counts,
+            "plain_rounds": self.plain_rounds,
             "tokens_per_second": round(self.tokens_per_second, 2),
             "prefill_ms": round(self.prefill_ms, 3),
             "num_prefilled": self.num_prefilled,

@@ -13,13 +13,14 @@ import numpy as np
 from localspec.protocols import HostTokens, Step, WidthClass
 
 
-def pad(step: Step, width_class: WidthClass) -> Step:
-    """The step widened to `width_class.min_width`; each step of a pass is, as a backend may run them apart.
+def pad(step: Step, width_class: WidthClass, at_least: int = 0) -> Step:
+    """The step widened to `width_class.min_width`, or to `at_least`; each step of a pass is, as a backend may run
+    them apart.
 
     Padding copies token 0 in a chain below the last new token, so a chain stays a chain. Which rows
     are scored does not change.
     """
-    missing = width_class.min_width - step.num_tokens
+    missing = max(width_class.min_width, at_least) - step.num_tokens
     if missing <= 0 or step.num_tokens == 0:
         return step
     rows = tuple(range(step.num_tokens)) if step.rows is None else step.rows

@@ -1,7 +1,9 @@
-"""How a pull looks on a terminal: a line per file, then what to do with the model."""
+"""How long work looks on a terminal: a pull with a line per file, a conversion with its latest step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -71,3 +73,10 @@ def pulled_line(pulled: Pulled) -> str:
         return f"{pulled.name} is here already, nothing was fetched"
     files = "1 file" if pulled.num_files == 1 else f"{pulled.num_files} files"
     return f"{pulled.name}: {files} fetched, {pulled.num_bytes / 1e6:.1f} MB, commit {pulled.commit[:12]}"
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """A function that shows what a long command is doing, on standard error where that is a terminal."""
+    with Console(stderr=True, markup=False, emoji=False, highlight=False).status("") as line:
+        yield line.update

@@ -25,20 +25,28 @@ class Found:
     commit: str
 
 
-def find_model(text: str, role: str = "target", backend: str = "auto", hub: Hub | None = None) -> Path:
+def find_model(
+    text: str,
+    role: str = "target",
+    backend: str = "auto",
+    hub: Hub | None = None,
+    formats: Sequence[str] | None = None,
+) -> Path:
     """The model that `text` means: what is on disk under that path, a bundled name, or a Hub id in the Hub
     cache or in LM Studio's folders, in this order.
 
     role: "target" or "draft", for bundled names.  backend: whose format is preferred where a repository
-    has several. Raises NotPulledError for a Hub id that is not here (with the command that fetches it),
-    else what `loading.resolve_model` raises.
+    has several.  formats: instead, those that will do. Raises NotPulledError for a Hub id that is not here
+    (with the command that fetches it), else what `loading.resolve_model` raises.
     """
-    return resolve_model(text, role, partial(find_pulled, backend=backend, hub=hub))
+    return resolve_model(text, role, partial(find_pulled, backend=backend, hub=hub, formats=formats))
 
 
-def find_pulled(text: str, *, backend: str = "auto", hub: Hub | None = None) -> Path:
+def find_pulled(
+    text: str, *, backend: str = "auto", hub: Hub | None = None, formats: Sequence[str] | None = None
+) -> Path:
     """The model of a Hub id that is on this machine. Raises NotPulledError and SettingError."""
-    name, hub, formats = HubName.parse(text), hub or Hub(), readable_formats(backend)
+    name, hub, formats = HubName.parse(text), hub or Hub(), formats or readable_formats(backend)
     problems = []
     try:
         found = find_in_cache(hub, name, formats)

@@ -15,7 +15,7 @@ from typing import Any
 from localspec.drafters import DRAFTERS
 from localspec.errors import CatalogFileError, ModelNotFoundError, SettingError, UnknownNameError
 from localspec.hub.catalog import BITS, Catalog, Choice, KnownPair, load_catalog
-from localspec.loading import resolve_model
+from localspec.loading import bundled_names, resolve_model
 
 USABLE = 0.75
 """Share of a machine's memory that models may fill: the system needs some, and GPUs of Macs get no more."""
@@ -159,6 +159,12 @@ def _value(pair: KnownPair) -> tuple[float, float]:
 # ---------------------------------------------------------------- from a name to files
 
 
+def names_a_pair(text: str) -> bool:
+    """Can only a pair of a catalog be meant? Neither a path, nor a bundled name, nor a Hub id."""
+    is_file = text.startswith(("~", ".")) or text.endswith((".gguf", ".safetensors")) or Path(text).exists()
+    return "/" not in text and not is_file and text not in bundled_names()
+
+
 def choice_for(pair: KnownPair, memory: int, backends: Sequence[str], quantization: str | None = None) -> Choice:
     """What to open: the finest quantisation that fits, for the first of these backends that the pair has.
 
@@ -196,16 +202,19 @@ def locate(pair: KnownPair, choice: Choice, resolve: Callable[[str], Path] = res
     """
     found: list[Path] = []
     lacking: list[str] = []
+    reasons: list[str] = []
     references = [choice.target] if choice.draft is None else [choice.target, choice.draft]
     for reference in references:
         try:
             found.append(resolve(reference))
-        except ModelNotFoundError:
+        except ModelNotFoundError as error:
             lacking.append(reference)
+            reasons += [str(error.got)] if error.got is not None else []
     if lacking:
         pulls = " and ".join(f"`localspec pull {text}`" for text in lacking if not text.startswith(("/", "~")))
         raise ModelNotFoundError(
             f"pair {pair.name} is not on this machine: {' and '.join(lacking)}",
+            got="; ".join(dict.fromkeys(reasons)) or None,
             fix=f"Get it with {pulls}." if pulls else "Check the paths in its catalog.",
         )
     return found[0], found[1] if len(found) == 2 else None

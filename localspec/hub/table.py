@@ -1,4 +1,4 @@
-"""The list of pairs and one pair in full, on the terminal."""
+"""The list of pairs, one pair in full, and what it takes, on the terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from localspec.drafters import DRAFTERS, Nothing
 from localspec.hub.catalog import KINDS, KnownPair
+from localspec.hub.fit import Fit, verdict
 from localspec.hub.selection import USABLE, Row, fits, memory_gb, missing
 
 _WIDE = 118  # columns from which the table names target and quantisation as well
@@ -139,3 +140,21 @@ def _billions(parameters: float) -> str:
 
 def _after(text: str) -> str:
     return f", {text}" if text else ""
+
+
+def print_fit(fit: Fit, *, width: int | None = None) -> None:
+    """A memory plan as a table, what is doubtful about the pair, and the verdict."""
+    plan = fit.plan
+    table = Table(box=None, pad_edge=False)
+    for name in ("model", "what", "MiB"):
+        table.add_column(name, justify="right" if name == "MiB" else "left")
+    for line in plan.lines:
+        times = f", {line.times} conversations" if line.times > 1 else ""
+        table.add_row(line.part, line.what + times, f"{line.total / 2**20:,.1f}")
+    table.add_row("", Text("together", "bold"), Text(f"{plan.total / 2**20:,.1f}", "bold"))
+    console = _console(width)
+    console.print(f"with {plan.context} tokens of context")
+    console.print(table)
+    for note in (*fit.notes, *plan.notes):
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(Text(verdict(fit), "green" if plan.fits else "red"), soft_wrap=True)

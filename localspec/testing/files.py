@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localspec.errors import SettingError
-from localspec.testing.conversion import Checkpoint, write_gguf_file
+from localspec.formats.conversion import Checkpoint, write_gguf_file
 
 __all__ = ["NUM_MERGES", "SPECIAL_TOKENS", "TinyModel", "tiny_checkpoint", "write_gguf", "write_safetensors"]
 

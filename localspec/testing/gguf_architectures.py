@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localspec.errors import SettingError
-from localspec.testing.conversion import FILE_TYPES, add_tokenizer
+from localspec.formats.conversion import FILE_TYPES, add_tokenizer
 from localspec.testing.files import tiny_checkpoint
 
 __all__ = ["ARCHITECTURES", "Architecture", "write_architecture"]

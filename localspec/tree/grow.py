@@ -57,6 +57,10 @@ class Grower:
         """The parent of an offered node."""
         return self._parents[node]
 
+    def log_q(self, node: int) -> float:
+        """Logarithm of the chance that an offered node is accepted if its parent is."""
+        return self._log_q[node]
+
     def reach(self, node: int) -> float:
         """Logarithm of the chance that the whole path to an offered node is accepted."""
         return self._reach[node]

@@ -123,7 +123,7 @@ class _Loader:
     def __call__(self, options: Options) -> Iterator[Pair]:
         changes: dict[str, Any] = dict(options)
         settings = replace(self.settings, **changes)
-        with open_pair(self._target, self._draft, backend=self._backend, settings=settings) as pair:
+        with open_pair(self._target, self._draft, backend=self._backend, settings=settings, use_tuned=False) as pair:
             yield pair
 
 

@@ -267,11 +267,11 @@ def test_missing_and_foreign_files_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [4, 10, 24, 100, 3000, 60_000, -1])
-def test_a_truncated_file_is_refused_in_llama_cpps_words(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     """Header, metadata and tensor data."""
     path = write_gguf(tmp_path / "m.gguf")
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ModelFileError, match=r"failed to read|not within the file bounds"):
+    with pytest.raises(ModelFileError, match=r"failed to read|not within the file bounds|truncated"):
         BACKEND.load(path, SMALL)
 
 
@@ -283,20 +283,13 @@ def test_an_unknown_architecture_is_unsupported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["dflash", "eagle3", "dspark", "medusa"])
-@pytest.mark.parametrize("is_first", [True, False])
-def test_draft_heads_are_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, is_first: bool
+def test_draft_heads_are_refused_by_name_before_llama_cpp_sees_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    """Before llama.cpp sees them where the name is the header's first entry, as it is usual; else after."""
     path = write_gguf(tmp_path / "m.gguf")
-    assert module("loading").first_architecture(path) == "qwen3"
-    if is_first:
-        old, new = (len(text).to_bytes(8, "little") + text.encode() for text in ("qwen3", name))
-        path.write_bytes(path.read_bytes().replace(old, new, 1))
-    else:
-        weights = module("weights").Weights
-        read = weights.text
-        monkeypatch.setattr(weights, "text", lambda w, key: name if key == "general.architecture" else read(w, key))
+    old, new = (len(text).to_bytes(8, "little") + text.encode() for text in ("qwen3", name))
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    monkeypatch.setattr(module("loading"), "Weights", lambda *_, **__: pytest.fail("llama.cpp was asked"))
     with pytest.raises(UnsupportedModelError, match=f"draft head.*{name}"):
         BACKEND.load(path, SMALL)
 

@@ -12,9 +12,9 @@ import pytest
 
 from localspec.bench.equality import compare
 from localspec.bench.prompts import load_prompts
+from localspec.formats.conversion import Checkpoint, write_gguf_file
 from localspec.loading import bundled_path, get_backend, open_pair
 from localspec.protocols import LoadSettings
-from localspec.testing.conversion import Checkpoint, write_gguf_file
 from localspec.testing.files import write_gguf
 
 CHAINS = ("cross_tokenizer:num=4,mode=bytes", "cross_tokenizer:num=4,mode=intersection")

@@ -20,6 +20,28 @@ from tests.hub.loopback import LoopbackHub
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMPATIENT = Patience(num_retries=2, first_wait_s=0.02, longest_wait_s=5.0)
 
+CATALOG = """
+schema = 1
+family = "tiny"
+
+[[pair]]
+name = "loopback"
+target = "Tiny"
+parameters = 0.055
+drafter = "draft_model"
+draft = "Tiny draft"
+draft_parameters = 0.005
+tokenizer = "same"
+tested = false
+source = "test"
+
+[[pair.choice]]
+backend = "llamacpp"
+target = "tiny/pair-GGUF:Q4_0"
+draft = "tiny/pair-GGUF:Q8_0"
+"""
+"""A user's catalog with one pair of the loopback Hub: `tiny/pair-GGUF`, Q4_0 and Q8_0."""
+
 
 @dataclass
 class Program:

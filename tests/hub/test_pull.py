@@ -21,7 +21,7 @@ from localspec.hub.name import HubName
 from localspec.hub.pull import pull
 from localspec.hub.resolver import find_model
 from localspec.testing.files import write_gguf
-from tests.hub.conftest import ROOT, Program
+from tests.hub.conftest import CATALOG, ROOT, Program
 from tests.hub.killed import pull_into
 from tests.hub.loopback import LoopbackHub, Slow
 
@@ -288,6 +288,20 @@ def test_the_chat_asks_before_it_pulls(loopback: LoopbackHub, program: Program, 
     code, text = _on_a_terminal(program, command, b"y\n/exit\n")
     assert code == 0 and "Pull it now? [y/N]" in text and "/help" in text, text
     assert loopback.content_bytes
+
+
+@pytest.mark.slow
+def test_the_chat_asks_once_for_both_models_of_a_pair(loopback: LoopbackHub, program: Program, root: Path) -> None:
+    tiny = root / "models" / "tiny"
+    loopback.add("tiny/pair-GGUF", {"t-Q4_0.gguf": tiny / "target.gguf", "d-Q8_0.gguf": tiny / "draft.gguf"})
+    (program.home / "own.toml").write_text(CATALOG)
+    command = ("chat", "--pair", "loopback", "--catalog", "own.toml")
+    assert program.run(*command).returncode == 1 and not loopback.requests
+    code, text = _on_a_terminal(program, command, b"n\n")
+    assert code == 1 and "localspec pull tiny/pair-GGUF:Q8_0" in text and not loopback.requests
+    code, text = _on_a_terminal(program, command, b"y\n/exit\n")
+    assert code == 0 and text.count("Pull it now?") == 1 and "/help" in text, text
+    assert len(program.blobs()) == 2
 
 
 def _on_a_terminal(program: Program, command: tuple[str, ...], typed: bytes) -> tuple[int, str]:

@@ -13,7 +13,18 @@ from localspec import drafters
 from localspec.errors import ModelNotFoundError, SettingError, UnknownNameError
 from localspec.hub import selection
 from localspec.hub.catalog import Catalog, Choice, KnownPair, load_catalog
-from localspec.hub.selection import Row, choice_for, fits, locate, memory_gb, missing, parse_memory, select, suggest
+from localspec.hub.selection import (
+    Row,
+    choice_for,
+    fits,
+    locate,
+    memory_gb,
+    missing,
+    names_a_pair,
+    parse_memory,
+    select,
+    suggest,
+)
 from localspec.hub.table import print_pair, print_pairs
 
 GIB = 2**30
@@ -222,3 +233,10 @@ def test_a_missing_path_is_not_to_be_pulled(shipped: Catalog) -> None:
     with pytest.raises(ModelNotFoundError, match="Check the paths") as caught:
         locate(shipped.get("qwen3-4b"), choice)
     assert "pull" not in str(caught.value)
+
+
+def test_only_what_is_no_path_no_bundled_name_and_no_hub_id_names_a_pair(tmp_path: Path) -> None:
+    (tmp_path / "here").touch()
+    assert names_a_pair("qwen2.5-14b") and names_a_pair("qwen2.5-14b:Q4_K_M") and names_a_pair("nosuch")
+    for text in ("tiny", "org/name", "org/name:Q4_0", "model.gguf", "./x", "~/x", str(tmp_path / "here")):
+        assert not names_a_pair(text), text

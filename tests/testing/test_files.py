@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from localspec.errors import SettingError, UnsupportedModelError
-from localspec.testing.conversion import Checkpoint, read_safetensors, write_gguf_file
+from localspec.formats.conversion import Checkpoint, read_safetensors, write_gguf_file
 from localspec.testing.files import SPECIAL_TOKENS, tiny_checkpoint, write_gguf, write_safetensors
 
 

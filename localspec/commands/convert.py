@@ -1,0 +1,30 @@
+"""`localspec convert`: from one format to another, or to fewer bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("source", metavar="FOLDER|ORG/NAME")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--to", "form", type=click.Choice(["gguf", "mlx"]), help="[default: by OUTPUT's name]")
+@click.option("--quantize", "-q", metavar="TYPE", help="GGUF: F32, F16, Q8_0, Q4_0, Q4_K_M; MLX: 4bit, 8bit.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT.")
+@click.option("--check/--no-check", default=True, help="Compare what source and result say.")
+def convert(source: str, output: Path, form: str | None, quantize: str | None, force: bool, check: bool) -> None:
+    """Convert a safetensors folder to a GGUF file or an MLX folder with fewer bits.
+
+    Says afterwards how far the result's greedy text agrees with the source's.
+    """
+    from localspec.hub.console import status
+    from localspec.hub.convert import convert as run
+    from localspec.hub.resolver import find_model
+
+    folder = find_model(source, formats=("safetensors",))
+    with status() as say:
+        report = run(folder, output, form=form, quantization=quantize, force=force, check=check, on_progress=say)
+    for line in report.lines():
+        click.echo(line)

@@ -1,0 +1,95 @@
+"""How often guesses come true: what a drafter says of its edges, corrected by what became of them.
+
+Only edges whose parent was accepted are observed, and then all siblings are: one came true, or none. That
+sample is unbiased whatever the tree's form was. Estimates start from what the drafter says (optimistic where it
+says nothing, or deep levels would never be tried) and follow the text by forgetting old rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from localspec.tree.token_tree import TokenTree
+
+_CHANCES = (0.01, 0.03, 0.08, 0.16, 0.28, 0.42, 0.56, 0.7, 0.82, 0.91, 0.965, 0.99)
+"""Where the correction is tabulated: chances as drafters state them."""
+_LOGS = tuple(math.log(chance) for chance in _CHANCES)
+_TRUST = 6.0  # observations that a drafter's own word is worth
+_MEMORY = 300.0  # observations per table entry, then older ones count half
+_OPTIMISM = 0.8  # assumed chance of an edge of a drafter that estimates none
+_UNSCORED_MEMORY = 60.0
+
+
+class Reliability:
+    """Calibration of one drafter: stated chance -> observed share, and for drafters that state none the share
+    by depth."""
+
+    def __init__(self) -> None:
+        self._seen = [0.0] * len(_CHANCES)
+        self._true = [0.0] * len(_CHANCES)
+        self._table = list(_CHANCES)
+        self._depth_seen: list[float] = []
+        self._depth_true: list[float] = []
+
+    def chance(self, log_q: float) -> float:
+        """Chance that an edge with this logarithm of a chance comes true if its parent does."""
+        place = bisect_left(_LOGS, log_q)
+        table = self._table
+        if place == 0:
+            return table[0] * math.exp(log_q - _LOGS[0])
+        if place == len(_LOGS):
+            return table[-1]
+        share = (log_q - _LOGS[place - 1]) / (_LOGS[place] - _LOGS[place - 1])
+        return table[place - 1] + share * (table[place] - table[place - 1])
+
+    def chance_at(self, depth: int) -> float:
+        """The same for an only child at a depth (0: child of the anchor) of which nothing was said."""
+        if depth >= len(self._depth_seen):
+            return _OPTIMISM if not self._depth_seen else max(self.chance_at(len(self._depth_seen) - 1), 0.3)
+        return (self._depth_true[depth] + 2.0 * _OPTIMISM) / (self._depth_seen[depth] + 2.0)
+
+    def observe(self, tree: TokenTree, tokens: Sequence[int]) -> None:
+        """Learn from what followed. tree: all that was guessed, verified or not.  tokens: what was emitted."""
+        parents, guessed = tree.parent.tolist(), tree.token.tolist()
+        log_q = None if tree.log_q is None else tree.log_q.tolist()
+        above = -1
+        for depth, token in enumerate(tokens):
+            children = [node for node, parent in enumerate(parents) if parent == above]
+            if not children:
+                return
+            right = [node for node in children if guessed[node] == token]
+            if log_q is not None:
+                for node in children:
+                    self._count(log_q[node], node in right)
+            self._count_depth(depth, children[0] in right)
+            if not right:
+                return
+            above = right[0]
+
+    def _count(self, log_q: float, came_true: bool) -> None:
+        """Shared by the two nearest entries, by nearness."""
+        place = bisect_left(_LOGS, log_q)
+        if place == 0 or place == len(_LOGS):
+            shares = [(min(place, len(_LOGS) - 1), 1.0)]
+        else:
+            share = (log_q - _LOGS[place - 1]) / (_LOGS[place] - _LOGS[place - 1])
+            shares = [(place - 1, 1.0 - share), (place, share)]
+        for entry, weight in shares:
+            self._seen[entry] += weight
+            self._true[entry] += weight * came_true
+            if self._seen[entry] > _MEMORY:
+                self._seen[entry] /= 2.0
+                self._true[entry] /= 2.0
+            self._table[entry] = (self._true[entry] + _TRUST * _CHANCES[entry]) / (self._seen[entry] + _TRUST)
+
+    def _count_depth(self, depth: int, came_true: bool) -> None:
+        while len(self._depth_seen) <= depth:
+            self._depth_seen.append(0.0)
+            self._depth_true.append(0.0)
+        self._depth_seen[depth] += 1.0
+        self._depth_true[depth] += came_true
+        if self._depth_seen[depth] > _UNSCORED_MEMORY:
+            self._depth_seen[depth] /= 2.0
+            self._depth_true[depth] /= 2.0

@@ -1,0 +1,71 @@
+"""Never slower than plain: what each drafter really gained, and when one that loses is tried again.
+
+A round that emits 1 + a tokens in the time of plain decoding plus `extra` beats plain decoding exactly if
+a > extra / (time of a plain round). The difference is the drafter's gain in tokens. Single rounds say little (a is 0
+or 5), so what is watched is the drawdown: how far the sum of gains lies below its highest point. A drafter that
+pays comes back from a bad stretch before the drawdown reaches the limit, one that loses does not, and the limit is
+what finding out may cost. Then it is parked.
+
+A parked drafter is tried again on credit: a small share of all decoding time is put aside, and when it covers
+what a trial is expected to lose, one is made. Credit always grows, so nothing stays parked for ever, and the share
+bounds what trying costs. A few trials that gain together end the parking.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+_SHARE = 0.012  # of the decoding time goes into trials
+_LIMIT = 8.0  # tokens of drawdown
+_TRIALS = 4  # that must gain together
+_LEAST_LOSS = 0.1  # tokens that a trial is taken to cost at least
+_MOST_CREDIT = 3.0  # trials; without a bound a long parked stretch would buy a long losing one
+_SMOOTHING = 0.03
+
+
+class Guard:
+    """One drafter's record against plain decoding."""
+
+    def __init__(self) -> None:
+        self.gain = 0.0
+        """Tokens a round above plain decoding in the same time, over the last rounds."""
+        self.parked = False
+        self._drawdown = 0.0
+        self._loss = 0.5  # tokens that a trial loses, by the last ones
+        self._credit = 0.0  # tokens
+        self._trials: deque[float] = deque(maxlen=_TRIALS)
+
+    def allows(self, entry: float = 0.0) -> bool:
+        """May the drafter work this round? entry: tokens that reading what it missed is worth."""
+        if not self.parked:
+            return True
+        price = max(self._loss, _LEAST_LOSS) + entry
+        if self._credit < price:
+            return False
+        self._credit -= price
+        return True
+
+    def idle(self, round_ms: float, plain_ms: float, entry: float = 0.0) -> None:
+        """A round went by without the drafter."""
+        most = _MOST_CREDIT * (max(self._loss, _LEAST_LOSS) + entry)
+        self._credit = min(self._credit + _SHARE * round_ms / plain_ms, most)
+
+    def observe(self, brought: float, extra_ms: float, plain_ms: float) -> None:
+        """A round with the drafter. brought: accepted tokens.  extra_ms: what the round took longer than plain."""
+        gain = brought - extra_ms / plain_ms
+        self.gain += _SMOOTHING * (gain - self.gain)
+        if not self.parked:
+            self._drawdown = min(self._drawdown + gain, 0.0)
+            if self._drawdown < -_LIMIT:
+                self.parked = True
+                self._trials.clear()
+            return
+        self._loss += 0.3 * (-gain - self._loss)
+        self._trials.append(gain)
+        if len(self._trials) == _TRIALS and sum(self._trials) > 0.0:
+            self.parked = False
+            self._drawdown = -0.5 * _LIMIT  # on probation
+
+    def because(self, name: str) -> str:
+        """Why it is parked."""
+        return f"{name} is parked: it was slower than plain decoding"

@@ -1,0 +1,174 @@
+"""How much to guess this round: what a node may bring against what it costs.
+
+Over many rounds the speed is (tokens emitted) / (time spent), and it is highest when every round maximises
+(tokens) - rate * (milliseconds), where `rate` is the speed that is reached: time is worth the tokens it could
+bring elsewhere. (That is Dinkelbach's method for a ratio, or the renewal-reward rule; maximising each round's
+own ratio, as the literature does, overspends on rounds that are good anyway.) Costs are a table, so
+all sizes are compared: the curve is a staircase, and the first drop of the value is not its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localspec.protocols import WidthClass
+from localspec.schedule.cost import Costs
+
+_MEMORY = 200.0  # observations after which older ones count half
+_TRUST = 4.0  # rounds at a width before its own times outweigh the general correction
+_WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
+_GLIMPSE = 4  # levels looked ahead when asking whether to go on
+
+
+class LiveCosts:
+    """The measured table, corrected by what rounds really took here and now."""
+
+    def __init__(self, costs: Costs, width_class: WidthClass, max_width: int) -> None:
+        self.costs = costs
+        self.min_width = width_class.min_width
+        self.max_width = min(max_width, width_class.max_width or max_width)
+        self._seen: dict[int, float] = {}
+        self._ratio: dict[int, float] = {}  # actual / table
+        self._general = 1.0
+        self._draft_general = 1.0
+        self._cache: tuple[int, list[float], list[int]] | None = None
+
+    def verify_ms(self, width: int, context: int) -> float:
+        """A pass of the target of exactly that width."""
+        seen = self._seen.get(width, 0.0)
+        ratio = (seen * self._ratio.get(width, 1.0) + _TRUST * self._general) / (seen + _TRUST)
+        return self.costs.target.at(width, context) * ratio
+
+    def draft_ms(self, width: int, context: int) -> float:
+        """A pass of the draft model; 0 without one."""
+        return 0.0 if self.costs.draft is None else self.costs.draft.at(width, context) * self._draft_general
+
+    def by_nodes(self, context: int) -> tuple[list[float], list[int]]:
+        """(milliseconds, width) of verifying 0, 1, 2, ... nodes: padded where a wider pass is quicker."""
+        bucket = context >> 5
+        if self._cache is not None and self._cache[0] == bucket:
+            return self._cache[1], self._cache[2]
+        ms: list[float] = []
+        widths: list[int] = []
+        for width in range(self.max_width, 0, -1):
+            own = self.verify_ms(max(width, self.min_width), context)
+            if ms and ms[-1] < _WORTH_PADDING * own:
+                ms.append(ms[-1])
+                widths.append(widths[-1])
+            else:
+                ms.append(own)
+                widths.append(max(width, self.min_width))
+        ms.reverse()
+        widths.reverse()
+        self._cache = (bucket, ms, widths)
+        return ms, widths
+
+    def observe_verify(self, width: int, context: int, ms: float) -> None:
+        """What a pass took. A stall (another program, a page fault) counts as at most three times the table."""
+        if width < 1 or ms <= 0.0:
+            return
+        ratio = min(ms / self.costs.target.at(width, context), 3.0)
+        seen = min(self._seen.get(width, 0.0), 30.0)
+        self._ratio[width] = (seen * self._ratio.get(width, 1.0) + ratio) / (seen + 1.0)
+        self._seen[width] = seen + 1.0
+        self._general += 0.03 * (ratio - self._general)
+        self._cache = None
+
+    def observe_draft(self, expected_ms: float, ms: float) -> None:
+        """What drafting took, beside what the table says for its passes."""
+        if expected_ms > 0.0:
+            self._draft_general += 0.05 * (min(self._draft_general * ms / expected_ms, 5.0) - self._draft_general)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """nodes: how many of the best to verify.  width: of the pass.  value: tokens expected from them, less what
+    their time is worth."""
+
+    nodes: int
+    width: int
+    value: float
+
+
+class Valuation:
+    """One round's prices: `rate` tokens per millisecond, and the pass's cost by number of nodes."""
+
+    def __init__(self, live: LiveCosts, rate: float, context: int, max_nodes: int) -> None:
+        self._ms, self._widths = live.by_nodes(context)
+        self.rate = rate
+        self.max_nodes = min(max_nodes, len(self._ms) - 1)
+        self._live, self._context = live, context
+
+    def best(self, reach: Sequence[float]) -> Choice:
+        """The best number of leading nodes. reach: [N] chances of whole paths, best first."""
+        base = self._ms[0]
+        best, nodes, total = 0.0, 0, 0.0
+        for count, chance in enumerate(reach[: self.max_nodes], start=1):
+            total += chance
+            value = total - self.rate * (self._ms[count] - base)
+            if value > best:
+                best, nodes = value, count
+        return Choice(nodes, self._widths[nodes], best)
+
+    def total(self, reach: Sequence[float]) -> float:
+        """The value of verifying exactly these nodes."""
+        return sum(reach) - self.rate * (self._ms[len(reach)] - self._ms[0])
+
+    def draft_ms(self, width: int) -> float:
+        """Milliseconds of a pass of the draft model."""
+        return self._live.draft_ms(width, self._context)
+
+    def draft_price(self, width: int) -> float:
+        """Tokens that its time is worth."""
+        return self.rate * self.draft_ms(width)
+
+    def worth_expanding(self, reach: Sequence[float], leaves: Sequence[float], usual: float) -> int:
+        """How many of the best leaves should get children: 0 if drafting should end.
+
+        reach: chances of all nodes so far.  leaves: those of the nodes that could be expanded, best first.
+        usual: chance of the best child of a node where nothing else is known. Looks a few levels ahead, as a single
+        one may not reach the next step of the staircase.
+        """
+        if not leaves:
+            return 0
+        now = self.best(sorted(reach, reverse=True)).value
+        best, chosen = now, 0
+        second = 0.4 * (1.0 - usual)
+        for width in sorted({1, 2, 4, 8, len(leaves)}):
+            if width > len(leaves):
+                break
+            price = self.draft_price(width)
+            grown = list(reach)
+            level = list(leaves[:width])
+            for depth in range(1, _GLIMPSE + 1):
+                if width > 1 and depth == 1:
+                    grown += [leaf * second for leaf in level]
+                level = [leaf * usual for leaf in level]
+                grown += level
+                value = self.best(sorted(grown, reverse=True)).value - depth * price
+                if value > best:
+                    best, chosen = value, width
+        return chosen
+
+
+class Rate:
+    """Tokens per millisecond, over the last rounds."""
+
+    def __init__(self, rate: float) -> None:
+        self._tokens = rate * 1e-3  # next to no weight of its own
+        self._ms = 1e-3
+        self._count = 0.0
+
+    @property
+    def value(self) -> float:
+        """Tokens per millisecond."""
+        return self._tokens / self._ms
+
+    def add(self, tokens: float, ms: float) -> None:
+        """One round."""
+        self._tokens += tokens
+        self._ms += ms
+        self._count += 1.0
+        if self._count > _MEMORY:
+            self._tokens, self._ms, self._count = self._tokens / 2.0, self._ms / 2.0, self._count / 2.0

@@ -1,0 +1,355 @@
+"""The drafter that decides: of several drafters it asks those that pay this round, and verifies what is worth it.
+
+It is a drafter like any other, so nothing else knows that there is a plan. Whatever it decides, the text is
+the target's (`docs/exactness.md`): under the walk a plan may look at anything, the guessed tokens included. Under
+rejection it must not look at what was drawn, so there it only says beforehand how much to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
+from time import perf_counter
+
+import numpy as np
+
+from localspec.context import Context
+from localspec.protocols import Budget, Capabilities, Drafter, DraftRequest, HostTokens, Outcome, Proposal
+from localspec.schedule.acceptance import Reliability
+from localspec.schedule.cost import Costs
+from localspec.schedule.guard import Guard
+from localspec.schedule.plan import LiveCosts, Rate, Valuation
+from localspec.tree.grow import Grower, merge
+from localspec.tree.token_tree import TokenTree
+
+_SMOOTHING = 0.1
+_FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
+_MOST_NODES = 64
+_STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
+_NOTHING_WORTH = "no guess was worth its time"
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one drafter, for greedy or for sampled text: how reliable it is, what it gains."""
+
+    reliability: Reliability = field(default_factory=Reliability)
+    guard: Guard = field(default_factory=Guard)
+    usual_value: float = 1.0  # tokens a round that asking it is expected to bring, its own time paid
+    usual_edge: float = 0.8  # chance of a node's best child
+    states_chances: bool = True
+
+
+class Experience:
+    """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record."""
+
+    def __init__(self, costs: Costs, capabilities: Capabilities) -> None:
+        self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width)
+        self.rate = Rate(1.0 / (self.live.by_nodes(0)[0][0] + costs.overhead_ms))
+        self.records: dict[tuple[str, bool], Record] = {}
+
+    def record(self, name: str, greedy: bool) -> Record:
+        """Of the drafter with that name, at temperature 0 or above."""
+        return self.records.setdefault((name, greedy), Record())
+
+    def plain_ms(self, context: int) -> float:
+        """A plain round."""
+        return self.live.by_nodes(context)[0][0] + self.live.costs.overhead_ms
+
+
+@dataclass(slots=True)
+class _Asked:
+    """One drafter's part in the round. chances: [N] of each edge, corrected."""
+
+    name: str
+    proposal: Proposal
+    tree: TokenTree | None
+    chances: list[float]
+    ms: float
+    used: bool = False
+
+
+class Scheduled:
+    """Asks `free` drafters every round and `dear` ones (which run a model) when they are expected to pay.
+
+    experience: shared by the sessions of a pair. Names of drafters must differ.
+    """
+
+    name = "auto"
+    needs_trees = False
+
+    def __init__(self, free: Sequence[Drafter], dear: Sequence[Drafter], experience: Experience) -> None:
+        self.parts = (*free, *dear)
+        self._free, self._dear = tuple(free), tuple(dear)
+        self.experience = experience
+        self._asked: list[_Asked] = []
+        self._greedy = True
+        self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
+        self._context = Context()
+        self._read: dict[str, int] = {}  # how much of the context each drafter has seen
+
+    def begin(self, context: Context) -> None:
+        """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again."""
+        self._context = context
+        self._asked = []
+        self._read = {}
+        for part in self.parts:
+            if part in self._free or not self._record(part.name).guard.parked:
+                self._begin(part)
+
+    def _begin(self, part: Drafter) -> None:
+        part.begin(self._context)
+        self._read[part.name] = len(self._context)
+
+    def _entry_ms(self, part: Drafter) -> float:
+        """What it takes a drafter to read what it missed while others worked."""
+        if part in self._free:
+            return 0.0
+        missed = len(self._context) - self._read.get(part.name, 0)
+        live = self.experience.live
+        return live.draft_ms(1 + missed, len(self._context)) - live.draft_ms(1, len(self._context))
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        """The guesses that are worth verifying."""
+        self._expected = None
+        self._greedy = request.sampler.is_greedy
+        self._asked = []
+        experience = self.experience
+        context = len(request.context)
+        rate = max(experience.rate.value, 1.0 / experience.plain_ms(context))
+        prices = Valuation(experience.live, rate, context, min(request.max_nodes, _MOST_NODES))
+        if request.needs_law:
+            return self._drawn(request, prices)
+        best = 0.0
+        parked: list[str] = []
+        for part in (*self._free, *self._dear):
+            record = self._record(part.name)
+            if part in self._dear and not self._may_beat(record, best, request.trees):
+                continue
+            if not record.guard.allows(self._entry_ms(part) * rate):
+                parked.append(record.guard.because(part.name))
+                continue
+            asked = self._ask(part, record, request, prices)
+            value = prices.best(sorted(_reach(asked), reverse=True)).value if asked.tree is not None else 0.0
+            if part in self._dear:
+                own = value - rate * asked.ms
+                record.usual_value += _SMOOTHING * (own - record.usual_value)
+            best = max(best, value)
+        proposal = self._chosen(request, prices)
+        if proposal.num_nodes:
+            return proposal
+        return replace(proposal, because=parked[0] if parked else _NOTHING_WORTH)
+
+    def observe(self, outcome: Outcome) -> None:
+        """The outcome, for all; and what it teaches."""
+        for part in self.parts:
+            part.observe(outcome)
+        experience, asked = self.experience, self._asked
+        context = len(self._context) - len(outcome.tokens)
+        plain_ms = experience.plain_ms(context)
+        if outcome.verify_ms > 0.0:
+            experience.live.observe_verify(outcome.width, context, outcome.verify_ms)
+        draft_ms = sum(one.ms for one in asked)
+        round_ms = outcome.verify_ms + draft_ms + experience.live.costs.overhead_ms
+        experience.rate.add(len(outcome.tokens), round_ms)
+        used = [one for one in asked if one.used]
+        # by the corrected table, not by this round's clock: one stall would outweigh many rounds
+        extra = experience.live.verify_ms(outcome.width, context) + experience.live.costs.overhead_ms - plain_ms
+        names = {one.name for one in asked}
+        brought = float(len(outcome.path))
+        if self._expected is not None:  # half of what was expected is noise as good as gone
+            brought = 0.5 * (brought + self._expected)
+        for one in asked:
+            record = self._record(one.name)
+            tree = one.tree if one.tree is not None else outcome.tree
+            record.reliability.observe(tree, outcome.tokens)
+            share = extra / len(used) if one.used else 0.0
+            record.guard.observe(brought / len(used) if one.used else 0.0, one.ms + share, plain_ms)
+        for part in self.parts:
+            if part.name not in names:
+                self._record(part.name).guard.idle(round_ms, plain_ms, self._entry_ms(part) / plain_ms)
+
+    def close(self) -> None:
+        """Close all."""
+        for part in self.parts:
+            part.close()
+
+    # ------------------------------------------------------------ inside
+
+    def _record(self, name: str) -> Record:
+        return self.experience.record(name, self._greedy)
+
+    def _may_beat(self, record: Record, best: float, trees: bool) -> bool:
+        """Is a drafter that takes time worth asking, beside what was guessed for nothing? In a tree both would
+        count, in a chain only the better. Where nothing was guessed the guard alone decides."""
+        if best <= 0.0 or record.guard.parked or record.usual_value > (0.5 * best if trees else best):
+            return True
+        record.usual_value += _FORGETTING * (1.0 - record.usual_value)
+        return False
+
+    def _ask(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> _Asked:
+        reliability = record.reliability
+        budget = _Plan(prices, reliability, record) if part in self._dear else None
+        most = prices.max_nodes
+        if not record.states_chances:
+            most = max(1, self._ahead(reliability, prices, min(most, request.max_depth)))
+        if part.name not in self._read:
+            self._begin(part)
+        entry_ms = self._entry_ms(part)
+        started = perf_counter()
+        proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget))
+        ms = max((perf_counter() - started) * 1e3 - entry_ms, 0.0)  # reading is no part of what a round costs
+        self._read[part.name] = len(self._context)
+        if budget is not None:
+            self.experience.live.observe_draft(budget.expected_ms, ms)
+            ms = min(ms, _STALL * budget.expected_ms)
+        if proposal.num_nodes:
+            record.states_chances = proposal.log_q is not None
+        tree, chances = None, []
+        if proposal.log_q is not None or (proposal.num_nodes == 0):
+            tree = proposal.tree()
+            chances = [reliability.chance(value) for value in proposal.log_q or ()]
+        asked = _Asked(part.name, proposal, tree, chances, ms)
+        self._asked.append(asked)
+        return asked
+
+    def _ahead(self, reliability: Reliability, prices: Valuation, most: int) -> int:
+        """Length of a chain that must be decided before it is guessed."""
+        reach = list(accumulate((reliability.chance_at(depth) for depth in range(most)), mul))
+        price = prices.draft_price(1)
+        values = [prices.total(reach[:count]) - count * price for count in range(1, most + 1)]
+        best = int(np.argmax(values)) if values else 0
+        return best + 1 if values and values[best] > 0.0 else 0
+
+    def _drawn(self, request: DraftRequest, prices: Valuation) -> Proposal:
+        """Rejection: the first drafter that may work draws as much as the past says pays."""
+        for part in (*self._dear, *self._free):
+            record = self._record(part.name)
+            if not record.guard.allows(self._entry_ms(part) * prices.rate):
+                continue
+            if part.name not in self._read:
+                self._begin(part)
+            reliability = record.reliability
+            most = max(1, self._ahead(reliability, prices, min(prices.max_nodes, request.max_depth)))
+            started = perf_counter()
+            proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes)))
+            ms = (perf_counter() - started) * 1e3
+            self._asked.append(_Asked(part.name, proposal, None, [], ms, used=proposal.num_nodes > 0))
+            if proposal.num_nodes:
+                return proposal
+        return Proposal(self.name, because=_NOTHING_WORTH)
+
+    def _chosen(self, request: DraftRequest, prices: Valuation) -> Proposal:
+        """What is worth verifying of everything that was guessed."""
+        guessing = [one for one in self._asked if one.proposal.num_nodes]
+        counts = _counts(self._asked)
+        unread = [one for one in guessing if one.tree is None]
+        if unread:  # still on the device, and cut to what pays before it was guessed
+            unread[0].used = True
+            return replace(unread[0].proposal, counts=counts)
+        if not guessing:
+            return Proposal(self.name, counts=counts, width=self._plain_width(prices, request))
+        if len(guessing) > 1 and request.trees:
+            return self._merged(guessing, prices, request, counts)
+        values = [prices.best(sorted(_reach(one), reverse=True)).value for one in guessing]
+        chosen = guessing[int(np.argmax(values))]
+        assert chosen.tree is not None
+        return self._cut(chosen.tree, _reach(chosen), [chosen] * len(chosen.tree), prices, request, counts)
+
+    def _merged(
+        self, guessing: Sequence[_Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
+    ) -> Proposal:
+        merged = merge([one.tree for one in guessing if one.tree is not None])
+        chances = [0.0] * len(merged.tree)
+        for one, places in zip(guessing, merged.places, strict=True):
+            for place, chance in zip(places, one.chances, strict=True):
+                chances[place] = max(chances[place], chance)
+        reach = _products(merged.tree, chances)
+        owners = [guessing[index] for index in merged.origin]
+        return self._cut(merged.tree, reach, owners, prices, request, counts)
+
+    def _cut(
+        self,
+        tree: TokenTree,
+        reach: list[float],
+        owners: Sequence[_Asked],
+        prices: Valuation,
+        request: DraftRequest,
+        counts: Mapping[str, int],
+    ) -> Proposal:
+        """The best nodes, as many as pay. A child never reaches further than its parent, so parents are kept."""
+        order = sorted(range(len(reach)), key=reach.__getitem__, reverse=True)
+        choice = prices.best([reach[node] for node in order])
+        kept = sorted(order[: choice.nodes])
+        self._expected = sum(reach[node] for node in kept)
+        width = min(choice.width, request.max_nodes + 1)
+        if not kept:
+            return Proposal(self.name, counts=counts, width=width)
+        place = {node: index for index, node in enumerate(kept)}
+        parents = np.array([place.get(int(tree.parent[node]), -1) for node in kept], np.int32)
+        for node in kept:
+            owners[node].used = True
+        log_q = None if tree.log_q is None else tuple(tree.log_q[kept].tolist())
+        return Proposal(
+            self.name,
+            (HostTokens(tree.token[kept]),),
+            parents,
+            log_q=log_q,
+            sources=tuple(owners[node].proposal.source for node in kept),
+            counts=counts,
+            width=width,
+        )
+
+    def _plain_width(self, prices: Valuation, request: DraftRequest) -> int:
+        return min(prices.best(()).width, request.max_nodes + 1)
+
+
+class _Plan:
+    """The budget of one drafter in one round."""
+
+    def __init__(self, prices: Valuation, reliability: Reliability, record: Record) -> None:
+        self._prices, self._reliability, self._record = prices, reliability, record
+        self._reach: list[float] = []
+        self.expected_ms = prices.draft_ms(1)  # the pass over what the drafter has not seen yet
+
+    def expand(self, grower: Grower, nodes: Sequence[int]) -> list[int]:
+        """The best of the newest nodes, as many as pay for a pass."""
+        reach, record = self._reach, self._record
+        previous = -2
+        for node in range(len(reach), len(grower)):
+            parent = grower.parent(node)
+            chance = self._reliability.chance(grower.log_q(node))
+            if parent != previous:  # the best child of its parent
+                record.usual_edge += 0.02 * (chance - record.usual_edge)
+                previous = parent
+            reach.append(chance * (reach[parent] if parent >= 0 else 1.0))
+        ranked = sorted(nodes, key=lambda node: -reach[node])
+        count = self._prices.worth_expanding(reach, [reach[node] for node in ranked], record.usual_edge)
+        if count:
+            self.expected_ms += self._prices.draft_ms(count)
+        return sorted(ranked[:count])
+
+
+def _reach(asked: _Asked) -> list[float]:
+    return [] if asked.tree is None else _products(asked.tree, asked.chances)
+
+
+def _products(tree: TokenTree, chances: Sequence[float]) -> list[float]:
+    """[N] chance of the whole path to each node."""
+    reach: list[float] = []
+    for parent, chance in zip(tree.parent.tolist(), chances, strict=True):
+        reach.append(chance * (reach[parent] if parent >= 0 else 1.0))
+    return reach
+
+
+def _counts(asked: Sequence[_Asked]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for one in asked:
+        for name, number in one.proposal.counts.items():
+            counts[name] = counts.get(name, 0) + number
+    return counts
+
+
+_: type[Budget] = _Plan
