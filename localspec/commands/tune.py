@@ -19,7 +19,10 @@ _QUICK_SECONDS = 8.0
 @click.option("--fresh", is_flag=True, help="Measure again, whatever is stored.")
 @click.option("--quick", is_flag=True, help="Do not vary options; measure those that the backend chooses, in short.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=1.0), metavar="S", help="Time to measure [default: 40, with --quick 8]."
+    "--seconds",
+    type=click.FloatRange(min=1.0),
+    metavar="S",
+    help="Time it may take, about [default: 45, with --quick 8].",
 )
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the curves.")
 @click.option(

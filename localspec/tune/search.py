@@ -26,15 +26,16 @@ _log = logging.getLogger("localspec.tune")
 _FINALISTS = 2
 _FIRST_LOOK = 0.45  # of the time: every set of options in short
 _COMPARING = 0.4  # of what a finalist has: its width classes
+_LEAST = 0.2  # seconds, where loading took the time that there was
 _FIRST_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to go about it. seconds: of measuring, loading not counted.  search: vary the options, or measure what the
+    """How to go about it. seconds: in all, loading included, about.  search: vary the options, or measure what the
     backend chooses only.  fresh: measure although there are results."""
 
-    seconds: float = 40.0
+    seconds: float = 45.0
     search: bool = True
     fresh: bool = False
 
@@ -51,8 +52,7 @@ def tune(
     """Measure a pair and store the outcome, or give back what is stored (`Plan.fresh`).
 
     settings: what is fixed; options it leaves open are varied. Costs and classes are stored for the sets measured at
-    length; the winning options only where none was fixed, for they are used where none is given. Takes the plan's
-    seconds and the time to load each set of options.
+    length; the winning options only where none was fixed, for they are used where none is given.
     """
     started = perf_counter()
     plan = plan or Plan()
@@ -71,7 +71,7 @@ def tune(
         stored = _stored(paths, result)
         if stored is not None:
             return stored
-    _compare(load, result.candidates, plan.seconds, tell)
+    _compare(load, result.candidates, started, plan.seconds, tell)
     result.seconds = perf_counter() - started
     result.date = datetime.now(UTC).date().isoformat()
     if keeps:
@@ -94,17 +94,20 @@ def _stored(paths: tuple[Path, Path | None], wanted: Result) -> Result | None:
     return found if same and found.runtime == wanted.runtime else None
 
 
-def _compare(load: _Loader, candidates: list[Candidate], seconds: float, tell: Progress) -> None:
-    """All in short, the best ones at length. Raises BackendError if none could be loaded."""
+def _compare(load: _Loader, candidates: list[Candidate], started: float, seconds: float, tell: Progress) -> None:
+    """All in short, the best ones at length, within `seconds` of `started`. Raises BackendError if none could be
+    loaded."""
     first = _FIRST_LOOK if len(candidates) > _FINALISTS else 0.0
     for number, candidate in enumerate(candidates if first else ()):
         tell(first * number / len(candidates), described(candidate.options))
-        _look(load, candidate, first * seconds / len(candidates))
+        left = started + first * seconds - perf_counter()
+        _look(load, candidate, perf_counter() + left / (len(candidates) - number))
     finalists = sorted((one for one in candidates if not one.failed), key=lambda one: -one.speed)[:_FINALISTS]
     for number, candidate in enumerate(finalists):
         share = (1.0 - first) / len(finalists)
         part = _part(tell, first + share * number, share, described(candidate.options))
-        _examine(load, candidate, share * seconds, part)
+        left = started + seconds - perf_counter()
+        _examine(load, candidate, perf_counter() + left / (len(finalists) - number), part)
     if not any(one.is_finalist for one in candidates):
         raise BackendError("no set of options could be loaded", got=candidates[0].failed)
 
@@ -127,11 +130,12 @@ class _Loader:
             yield pair
 
 
-def _look(load: _Loader, candidate: Candidate, seconds: float) -> None:
-    """Costs in short, scored in the class that the backend claims."""
+def _look(load: _Loader, candidate: Candidate, until: float) -> None:
+    """Costs in short until then, scored in the class that the backend claims."""
     try:
         with load(candidate.options) as pair:
             candidate.device = pair.target.info.device
+            seconds = max(until - perf_counter(), _LEAST)
             candidate.costs = measure.costs(
                 pair.target, pair.draft, seconds=seconds, widths=_FIRST_WIDTHS, contexts=(CONTEXT,)
             )
@@ -140,12 +144,13 @@ def _look(load: _Loader, candidate: Candidate, seconds: float) -> None:
         candidate.failed = str(error)
 
 
-def _examine(load: _Loader, candidate: Candidate, seconds: float, tell: Progress) -> None:
-    """Costs at length and width classes; both are stored."""
+def _examine(load: _Loader, candidate: Candidate, until: float, tell: Progress) -> None:
+    """Until then costs at length and width classes; both are stored."""
     try:
         with load(candidate.options) as pair:
             known = pair.target.capabilities
             candidate.device = pair.target.info.device
+            seconds = max(until - perf_counter(), _LEAST)
             costs = measure.costs(
                 pair.target,
                 pair.draft,
@@ -154,7 +159,9 @@ def _examine(load: _Loader, candidate: Candidate, seconds: float, tell: Progress
                 on_progress=_part(tell, 0.0, 1.0 - _COMPARING, ""),
             )
             found = classes.find(
-                pair.target, seconds=_COMPARING * seconds, on_progress=_part(tell, 1.0 - _COMPARING, _COMPARING, "")
+                pair.target,
+                seconds=max(until - perf_counter(), _LEAST),
+                on_progress=_part(tell, 1.0 - _COMPARING, _COMPARING, ""),
             )
 
             def value(one: WidthClass) -> float:

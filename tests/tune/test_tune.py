@@ -18,12 +18,14 @@ from localspec.loading import Pair
 from localspec.protocols import Capabilities, LoadSettings, Rewind, WidthClass
 from localspec.sampling import HostScores
 from localspec.schedule import store
+from localspec.schedule.classes import Classes
 from localspec.schedule.cost import Costs, Curve
-from localspec.schedule.score import LOOKUP_CHANCE, RANK_CHANCES, best
+from localspec.schedule.score import LOOKUP_CHANCE, RANK_CHANCES, Best, best
 from localspec.testing.reference import ReferenceModel
 from localspec.tune.options import choices, combinations, described
 from localspec.tune.plot import check_plot, draw
 from localspec.tune.report import text_of
+from localspec.tune.result import Candidate
 from localspec.tune.result import Result as Found
 from localspec.tune.search import Plan, tune
 
@@ -148,7 +150,8 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings
     (tmp_path / "toy").write_bytes(b"toy")
     seen: list[LoadSettings] = []
 
-    def open_toy(target: object, draft: object, *, backend: str, settings: LoadSettings) -> Pair:
+    def open_toy(target: object, draft: object, *, backend: str, settings: LoadSettings, use_tuned: bool) -> Pair:
+        assert not use_tuned, "what an earlier run found would be measured as the backend's choice"
         seen.append(settings)
         if settings.flash_attention is False and settings.threads is None and len(seen) > 1:
             raise SettingError("this one cannot be loaded")
@@ -180,6 +183,17 @@ def test_a_set_that_cannot_be_loaded_is_left_out_and_a_false_class_is_cut(
     toy = Toy(tmp_path / "toy", LoadSettings(flash_attention=True))
     assert store.class_for(toy) == winner.width_class
     assert store.load_or_measure(toy) == winner.costs
+
+
+def test_a_set_that_is_hardly_better_does_not_replace_the_backends_choice() -> None:
+    nothing = Classes((1,), ((1,),), ())
+
+    def candidate(speed: float) -> Candidate:
+        return Candidate({}, best=Best(speed, 50.0, 1, 1, False, 1.7), classes=nothing)
+
+    first, hardly, clearly = candidate(100.0), candidate(102.0), candidate(110.0)
+    assert Found("t", None, "b", "r", True, [first, hardly]).winner is first
+    assert Found("t", None, "b", "r", True, [first, hardly, clearly]).winner is clearly
 
 
 def test_a_second_run_reads_what_is_stored_unless_it_is_to_be_fresh(opened: list[LoadSettings]) -> None:
