@@ -1,8 +1,9 @@
 """What passes cost on this machine, measured through the contract alone, in bounded time and against noise.
 
-Target and draft model are timed in the same sweeps: every width once, in an order that is shuffled and then
-reversed, so that neither drift nor what ran before favours a width. A point is the median of its repeats, the first
-(warm-up) left out. Points that scatter, or where a wider pass was cheaper, are measured again with the time left.
+Target and draft model are timed in the same sweeps: every width once, in an order that is shuffled and then reversed,
+so that neither drift nor what ran before favours a width (wide passes in every third sweep only). A point is the median
+of its repeats, the first (warm-up) left out. Points that scatter, or where a wider pass was cheaper, are measured again
+with the time left.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ QUICK_CONTEXTS = (64, 512)
 QUICK_SECONDS = 4.0
 
 _MOST_REPEATS = 25
-_ENOUGH = 5  # repeats that come before another context does
-_GROWING = 0.4  # of a context's time may go into reading up to it
-_SWEEPING = 0.75  # of the rest goes into sweeps, what is left into doubtful points
+_ENOUGH = 4  # repeats that come before another context does
+_WIDE, _SELDOM = 16, 3  # wider passes take most of the time and scatter less: they are in every third sweep only
+_GROWING = 0.4  # of the time left may go into reading up to a further context
+_SWEEPING = 0.75  # of a context's time goes into sweeps, what is left into doubtful points
 _SCATTER = 0.2  # interquartile range over median, above which a point is doubtful
 _FALL = 1.1  # so much dearer than the next wider pass: doubtful, too (it may well be true)
 
@@ -188,9 +190,10 @@ def _measure_at(tracks: Sequence[_Track], depths: Sequence[int], deadline: float
     clock = tracks[0].clock
     for number, depth in enumerate(depths):
         tell(number / len(depths), f"{depth} tokens of context")
+        by = clock() + _GROWING * (deadline - clock()) if number else float("inf")
+        grown = all(track.grow(depth, by) for track in tracks)
         end = clock() + max(deadline - clock(), 0.0) / (len(depths) - number)
-        by = clock() + _GROWING * (end - clock()) if number else float("inf")
-        if not (all(track.grow(depth, by) for track in tracks) and _measured(tracks, end, deadline)):
+        if not (grown and _measured(tracks, end, deadline)):
             _go_on(tracks, depths[number - 1], deadline)
             return [f"contexts of {depth} tokens and more were not measured: no time"]
     return []
@@ -233,13 +236,14 @@ def _sweep(tracks: Sequence[_Track], end: float, deadline: float) -> None:
             if clock() >= (deadline if number < _ENOUGH else end):
                 return
             track, width = jobs[place]
-            track.repeat(width)
+            if width <= _WIDE or number % _SELDOM == 0:
+                track.repeat(width)
 
 
 def _again(tracks: Sequence[_Track], end: float) -> None:
     """Repeat the doubtful points until they are not, or the time is over; half as often again at most, for what is
     measured later alone shows drift as a difference."""
-    repeats = min(len(track.here()[width]) for track, width in _jobs(tracks))
+    repeats = max(len(track.here()[width]) for track, width in _jobs(tracks))
     for _ in range(max(repeats // 2, 2)):
         doubtful = [(track, width) for track in tracks for width in _doubtful(track)]
         if not doubtful:

@@ -24,8 +24,8 @@ from localspec.tune.result import CONTEXT, Candidate, Result
 _log = logging.getLogger("localspec.tune")
 
 _FINALISTS = 2
-_FIRST_LOOK = 0.45  # of the time: every set of options in short
-_COMPARING = 0.4  # of what a finalist has: its width classes
+_FIRST_LOOK = 0.35  # of the time: every set of options in short
+_COMPARING = 0.3  # of what a finalist has: its width classes
 _LEAST = 0.2  # seconds, where loading took the time that there was
 _FIRST_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
 
