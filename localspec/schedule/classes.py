@@ -24,6 +24,7 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 CONTEXTS = (20, 133, 300, 701)
 
 _MOST_TRIALS = 12
+_LEAST_WIDTHS = 4  # 1, 2, 4, 8
 _NARROW = (8, 32)  # tokens that passes narrower than this are run over: at least, at most
 
 
@@ -122,8 +123,9 @@ def find(
     on_progress: Callable[[float, str], None] | None = None,
     clock: Clock = perf_counter,
 ) -> Classes:
-    """Compare the rows of these widths, trial by trial until the time is over (one trial at least). One sequence of the
-    model must be free. A model that cannot take tokens back has width 1 only."""
+    """Compare the rows of these widths, trial by trial until the time is over (one trial at least, of the most telling
+    widths if there is no time for all). One sequence of the model must be free. A model that cannot take tokens back
+    has width 1 only."""
     known = model.capabilities
     room = model.info.context_length
     tested = sorted({width for width in widths if 1 <= width <= min(known.max_width, room // 2)}) or [1]
@@ -131,7 +133,7 @@ def find(
         tested = [1]
     fitting = [context for context in contexts if context + tested[-1] <= room] or [max(0, room - tested[-1])]
     end = clock() + seconds
-    labels: dict[int, list[int]] = {width: [] for width in tested}
+    labels: dict[int, list[int]] = {}
     differences: dict[tuple[int, int], Difference] = {}
     used: list[int] = []
     with Passes(model, seed=1, clock=clock) as passes:
@@ -149,14 +151,18 @@ def find(
             if not passes.grow(context, end if used else float("inf")):
                 break
             trial = _Trial(passes, passes.random(tested[-1]), tested, narrow)
+            trial.run(end, clock, least=0 if used else _LEAST_WIDTHS)
+            if used and len(trial.label) < len(tested):
+                break
+            tested = sorted(trial.label)  # the first trial goes as far as there is time
             used.append(context)
             for width in tested:
-                labels[width].append(trial.label[width])
+                labels.setdefault(width, []).append(trial.label[width])
             for pair, found in trial.differences().items():
                 differences[pair] = differences.get(pair, Difference()).plus(found)
     groups: dict[tuple[int, ...], list[int]] = {}
     for width in tested:
-        groups.setdefault(tuple(labels[width]), []).append(width)
+        groups.setdefault(tuple(labels.get(width, ())), []).append(width)
     return Classes(tuple(tested), tuple(map(tuple, groups.values())), tuple(used), differences)
 
 
@@ -222,15 +228,22 @@ def _range(group: Sequence[int]) -> str:
 
 
 class _Trial:
-    """The same tokens in passes of every width, of the narrow ones the first `narrow` tokens. label: of each width, the
-    narrowest width of equal rows."""
+    """The same tokens in passes of every width, of the narrow ones the first `narrow` tokens. label: of each width that
+    was run, the first one of equal rows."""
 
     def __init__(self, passes: Passes, ids: TokenIds, widths: Sequence[int], narrow: int) -> None:
         self.label: dict[int, int] = {}
+        self._passes, self._ids, self._narrow = passes, ids, narrow
+        self._widths = sorted(widths, key=lambda width: (width > 2, width & (width - 1) != 0, width))  # as measured
         self._counts: dict[int, int] = {}
         self._rows: dict[int, Logits] = {}
-        for width in widths:
-            rows = _rows(passes, ids[: max(narrow, width)], width)
+
+    def run(self, end: float, clock: Clock, least: int) -> None:
+        """Run the widths until `end`, `least` of them whatever that takes."""
+        for number, width in enumerate(self._widths):
+            if number >= least and clock() >= end:
+                return
+            rows = _rows(self._passes, self._ids[: max(self._narrow, width)], width)
             self._counts[width] = len(rows)
             equal = [label for label, other in self._rows.items() if not _unequal(rows, other).any()]
             self.label[width] = equal[0] if equal else width
