@@ -49,7 +49,8 @@ class Experience:
 
     def __init__(self, costs: Costs, capabilities: Capabilities, *, by_clock: bool = True) -> None:
         self.by_clock = by_clock
-        self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width)
+        hope = {} if by_clock else {"optimism": 1.0}
+        self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width, **hope)
         self.rate = Rate(1.0 / (self.live.by_nodes(0)[0][0] + costs.overhead_ms))
         self.records: dict[tuple[str, bool], Record] = {}
 
