@@ -26,6 +26,7 @@ from localspec.commands.options import (
     view_options,
 )
 from localspec.commands.pairs import pairs, pull
+from localspec.commands.tune import tune
 
 if TYPE_CHECKING:
     from localspec.engine.session import Generation
@@ -258,7 +259,7 @@ def _report(pair: Pair, result: Generation) -> dict[str, Any]:
     return {**result.as_dict(), **described, "vocabularies": relation}
 
 
-for command in (bench, convert, fit, pairs, pull):
+for command in (bench, convert, fit, pairs, pull, tune):
     main.add_command(command)
 
 

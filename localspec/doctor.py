@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from localspec import __version__
 from localspec.errors import LocalspecError
 from localspec.loading import BUNDLED, backend_names, bundled_path, choose_backend, get_backend
 from localspec.protocols import BackendReport
+from localspec.schedule.machine import processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def examine() -> Report:
         version=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        processor=_processor(),
+        processor=processor(),
         num_cores=os.cpu_count() or 1,
         memory_gib=memory_bytes() / 2**30,
         backends=tuple(_report(name) for name in backend_names()),
@@ -59,16 +59,6 @@ def _report(name: str) -> BackendReport:
         return get_backend(name).report()
     except LocalspecError as error:
         return BackendReport(name, False, "", (), (str(error),), "")
-
-
-def _processor() -> str:
-    """The model name where Linux tells it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def memory_bytes() -> int:

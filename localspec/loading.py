@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import cast
 
 from localspec.compatibility import check_draft, check_whole
-from localspec.drafters import AUTO, Draft, DrafterSpec, make_drafter
+from localspec.drafters import AUTO, Draft, DrafterSpec, DraftModel, Ngram, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import (
     BackendError,
@@ -35,6 +35,8 @@ from localspec.errors import (
 from localspec.formats import summarize
 from localspec.memory import Part, look, settle
 from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
+from localspec.schedule.scheduled import Experience, Scheduled
+from localspec.schedule.store import load_or_measure
 from localspec.verify import make_acceptance
 
 _log = logging.getLogger("localspec.loading")
@@ -213,14 +215,42 @@ class Pair:
             found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
         return tuple(dict.fromkeys(found))
 
+    @cached_property
+    def experience(self) -> Experience:
+        """What the sessions that decide by themselves (drafter "auto") learn together. It starts from what passes cost
+        on this machine; if that is not known yet, a few seconds of measuring go before: see `localspec tune`. Needs a
+        free sequence then."""
+        return Experience(load_or_measure(self.target, self.draft), self.target.capabilities)
+
+    def drafter(self, spec: str | DrafterSpec) -> Drafter:
+        """A drafter for one session, which closes it. "auto" decides every round what pays: prompt lookup, the draft
+        model if there is one, how much of either, or nothing; with settings it is the draft model (lookup without
+        one) so set."""
+        parsed = DrafterSpec.parse(spec) if isinstance(spec, str) else spec
+        if not parsed.decides:
+            return make_drafter(parsed, self.drafting)
+        experience = self.experience  # first of all: measuring needs a free sequence
+        capabilities = self.target.capabilities
+        # on a device a chain is guessed without waiting for it, a tree waits once per level
+        branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
+        form = "tree" if branches else "chain"
+        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None)]
+        if self.draft is None:
+            return Scheduled(free, [], experience)
+        if form == "tree" and not self.draft.capabilities.trees:
+            form = "chain"
+        size = 16 if self.drafting is not None and not self.drafting.relation.same else 48
+        draft = make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting)
+        return Scheduled(free, [draft], experience)
+
     def session(self, drafter: str | DrafterSpec | Drafter = AUTO, *, acceptance: str = "walk") -> Session:
-        """A new conversation. drafter: a name with settings, e.g. "ngram:max=4" ("nothing" is plain
-        decoding), or a drafter of your own; the session closes it. Sessions that are open at the same
-        time each need a sequence: see `LoadSettings.num_sequences`."""
+        """A new conversation. drafter: "auto" decides every round, others do as they are told, e.g. "ngram:max=4"
+        ("nothing" is plain decoding); or a drafter of your own; the session closes it. Sessions that are open at the
+        same time each need a sequence: see `LoadSettings.num_sequences`."""
         rule = make_acceptance(acceptance)
         if not isinstance(drafter, str | DrafterSpec):
             return Session(self.target, drafter, acceptance=rule)
-        own = make_drafter(drafter, self.drafting)
+        own = self.drafter(drafter)
         try:
             return Session(self.target, own, acceptance=rule)
         except BaseException:

@@ -171,7 +171,12 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a loaded model is, for people and for statistics."""
+    """What a loaded model is, for people and for statistics.
+
+    runtime: name and version of what runs it, the build included where two differ.  options: (name, value) of the
+    `LoadSettings` in force that move its speed, also where the backend chose them. What was measured of a model
+    is kept under both.
+    """
 
     name: str
     path: Path
@@ -183,6 +188,8 @@ class ModelInfo:
     device: str
     backend: str
     notes: tuple[str, ...] = ()  # what was worked around, and why
+    runtime: str = ""
+    options: tuple[tuple[str, bool | int | str], ...] = ()
 
 
 class SequenceState(Protocol):

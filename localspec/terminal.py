@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from platformdirs import user_state_path
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from localspec.drafters import DrafterSpec, Nothing, make_drafter
+from localspec.drafters import DrafterSpec, Nothing
 from localspec.engine.chat import Chat
 from localspec.engine.session import Generation, Progress, Stream
 from localspec.engine.stats import Stats
@@ -52,9 +53,21 @@ def _console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def loading(*, quiet: bool) -> AbstractContextManager[object]:
+def loading(*, quiet: bool) -> AbstractContextManager[Status | None]:
     """A spinner on standard error while models are opened."""
     return nullcontext() if quiet else _console(stderr=True).status("loading models ...")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[float, str], None]]:
+    """A function that shows on standard error which share is done, 0 to 1, and what is being done."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
+    with Bar(*columns, console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share, what: bar.update(task, completed=share, description=what)
 
 
 @contextmanager
@@ -242,7 +255,7 @@ class ChatProgram:
         self.hint = hint
         trace.begin(pair, self.session, spec, params)
         fallback = "auto" if isinstance(self.session.drafter, Nothing) else "nothing"
-        self._other_drafter = make_drafter(fallback, pair.drafting)  # what /plain switches to
+        self._other_drafter = pair.drafter(fallback)  # what /plain switches to
         self._results: list[Generation] = []
 
     def run(self) -> None:

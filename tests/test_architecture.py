@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
     frozenset({"loading"}),
-    frozenset({"server", "bench", "audit", "hub", "doctor", "terminal", "commands", "highlight", "trace"}),
+    frozenset({"server", "bench", "audit", "tune", "hub", "doctor", "terminal", "commands", "highlight", "trace"}),
 )
 RANKS = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 TOP = len(LAYERS) - 1

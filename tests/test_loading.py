@@ -22,6 +22,7 @@ from localspec.errors import (
 )
 from localspec.preparation import MemoryPlanner, Quantizer
 from localspec.protocols import BackendReport, LanguageModel, LoadSettings
+from localspec.schedule.scheduled import Scheduled
 from localspec.testing.files import write_gguf
 from localspec.testing.reference import ReferenceModel
 
@@ -199,5 +200,6 @@ def test_a_target_alone_makes_a_pair_without_a_draft_model(monkeypatch: pytest.M
     path = write_gguf(tmp_path / "some.gguf")
     monkeypatch.setattr(loading, "load_model", lambda *_: ReferenceModel(257))
     with loading.open_pair(str(path)) as pair, pair.session() as session:
-        assert pair.draft is None and session.drafter.name == "ngram"
+        assert pair.draft is None and isinstance(session.drafter, Scheduled)
+        assert [part.name for part in session.drafter.parts] == ["ngram"]
         assert np.array_equal(session.tokens, [])

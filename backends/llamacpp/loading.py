@@ -291,6 +291,13 @@ def _with_context(
         device=_device(gpu_layers, threads),
         backend=NAME,
         notes=notes,
+        runtime=f"llama-cpp-python {native.version()}, build {native.build()}",
+        options=(
+            ("threads", threads),
+            ("flash_attention", "auto" if flash == _FLASH_AUTO else flash == _FLASH_ON),
+            ("extra_buffers", weights.extra_buffers),
+            ("gpu_layers", gpu_layers),
+        ),
     )
     return LlamaModel(weights, memory, info, capabilities)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import hashlib
 import importlib
 import logging
 import os
@@ -63,6 +64,14 @@ def version() -> str:
         return metadata.version("llama_cpp_python")
     except metadata.PackageNotFoundError:
         return ""
+
+
+@lru_cache(maxsize=1)
+def build() -> str:
+    """Hash that tells builds of one version apart: by the names, sizes and times of the libraries."""
+    libraries = sorted((package_folder() / "lib").glob("*"))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in libraries]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
 
 
 @lru_cache(maxsize=1)

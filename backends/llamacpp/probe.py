@@ -98,9 +98,7 @@ def find(folder: Path) -> Finding:
 
 def identity() -> str:
     """Hash of processor and build: a new one asks again."""
-    libraries = sorted((native.package_folder() / "lib").glob("*"))
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in libraries]
-    whole = repr((_processor(), platform.machine(), native.version(), stats))
+    whole = repr((_processor(), platform.machine(), native.version(), native.build()))
     return hashlib.sha256(whole.encode()).hexdigest()
 
 

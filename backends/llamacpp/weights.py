@@ -20,6 +20,7 @@ class Weights:
 
     def __init__(self, path: Path, *, gpu_layers: int, extra_buffers: bool, vocab_only: bool = False) -> None:
         self._lib = native.library()
+        self.extra_buffers = extra_buffers
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = extra_buffers

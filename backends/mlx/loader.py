@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def open_model(path: Path, settings: LoadSettings, ledger: Ledger) -> MlxModel:
 def assemble(opened: Opened, path: Path, settings: LoadSettings, ledger: Ledger) -> MlxModel:
     """A running model from what was read. Raises UnsupportedModelError where the self-check refuses it."""
     num_parameters = int(get_total_parameters(opened.module))
+    dtype = settings.dtype or "auto"
     notes = [*opened.notes, *_set_dtype(opened, settings.dtype)]
     mx.eval(opened.module.parameters())
     network = Network(opened.module)
@@ -80,6 +82,8 @@ def assemble(opened: Opened, path: Path, settings: LoadSettings, ledger: Ledger)
         device=describe_device(),
         backend="mlx",
         notes=tuple(notes),
+        runtime=f"mlx {metadata.version('mlx')}, mlx-lm {metadata.version('mlx-lm')}",
+        options=(("dtype", dtype),),
     )
     return MlxModel(network, info, opened.tokenizer, settings.num_sequences, ledger)
 

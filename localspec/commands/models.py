@@ -34,8 +34,17 @@ def open_models(
     trees = any(spec.asks_for_trees for spec in specs)
     settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
     target, draft, backend = named_models(options, offer_pull=offer_pull)
-    with loading(quiet=quiet):
-        return open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
+    with loading(quiet=quiet) as status:
+        pair = open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
+        if any(spec.decides for spec in specs):
+            if status is not None:
+                status.update("measuring what passes cost here (once) ...")
+            try:
+                _ = pair.experience
+            except BaseException:
+                pair.close()
+                raise
+        return pair
 
 
 def named_models(

@@ -35,7 +35,8 @@ DRAFTERS: dict[str, Callable[..., Drafter]] = {
 """Name -> class. Keyword arguments of the class are its settings on the command line."""
 
 AUTO = "auto"
-"""The pair's draft model when there is one, lookup otherwise."""
+"""The schedule decides every round (`Pair.drafter`); with settings, the pair's draft model when there is one,
+lookup otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ class DrafterSpec:
                 raise SettingError(f"drafter setting {item!r} is not name=value", fix="Write e.g. ngram:max=4,num=8.")
             settings[key.strip()] = value.strip()
         return cls(name, settings)
+
+    @property
+    def decides(self) -> bool:
+        """Is it left to the schedule what to draft, and how much?"""
+        return self.name == AUTO and not self.settings and not self.others
 
     @property
     def asks_for_trees(self) -> bool:

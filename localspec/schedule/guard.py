@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 
 _SHARE = 0.012  # of the decoding time goes into trials
-_LIMIT = 6.0  # tokens of drawdown
+_LIMIT = 8.0  # tokens of drawdown
 _TRIALS = 4  # that must gain together
 _LEAST_LOSS = 0.1  # tokens that a trial is taken to cost at least
 _MOST_CREDIT = 3.0  # trials; without a bound a long parked stretch would buy a long losing one
@@ -31,7 +31,7 @@ class Guard:
         """Tokens a round above plain decoding in the same time, over the last rounds."""
         self.parked = False
         self._drawdown = 0.0
-        self._loss = 0.5  # tokens that a trial lost lately
+        self._loss = 0.5  # tokens that a trial loses, by the last ones
         self._credit = 0.0  # tokens
         self._trials: deque[float] = deque(maxlen=_TRIALS)
 
@@ -60,7 +60,7 @@ class Guard:
                 self.parked = True
                 self._trials.clear()
             return
-        self._loss += 0.3 * (max(-gain, 0.0) - self._loss)
+        self._loss += 0.3 * (-gain - self._loss)
         self._trials.append(gain)
         if len(self._trials) == _TRIALS and sum(self._trials) > 0.0:
             self.parked = False

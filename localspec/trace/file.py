@@ -102,7 +102,7 @@ def header(pair: Pair, session: Session, spec: DrafterSpec, params: SamplingPara
         draft=None if pair.draft is None else pair.draft.info.name,
         backend=pair.target.info.backend,
         device=pair.target.info.device,
-        drafter=_written(spec.resolved(pair.draft)),
+        drafter=_written(spec if spec.decides else spec.resolved(pair.draft)),
         acceptance=session.acceptance.name,
         width_class=str(pair.target.capabilities.width_class),
         sampling={name: value for name, value in sampling.items() if name != "seed"},

@@ -294,7 +294,7 @@ def test_a_long_prompt_is_fed_in_pieces() -> None:
     tokens = np.random.default_rng(0).integers(0, 48, 700).tolist()
     short = DraftModel(ReferenceModel(48, seed=5, context_length=2000), num=2)
     assert proposed(drafter, tokens) == proposed(short, tokens)
-    assert isinstance(drafter._cache, DraftCache) and drafter._cache.length == 512
+    assert isinstance(drafter._cache, DraftCache) and drafter._cache.length == 699
 
 
 def test_a_drafter_with_a_shorter_context_falls_silent_instead_of_failing() -> None:

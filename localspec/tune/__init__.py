@@ -1,0 +1,1 @@
+"""`localspec tune`: load a pair with each sensible set of runtime options, measure, keep what wins, say why."""

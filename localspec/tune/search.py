@@ -1,0 +1,180 @@
+"""The search: every set of options in short, the two best ones at length with their width classes, the winner kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from localspec.engine.overhead import round_overhead
+from localspec.errors import BackendError, SettingError
+from localspec.loading import Pair, get_backend, open_pair
+from localspec.protocols import Capabilities, LoadSettings, WidthClass
+from localspec.schedule import classes, measure, store
+from localspec.schedule.measure import Progress
+from localspec.schedule.score import best
+from localspec.tune.options import Options, choices, combinations, described
+from localspec.tune.result import CONTEXT, Candidate, Result
+
+_log = logging.getLogger("localspec.tune")
+
+_FINALISTS = 2
+_FIRST_LOOK = 0.45  # of the time: every set of options in short
+_COMPARING = 0.4  # of what a finalist has: its width classes
+_FIRST_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to go about it. seconds: of measuring, loading not counted.  search: vary the options, or measure what the
+    backend chooses only.  fresh: measure although there are results."""
+
+    seconds: float = 40.0
+    search: bool = True
+    fresh: bool = False
+
+
+def tune(
+    target: str | None,
+    draft: str | None,
+    *,
+    backend: str = "auto",
+    settings: LoadSettings | None = None,
+    plan: Plan | None = None,
+    on_progress: Progress | None = None,
+) -> Result:
+    """Measure a pair and store the outcome, or give back what is stored (`Plan.fresh`).
+
+    settings: what is fixed; options it leaves open are varied. Costs and classes are stored for the sets measured at
+    length; the winning options only where none was fixed, for they are used where none is given. Takes the plan's
+    seconds and the time to load each set of options.
+    """
+    started = perf_counter()
+    plan = plan or Plan()
+    tell = on_progress or (lambda share, what: None)
+    load = _Loader(target, draft, backend, settings or LoadSettings(num_sequences=1))
+    tell(0.0, "loading")
+    with load({}) as pair:
+        model, helper = pair.target.info, pair.draft and pair.draft.info
+        paths = model.path, helper.path if helper else None
+        tried = choices(pair.target, get_backend(model.backend).own_settings, load.settings) if plan.search else {}
+        options = combinations(tried)
+        result = Result(model.name, helper.name if helper else None, model.backend, model.runtime, plan.search)
+        result.candidates = [Candidate(one) for one in options]
+        keeps = plan.search and not load.fixes(get_backend(model.backend).own_settings)
+    if keeps and not plan.fresh:
+        stored = _stored(paths, result)
+        if stored is not None:
+            return stored
+    _compare(load, result.candidates, plan.seconds, tell)
+    result.seconds = perf_counter() - started
+    result.date = datetime.now(UTC).date().isoformat()
+    if keeps:
+        store.keep_report(paths[0], result.backend, paths[1], result.winner.options, result.as_dict())
+    tell(1.0, "")
+    return result
+
+
+def _stored(paths: tuple[Path, Path | None], wanted: Result) -> Result | None:
+    """What an earlier run said of the same sets of options under the same version of the runtime."""
+    report = store.find_report(paths[0], wanted.backend, paths[1])
+    if report is None:
+        return None
+    try:
+        found = Result.from_dict(report[1])
+    except (ValueError, KeyError, TypeError) as error:
+        _log.warning("what an earlier run said cannot be used and is measured anew: %s", error)
+        return None
+    same = [one.options for one in found.candidates] == [one.options for one in wanted.candidates]
+    return found if same and found.runtime == wanted.runtime else None
+
+
+def _compare(load: _Loader, candidates: list[Candidate], seconds: float, tell: Progress) -> None:
+    """All in short, the best ones at length. Raises BackendError if none could be loaded."""
+    first = _FIRST_LOOK if len(candidates) > _FINALISTS else 0.0
+    for number, candidate in enumerate(candidates if first else ()):
+        tell(first * number / len(candidates), described(candidate.options))
+        _look(load, candidate, first * seconds / len(candidates))
+    finalists = sorted((one for one in candidates if not one.failed), key=lambda one: -one.speed)[:_FINALISTS]
+    for number, candidate in enumerate(finalists):
+        share = (1.0 - first) / len(finalists)
+        part = _part(tell, first + share * number, share, described(candidate.options))
+        _examine(load, candidate, share * seconds, part)
+    if not any(one.is_finalist for one in candidates):
+        raise BackendError("no set of options could be loaded", got=candidates[0].failed)
+
+
+class _Loader:
+    """Opens the pair with a set of options over what is fixed."""
+
+    def __init__(self, target: str | None, draft: str | None, backend: str, settings: LoadSettings) -> None:
+        self._target, self._draft, self._backend, self.settings = target, draft, backend, settings
+
+    def fixes(self, names: frozenset[str]) -> bool:
+        """Is any of these settings given?"""
+        return any(getattr(self.settings, name) is not None for name in names)
+
+    @contextmanager
+    def __call__(self, options: Options) -> Iterator[Pair]:
+        changes: dict[str, Any] = dict(options)
+        settings = replace(self.settings, **changes)
+        with open_pair(self._target, self._draft, backend=self._backend, settings=settings) as pair:
+            yield pair
+
+
+def _look(load: _Loader, candidate: Candidate, seconds: float) -> None:
+    """Costs in short, scored in the class that the backend claims."""
+    try:
+        with load(candidate.options) as pair:
+            candidate.device = pair.target.info.device
+            candidate.costs = measure.costs(
+                pair.target, pair.draft, seconds=seconds, widths=_FIRST_WIDTHS, contexts=(CONTEXT,)
+            )
+            candidate.best = best(candidate.costs, pair.target.capabilities)
+    except (SettingError, BackendError) as error:  # BackendError: memory, or a runtime that cannot do it
+        candidate.failed = str(error)
+
+
+def _examine(load: _Loader, candidate: Candidate, seconds: float, tell: Progress) -> None:
+    """Costs at length and width classes; both are stored."""
+    try:
+        with load(candidate.options) as pair:
+            known = pair.target.capabilities
+            candidate.device = pair.target.info.device
+            costs = measure.costs(
+                pair.target,
+                pair.draft,
+                seconds=(1.0 - _COMPARING) * seconds,
+                overhead=round_overhead,
+                on_progress=_part(tell, 0.0, 1.0 - _COMPARING, ""),
+            )
+            found = classes.find(
+                pair.target, seconds=_COMPARING * seconds, on_progress=_part(tell, 1.0 - _COMPARING, _COMPARING, "")
+            )
+
+            def value(one: WidthClass) -> float:
+                return best(costs, _inside(known, one)).tokens_per_second
+
+            serving, candidate.contradiction = classes.class_to_use(known.width_class, found, value)
+            candidate.costs, candidate.classes, candidate.width_class = costs, found, serving
+            candidate.best = best(costs, _inside(known, serving))
+            if candidate.contradiction:
+                _log.warning("%s (%s)", candidate.contradiction, described(candidate.options))
+                candidate.costs = replace(costs, notes=(*costs.notes, candidate.contradiction))
+            store.keep_tuned(pair.target, pair.draft, store.Tuned(candidate.costs, serving))
+    except (SettingError, BackendError) as error:
+        candidate.failed = str(error)
+
+
+def _inside(known: Capabilities, width_class: WidthClass) -> Capabilities:
+    return replace(known, width_class=width_class)
+
+
+def _part(tell: Progress, start: float, share: float, before: str) -> Progress:
+    """Progress of a part, told as progress of the whole."""
+    return lambda done, what: tell(start + share * done, ": ".join(filter(None, (before, what))))

@@ -1,0 +1,222 @@
+"""Costs, estimates, the plan and the guard, by themselves: against slow references and worked-out cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localspec.protocols import WidthClass
+from localspec.schedule.acceptance import Reliability
+from localspec.schedule.cost import Costs, Curve
+from localspec.schedule.guard import Guard
+from localspec.schedule.plan import LiveCosts, Rate, Valuation
+from localspec.tree.token_tree import TokenTree
+
+STAIRS = Curve(
+    (1, 2, 4, 5, 8, 9, 16), (0, 1000), ((10.0, 10.0, 10.0, 16.0, 16.0, 24.0, 24.0), (20.0,) * 3 + (32.0,) * 4)
+)
+
+
+def live(curve: Curve = STAIRS, draft_ms: float = 1.0, low: int = 2, high: int | None = None) -> LiveCosts:
+    draft = Curve((1, 2), (0,), ((draft_ms, draft_ms),))
+    return LiveCosts(Costs(curve, draft, 0.0), WidthClass(low, high), 16)
+
+
+# ---------------------------------------------------------------- costs
+
+
+def test_a_curve_is_read_between_its_points_and_beyond_them() -> None:
+    assert STAIRS.at(3, 0) == 10.0 and STAIRS.at(6, 0) == 16.0
+    assert STAIRS.at(1, 512) == pytest.approx(10.0 + 10.0 * 0.512)
+    assert STAIRS.at(1, 2048) == pytest.approx(10.0 + 10.0 * 2.048)  # the last slope
+    assert STAIRS.at(40, 0) == 24.0  # it does not rise there
+    assert Curve.from_dict(STAIRS.as_dict()) == STAIRS
+    costs = Costs(STAIRS, None, 0.2, "by hand", ("a note",))
+    assert Costs.from_dict(costs.as_dict()) == costs
+
+
+@pytest.mark.parametrize(
+    ("widths", "contexts", "ms"),
+    [((), (0,), ((),)), ((2, 1), (0,), ((1.0, 1.0),)), ((1,), (0,), ((0.0,),)), ((1, 2), (0,), ((1.0,),))],
+)
+def test_a_curve_that_is_none_is_refused(
+    widths: tuple[int, ...], contexts: tuple[int, ...], ms: tuple[tuple[float, ...], ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"curve|ascending|no time"):
+        Curve(widths, contexts, ms)
+
+
+def test_rounds_correct_the_table_and_a_stall_hardly_does() -> None:
+    costs = live()
+    for _ in range(40):
+        costs.observe_verify(4, 0, 15.0)
+    assert costs.verify_ms(4, 0) == pytest.approx(15.0, rel=0.05)
+    assert 16.0 < costs.verify_ms(5, 0) < 24.0  # others follow a little: the machine got slower
+    before = costs.verify_ms(4, 0)
+    costs.observe_verify(4, 0, 5000.0)
+    assert costs.verify_ms(4, 0) < 1.1 * before
+
+
+def test_a_wider_pass_is_taken_where_it_is_quicker() -> None:
+    falling = Curve((1, 2, 3, 4), (0,), ((27.0, 38.0, 46.0, 33.0),))
+    ms, widths = live(falling).by_nodes(0)
+    assert widths[:4] == [4, 4, 4, 4] and ms[0] == pytest.approx(33.0)
+    assert live(falling, high=3).by_nodes(0)[1][:3] == [2, 2, 3]  # the class ends before
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@given(st.lists(st.floats(0.0, 1.0), max_size=9), st.floats(0.0, 0.3))
+def test_the_best_number_of_nodes_is_the_best_of_all(chances: list[float], rate: float) -> None:
+    """Against trying every set of nodes: a staircase's first drop is not its end."""
+    reach = sorted(chances, reverse=True)
+    prices = Valuation(live(), rate, 0, 15)
+    choice = prices.best(reach)
+
+    def value(chosen: tuple[float, ...]) -> float:
+        return sum(chosen) - rate * (STAIRS.at(max(1 + len(chosen), 2), 0) - STAIRS.at(2, 0))
+
+    best = max(value(chosen) for size in range(len(reach) + 1) for chosen in combinations(reach, size))
+    assert choice.value == pytest.approx(max(best, 0.0), abs=1e-9)
+    assert value(tuple(reach[: choice.nodes])) == pytest.approx(choice.value, abs=1e-9)
+
+
+def test_free_places_in_a_pass_are_always_used() -> None:
+    """Up to four tokens cost the same: three guesses are free however unlikely they are."""
+    assert Valuation(live(), 10.0, 0, 15).best([0.05, 0.04, 0.03, 0.02]).nodes == 3
+
+
+def test_a_second_step_of_the_stairs_is_seen_from_before_the_first() -> None:
+    """A fifth token alone does not pay for the step; four more together do."""
+    prices = Valuation(live(), 1.0 / 6.0, 0, 15)
+    sure = [0.9**depth for depth in range(1, 8)]
+    assert prices.best(sure[:4]).nodes == 3
+    assert prices.best(sure).nodes == 7
+    assert prices.worth_expanding(sure[:4], sure[3:4], 0.9) == 1
+    cheap = Valuation(live(draft_ms=0.1), 1.0 / 6.0, 0, 15)
+    assert cheap.worth_expanding([0.1], [0.1], 0.5) == 1  # still inside the step that is paid anyway
+    assert Valuation(live(draft_ms=5.0), 0.2, 0, 15).worth_expanding([0.1], [0.1], 0.5) == 0
+    assert prices.worth_expanding([0.5], [], 0.9) == 0
+
+
+def test_the_rate_is_tokens_over_time_and_forgets() -> None:
+    rate = Rate(0.1)
+    assert rate.value == pytest.approx(0.1)
+    for _ in range(500):
+        rate.add(2.0, 10.0)
+    assert rate.value == pytest.approx(0.2, rel=1e-3)
+    for _ in range(1000):
+        rate.add(1.0, 10.0)
+    assert rate.value == pytest.approx(0.1, rel=0.1)
+
+
+# ---------------------------------------------------------------- estimates
+
+
+def test_estimates_start_at_what_the_drafter_says_and_end_at_what_is_true() -> None:
+    rng = np.random.default_rng(0)
+    reliability = Reliability()
+    for chance in (0.05, 0.28, 0.5, 0.7, 0.95, 0.999):
+        assert reliability.chance(math.log(chance)) == pytest.approx(min(chance, 0.99), rel=0.15)
+    for _ in range(4000):  # in truth every chance is half of what is said
+        chance = float(rng.choice([0.28, 0.56, 0.91]))
+        tree = TokenTree.from_parents(np.array([7]), np.array([-1]), [math.log(chance)])
+        reliability.observe(tree, [7 if rng.random() < chance / 2 else 8])
+    for chance in (0.28, 0.56, 0.91):
+        assert reliability.chance(math.log(chance)) == pytest.approx(chance / 2, abs=0.07)
+    assert reliability.chance_at(0) == pytest.approx(0.29, abs=0.1)
+
+
+def test_only_edges_below_what_was_emitted_are_counted() -> None:
+    """The tree 5 -> 6, with 9 beside 5: emitted 5, 1. So 6 was wrong, and nothing is known of what hangs below 9."""
+    reliability = Reliability()
+    logs = [math.log(0.7), math.log(0.7), math.log(0.16), math.log(0.42)]
+    tree = TokenTree.from_parents(np.array([5, 6, 9, 4]), np.array([-1, 0, -1, 2]), logs)
+    reliability.observe(tree, [5, 1])
+    assert sum(reliability._seen) == pytest.approx(3.0)
+    assert sum(reliability._true) == pytest.approx(1.0)
+    reliability.observe(tree, [5])  # the emission ended here: what follows is not known
+    assert sum(reliability._seen) == pytest.approx(5.0)
+
+
+@given(st.lists(st.floats(-8.0, 0.0), min_size=2, max_size=2))
+def test_a_better_guess_never_counts_less_at_the_start(logs: list[float]) -> None:
+    reliability = Reliability()
+    low, high = sorted(logs)
+    assert 0.0 <= reliability.chance(low) <= reliability.chance(high) + 1e-12 <= 1.0 + 1e-12
+
+
+# ---------------------------------------------------------------- the guard
+
+
+Gains = Callable[[np.random.Generator], tuple[float, float]]
+PLAIN_MS = 10.0
+
+
+def play(guard: Guard, rounds: int, gains: Gains, rng: np.random.Generator) -> tuple[int, float]:
+    """(rounds it worked in, tokens won or lost). gains: function of the generator to (accepted, extra ms)."""
+    worked, total = 0, 0.0
+    for _ in range(rounds):
+        if guard.allows():
+            accepted, extra = gains(rng)
+            guard.observe(accepted, extra, PLAIN_MS)
+            total += accepted - extra / PLAIN_MS
+            worked += 1
+        else:
+            guard.idle(PLAIN_MS, PLAIN_MS)
+    return worked, total
+
+
+@pytest.mark.parametrize("loss", [0.1, 0.4, 2.0])
+def test_a_drafter_that_loses_costs_little(loss: float) -> None:
+    """Finding out costs the limit, trying again about 1.2% of the time, whatever a trial loses."""
+    guard = Guard()
+    _, total = play(guard, 4000, lambda rng: (0.0, 10.0 * loss), np.random.default_rng(1))
+    assert guard.parked
+    assert total > -(8.0 + 2.0 * loss) - 0.015 * 4000
+
+
+def test_a_drafter_that_wins_is_kept_although_single_rounds_lose() -> None:
+    """Every second round or so brings nothing: 0.4 tokens a round are won all the same."""
+
+    def gains(rng: np.random.Generator) -> tuple[float, float]:
+        return 0.75 + 0.5 * float(rng.geometric(0.4) - 1), 11.0  # as smoothed by what was expected
+
+    kept = []
+    for seed in range(20):
+        guard = Guard()
+        worked, total = play(guard, 2000, gains, np.random.default_rng(seed))
+        kept.append(worked / 2000)
+        assert total > 0.7 * 2000 * 0.4
+    assert np.mean(kept) > 0.95
+
+
+def test_a_parked_drafter_comes_back_when_the_text_changes() -> None:
+    guard = Guard()
+    rng = np.random.default_rng(2)
+    play(guard, 3000, lambda rng: (0.0, 5.0), rng)
+    assert guard.parked
+    worked, _ = play(guard, 1500, lambda rng: (3.0, 12.0), rng)
+    assert not guard.parked and worked > 500
+
+
+def test_credit_is_bounded_and_pays_for_reading_too() -> None:
+    guard = Guard()
+    play(guard, 200, lambda rng: (0.0, 10.0), np.random.default_rng(3))
+    for _ in range(100_000):
+        guard.idle(10.0, 10.0)
+    trials = 0
+    while guard.allows():
+        trials += 1
+    assert 1 <= trials <= 4
+    assert not guard.allows(entry=50.0)
+    for _ in range(100_000):
+        guard.idle(10.0, 10.0, entry=50.0)
+    assert guard.allows(entry=50.0)

@@ -1,0 +1,150 @@
+"""The drafter that decides, in whole answers on the reference backend: exact whatever it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from localspec.drafters import make_drafter
+from localspec.engine.session import Session
+from localspec.engine.stats import Stats
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal
+from localspec.sampling import SamplingParams
+from localspec.schedule.cost import Costs, Curve
+from localspec.schedule.scheduled import Experience, Scheduled
+from localspec.testing.reference import ReferenceModel
+
+PROMPT = [3, 9, 27, 17, 3, 9]
+
+
+def curve(one: float, slope: float) -> Curve:
+    return Curve((1, 2, 64), (0,), ((one, one + slope, one + 63 * slope),))
+
+
+def session(
+    target: ReferenceModel, free: Sequence[Drafter], dear: Sequence[Drafter], costs: Costs, acceptance: str = "walk"
+) -> tuple[Session, Experience]:
+    experience = Experience(costs, target.capabilities)
+    return Session(target, Scheduled(free, dear, experience), acceptance=acceptance), experience
+
+
+def answer(one: Session, temperature: float, seed: int = 0, num: int = 60) -> tuple[tuple[int, ...], Stats]:
+    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=num, ignore_eos=True)
+    result = one.generate(PROMPT, params)
+    return result.tokens, result.stats
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("trees", [True, False])
+def test_the_text_is_plain_decodings_whatever_is_decided(temperature: float, shape: str, trees: bool) -> None:
+    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=2.0)
+    target.capabilities = replace(target.capabilities, exact_trees=trees)
+    for slope in (0.0, 0.3, 30.0):  # verifying is free, cheap, ruinous
+        costs = Costs(curve(10.0, slope), curve(0.5, 0.1), 0.1)
+        if shape == "tree" and not trees:
+            shape = "chain"
+        parts = make_drafter(f"ngram:shape={shape}", None), make_drafter(f"draft_model:num=20,shape={shape}", draft)
+        with (
+            session(target, parts[:1], parts[1:], costs)[0] as one,
+            Session(target, make_drafter("nothing", None)) as p,
+        ):
+            for seed in range(4):
+                assert answer(one, temperature, seed)[0] == answer(p, temperature, seed)[0]
+
+
+def test_dear_passes_are_kept_narrow_and_cheap_ones_are_filled() -> None:
+    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
+    lengths = {}
+    for slope in (0.01, 4.0, 1000.0):
+        with session(
+            target, [], [make_drafter("draft_model:num=20", draft)], Costs(curve(10.0, slope), curve(0.01, 0.0), 0.0)
+        )[0] as one:
+            stats = answer(one, 0.0, num=100)[1]
+            lengths[slope] = stats.num_drafted / stats.num_rounds
+    assert lengths[0.01] > lengths[4.0] > lengths[1000.0]
+    assert lengths[0.01] > 4.0 and lengths[1000.0] < 0.1
+
+
+class Wrong:
+    """Guesses with confidence what is never said."""
+
+    name = "wrong"
+    needs_trees = False
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def begin(self, context: object) -> None:
+        """Nothing to prepare."""
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        """The token 0, which `target` below cannot say."""
+        self.asked += 1
+        num = min(3, request.max_nodes, request.max_depth)
+        tokens = (HostTokens(np.zeros(num, np.int32)),) if num else ()
+        return Proposal(self.name, tokens, np.arange(-1, num - 1, dtype=np.int32), log_q=(-0.05,) * num)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Nothing to learn."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def test_a_drafter_that_is_sure_and_wrong_is_soon_left_alone_and_the_answer_says_so() -> None:
+    target, wrong = ReferenceModel(48, seed=5, sharpness=3.0), Wrong()
+    costs = Costs(curve(10.0, 2.0), curve(1.0, 0.0), 0.0)
+    one, _ = session(target, [], [wrong], costs)
+    with one:
+        params = SamplingParams(max_tokens=400, ignore_eos=True, logit_bias={0: -1e9})
+        first = one.generate(PROMPT, params)
+        assert first.stats.num_drafted < 60
+        one.reset()
+        second = one.generate(PROMPT, replace(params, max_tokens=30))
+    assert second.stats.num_drafted <= 3
+    if not second.stats.num_drafted:
+        assert second.plain_because == "no guess was worth its time" or "parked" in str(second.plain_because)
+    assert sum(second.stats.plain_rounds.values()) >= 29
+
+
+def test_under_rejection_nothing_that_was_drawn_is_taken_back() -> None:
+    """The law stays the target's only if what is verified does not depend on what was drawn."""
+    target, draft = ReferenceModel(48, seed=5, sharpness=2.0), ReferenceModel(48, seed=5, sharpness=1.0)
+    costs = Costs(curve(10.0, 1.0), curve(0.5, 0.0), 0.1)
+    drafter = make_drafter("draft_model:num=6", draft)
+    seen: list[tuple[int, int]] = []
+
+    class Watched(Scheduled):
+        def propose(self, request: DraftRequest) -> Proposal:
+            proposal = super().propose(request)
+            seen.append((proposal.num_nodes, 0 if proposal.laws is None else len(proposal.laws)))
+            return proposal
+
+    experience = Experience(costs, target.capabilities)
+    with Session(target, Watched([], [drafter], experience), acceptance="rejection") as one:
+        answer(one, 1.0)
+    assert any(nodes for nodes, _ in seen) and all(nodes == laws for nodes, laws in seen)
+
+
+def test_sessions_of_a_pair_learn_together() -> None:
+    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=2.0)
+    experience = Experience(Costs(curve(10.0, 1.0), curve(0.5, 0.0), 0.1), target.capabilities)
+    for _ in range(2):
+        with Session(target, Scheduled([], [make_drafter("draft_model:num=6", draft)], experience)) as one:
+            answer(one, 0.0)
+    seen = sum(experience.record("draft_model", greedy=True).reliability._seen)
+    with Session(target, Scheduled([], [make_drafter("draft_model:num=6", draft)], experience)) as one:
+        answer(one, 0.0)
+    assert sum(experience.record("draft_model", greedy=True).reliability._seen) > seen > 0
+
+
+def test_a_pass_is_padded_where_a_wider_one_is_quicker() -> None:
+    target = ReferenceModel(48, seed=5)
+    falling = Curve((1, 2, 3, 4, 64), (0,), ((27.0, 38.0, 46.0, 20.0, 2000.0),))
+    with session(target, [make_drafter("ngram:num=2", None)], [], Costs(falling, None, 0.0))[0] as one:
+        stats = answer(one, 0.0)[1]
+    assert set(stats.widths) == {4}
