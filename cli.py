@@ -92,6 +92,10 @@ def main(debug: bool) -> None:
     # our own warnings are for people; llama.cpp's are about things nobody can act on
     for name, level in (("localspec", logging.WARNING), ("localspec.llamacpp", logging.ERROR)):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else level)
+    if os.environ.get("LOCALSPEC_MEASURE") == "0":  # measure nothing at first load
+        from localspec.schedule.store import set_automatic
+
+        set_automatic(False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not _is_utf8(stream):
             stream.reconfigure(errors="replace")

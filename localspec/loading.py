@@ -17,7 +17,7 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 from localspec.compatibility import check_draft, check_whole
 from localspec.drafters import AUTO, Draft, DrafterSpec, DraftModel, Ngram, make_drafter
@@ -36,7 +36,7 @@ from localspec.formats import summarize
 from localspec.memory import Part, look, settle
 from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
 from localspec.schedule.scheduled import Experience, Scheduled
-from localspec.schedule.store import load_or_measure
+from localspec.schedule.store import class_for, load_or_measure, options_for
 from localspec.verify import make_acceptance
 
 _log = logging.getLogger("localspec.loading")
@@ -277,12 +277,15 @@ def open_pair(
     backend: str = AUTO,
     settings: LoadSettings | None = None,
     check_memory: bool = True,
+    use_tuned: bool = True,
 ) -> Pair:
     """Open a target and, if one is named, its draft model; with no target the bundled pair.
 
     The draft model gets the target's context length. Where no context is named and memory does not allow
     the usual one, a shorter one is chosen and said in `Pair.notes`. check_memory: refuse what does not
-    fit (`localspec.memory`). Raises members of the error tree; what was opened before an error is closed again.
+    fit (`localspec.memory`).  use_tuned: where no runtime option is given, load with those that `localspec tune`
+    found best, and stay in the width class that it found. Raises members of the error tree; what was opened
+    before an error is closed again.
     """
     settings = settings or LoadSettings()
     if target is None:
@@ -296,8 +299,13 @@ def open_pair(
     if check_memory:
         settings, said = settle(parts, settings, look())
         found += said
+    if use_tuned:
+        settings, noted = _tuned(target_path, draft_path, backend, settings)
+        found += noted
     model = load_model(target_path, backend, settings)
     try:
+        if use_tuned:
+            model.capabilities = replace(model.capabilities, width_class=class_for(model))
         if draft_path is None:
             return Pair(model, None, found)
         # a drafter's trees need not be exact, so it is spared what that costs
@@ -313,6 +321,22 @@ def open_pair(
     except BaseException:
         model.close()
         raise
+
+
+def _tuned(
+    target: Path, draft: Path | None, backend: str, settings: LoadSettings
+) -> tuple[LoadSettings, tuple[str, ...]]:
+    """The settings with the options that `localspec tune` found best, if none of these was given; and what to tell."""
+    chosen = choose_backend(backend, target)
+    defaults = LoadSettings()
+    if any(getattr(settings, name) != getattr(defaults, name) for name in (*chosen.own_settings, "trees")):
+        return settings, ()
+    options = options_for(target, chosen.name, draft)
+    if not options:
+        return settings, ()
+    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items())
+    changes: dict[str, Any] = dict(options)
+    return replace(settings, **changes), (f"runtime options found by `localspec tune`: {words}",)
 
 
 def plan_parts(target: Path, draft: Path | None = None, backend: str = AUTO) -> list[Part]:

@@ -274,8 +274,8 @@ class LanguageModel(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    @property
-    def capabilities(self) -> Capabilities: ...
+    capabilities: Capabilities
+    """Set by the backend; whoever measured more (`localspec tune`) may narrow it before sequences are open."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...

@@ -48,7 +48,7 @@ def _judged(name: str, path: Path, rounds: int) -> Finding:
     def by_default() -> LanguageModel:
         model = backend.load(path, _SETTINGS)
         if not model.capabilities.exact_trees:  # then only chains are promised to the bit
-            model.capabilities = replace(model.capabilities, trees=False)  # type: ignore[misc]
+            model.capabilities = replace(model.capabilities, trees=False)
         return model
 
     def with_trees() -> LanguageModel:

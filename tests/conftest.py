@@ -36,7 +36,7 @@ def a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     that a test did not ask for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        store.switch_off()
+        store.set_automatic(False)
         yield
 
 
@@ -48,6 +48,16 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _own_costs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests measure stays out of the user's cache, and they measure nothing that they did not ask for: neither
+    here nor in programs that they start."""
+    folder = tmp_path_factory.getbasetemp() / "tune"
+    monkeypatch.setattr(store, "default_folder", lambda: folder)
+    monkeypatch.setattr(store, "_automatic", False)
+    monkeypatch.setenv("LOCALSPEC_MEASURE", "0")
 
 
 @pytest.fixture(scope="session")

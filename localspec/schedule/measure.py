@@ -72,6 +72,8 @@ def costs(
         room = longest - max(track.widths[-1] for track in tracks)
         depths = _fitting(contexts, room)[: 1 if plain else None]
         notes = _measure_at(tracks, depths, deadline, on_progress or (lambda share, what: None))
+    if on_progress is not None:
+        on_progress(1.0, "")
     curves = [track.curve() for track in tracks]
     notes.append(f"{_repeats(tracks)} repeats a point, scatter {_scatter_of(tracks):.0%}")
     return Costs(curves[0], curves[1] if draft is not None else None, own_ms, "by localspec tune", tuple(notes))
@@ -235,8 +237,10 @@ def _sweep(tracks: Sequence[_Track], end: float, deadline: float) -> None:
 
 
 def _again(tracks: Sequence[_Track], end: float) -> None:
-    """Repeat the doubtful points until they are not, or the time is over."""
-    for _ in range(_MOST_REPEATS):
+    """Repeat the doubtful points until they are not, or the time is over; half as often again at most, for what is
+    measured later alone shows drift as a difference."""
+    repeats = min(len(track.here()[width]) for track, width in _jobs(tracks))
+    for _ in range(max(repeats // 2, 2)):
         doubtful = [(track, width) for track in tracks for width in _doubtful(track)]
         if not doubtful:
             return
@@ -257,7 +261,7 @@ def _doubtful(track: _Track) -> list[int]:
     for width, wider in zip(track.widths, track.widths[1:], strict=False):
         if np.median(_settled(here[width])) > _FALL * np.median(_settled(here[wider])):
             found |= {width, wider}
-    return sorted(width for width in found if len(here[width]) < 2 * _MOST_REPEATS)
+    return sorted(found)
 
 
 def _settled(values: list[float]) -> list[float]:

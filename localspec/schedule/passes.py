@@ -53,7 +53,7 @@ class Passes:
         _fetch(self.model, self._forward(ids, None))
         elapsed = self._clock() - started
         self._state.keep((0,) if self.model.capabilities.rewind is Rewind.NEVER else ())
-        return elapsed * 1e3
+        return max(elapsed * 1e3, 1e-6)  # a coarse clock may not have moved
 
     def walk(self, ids: TokenIds, width: int, look: Callable[[int, Scores], None]) -> None:
         """Decode [T] tokens in passes of `width`, each committed (a rest that is narrower is left out), and take

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from localspec.protocols import WidthClass
 from localspec.schedule.cost import Costs
 
+MOST_NODES = 64
+"""Nodes a round verifies at most."""
+
 _MEMORY = 200.0  # observations after which older ones count half
 _TRUST = 4.0  # rounds at a width before its own times outweigh the general correction
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
@@ -27,7 +30,7 @@ class LiveCosts:
     def __init__(self, costs: Costs, width_class: WidthClass, max_width: int) -> None:
         self.costs = costs
         self.min_width = width_class.min_width
-        self.max_width = min(max_width, width_class.max_width or max_width)
+        self.max_width = min(max_width, width_class.max_width or max_width, MOST_NODES + 1)
         self._seen: dict[int, float] = {}
         self._ratio: dict[int, float] = {}  # actual / table
         self._general = 1.0

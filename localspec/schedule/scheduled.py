@@ -26,7 +26,6 @@ from localspec.tree.token_tree import TokenTree
 
 _SMOOTHING = 0.1
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
-_MOST_NODES = 64
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
 _NOTHING_WORTH = "no guess was worth its time"
 
@@ -43,9 +42,13 @@ class Record:
 
 
 class Experience:
-    """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record."""
+    """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record.
 
-    def __init__(self, costs: Costs, capabilities: Capabilities) -> None:
+    by_clock: False believes the costs and never looks at a clock, so that the same text is decided alike every time.
+    """
+
+    def __init__(self, costs: Costs, capabilities: Capabilities, *, by_clock: bool = True) -> None:
+        self.by_clock = by_clock
         self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width)
         self.rate = Rate(1.0 / (self.live.by_nodes(0)[0][0] + costs.overhead_ms))
         self.records: dict[tuple[str, bool], Record] = {}
@@ -119,7 +122,7 @@ class Scheduled:
         experience = self.experience
         context = len(request.context)
         rate = max(experience.rate.value, 1.0 / experience.plain_ms(context))
-        prices = Valuation(experience.live, rate, context, min(request.max_nodes, _MOST_NODES))
+        prices = Valuation(experience.live, rate, context, request.max_nodes)
         if request.needs_law:
             return self._drawn(request, prices)
         best = 0.0
@@ -149,10 +152,13 @@ class Scheduled:
         experience, asked = self.experience, self._asked
         context = len(self._context) - len(outcome.tokens)
         plain_ms = experience.plain_ms(context)
-        if outcome.verify_ms > 0.0:
-            experience.live.observe_verify(outcome.width, context, outcome.verify_ms)
+        verify_ms = outcome.verify_ms
+        if not experience.by_clock:
+            verify_ms = experience.live.verify_ms(outcome.width, context)
+        elif verify_ms > 0.0:
+            experience.live.observe_verify(outcome.width, context, verify_ms)
         draft_ms = sum(one.ms for one in asked)
-        round_ms = outcome.verify_ms + draft_ms + experience.live.costs.overhead_ms
+        round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         experience.rate.add(len(outcome.tokens), round_ms)
         used = [one for one in asked if one.used]
         # by the corrected table, not by this round's clock: one stall would outweigh many rounds
@@ -202,7 +208,9 @@ class Scheduled:
         proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget))
         ms = max((perf_counter() - started) * 1e3 - entry_ms, 0.0)  # reading is no part of what a round costs
         self._read[part.name] = len(self._context)
-        if budget is not None:
+        if not self.experience.by_clock:
+            ms = 0.0 if budget is None else budget.expected_ms
+        elif budget is not None:
             self.experience.live.observe_draft(budget.expected_ms, ms)
             ms = min(ms, _STALL * budget.expected_ms)
         if proposal.num_nodes:

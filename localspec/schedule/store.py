@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,44 +27,19 @@ from localspec.schedule.measure import Overhead, Progress, assumed, quick
 FORMAT = 1
 T = TypeVar("T")
 
-_TUNED, _QUICK, _OPTIONS = "tuned", "quick", "options"
+_TUNED, _QUICK, _CLASS, _OPTIONS = "tuned", "quick", "class", "options"
 
 _log = logging.getLogger("localspec.schedule")
 _automatic = True
 
 
-def switch_off() -> None:
-    """From now on nothing is measured that `localspec tune` was not asked for; what is stored is used."""
+def set_automatic(allowed: bool) -> None:
+    """May `load_or_measure` measure in this process? It may unless this says no; what is stored is used anyway."""
     global _automatic
-    _automatic = False
+    _automatic = allowed
 
 
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """What `localspec tune` found for a pair under the options it was loaded with.
-
-    width_class: the class to stay in, where the classes were looked for.
-    """
-
-    costs: Costs
-    width_class: WidthClass | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        found = self.width_class
-        return {"costs": self.costs.as_dict(), "width_class": None if found is None else asdict(found)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Tuned:
-        """The inverse. Raises ValueError, KeyError or TypeError for anything else."""
-        found = data["width_class"]
-        return cls(Costs.from_dict(data["costs"]), None if found is None else width_class_from(found))
-
-
-def width_class_from(data: Mapping[str, Any]) -> WidthClass:
-    """A width class from its fields. Raises ValueError, KeyError or TypeError for anything else."""
-    most = None if data["max_width"] is None else int(data["max_width"])
-    return WidthClass(int(data["min_width"]), most, str(data["evidence"]), bool(data["measured"]))
+# ---------------------------------------------------------------- costs of a pair
 
 
 def load_or_measure(
@@ -76,37 +51,44 @@ def load_or_measure(
     folder: Path | None = None,
 ) -> Costs:
     """The costs of a loaded pair: as `localspec tune` found them, else as measured in short before, else measured in
-    short now and stored. One sequence of each model must be free for that. With `switch_off` they are assumed instead
-    (`Costs.measured` is empty then)."""
+    short now and stored. One sequence of each model must be free for that. Where measuring is not allowed
+    (`set_automatic`) they are assumed instead, and `Costs.measured` is empty."""
     key = _pair_key(target, draft)
-    tuned = find_tuned(target, draft, folder)
-    if tuned is not None:
-        return tuned.costs
-    file = _file(folder, _QUICK, key)
-    stored = _read(file, key)
-    found = None if stored is None else _understood(file, stored, Costs.from_dict)
-    if found is not None:
-        return found
+    for kind in (_TUNED, _QUICK):
+        stored = _find(_file(folder, kind, key), key, Costs.from_dict)
+        if stored is not None:
+            return stored
     if not _automatic:
         return assumed(target, draft)
     found = quick(target, draft, overhead=overhead, on_progress=on_progress)
-    _write(file, key, found.as_dict())
+    _write(_file(folder, _QUICK, key), key, found.as_dict())
     return found
 
 
-def find_tuned(target: LanguageModel, draft: LanguageModel | None = None, folder: Path | None = None) -> Tuned | None:
-    """What `localspec tune` found for a loaded pair, if it was run for these files, this machine, runtime and
-    these options."""
+def keep_costs(target: LanguageModel, draft: LanguageModel | None, costs: Costs, folder: Path | None = None) -> None:
+    """Store what `localspec tune` found for a loaded pair under the options in force."""
     key = _pair_key(target, draft)
-    file = _file(folder, _TUNED, key)
-    stored = _read(file, key)
-    return None if stored is None else _understood(file, stored, Tuned.from_dict)
+    _write(_file(folder, _TUNED, key), key, costs.as_dict())
 
 
-def keep_tuned(target: LanguageModel, draft: LanguageModel | None, tuned: Tuned, folder: Path | None = None) -> None:
-    """Store what was found for a loaded pair."""
-    key = _pair_key(target, draft)
-    _write(_file(folder, _TUNED, key), key, tuned.as_dict())
+# ---------------------------------------------------------------- the width class of a target
+
+
+def class_for(target: LanguageModel, folder: Path | None = None) -> WidthClass:
+    """The class that a loaded target should stay in: as `localspec tune` found it with the options in force, else what
+    the backend says."""
+    key = _class_key(target)
+    found = _find(_file(folder, _CLASS, key), key, _width_class)
+    return target.capabilities.width_class if found is None else found
+
+
+def keep_class(target: LanguageModel, width_class: WidthClass, folder: Path | None = None) -> None:
+    """Store the class that was found for a loaded target under the options in force."""
+    key = _class_key(target)
+    _write(_file(folder, _CLASS, key), key, asdict(width_class))
+
+
+# ---------------------------------------------------------------- options and the report
 
 
 def options_for(
@@ -123,11 +105,7 @@ def find_report(
 ) -> tuple[dict[str, bool | int], Mapping[str, Any]] | None:
     """(the options that won, all that `localspec tune` said) for a target with a draft model, if it was run."""
     key = _options_key(path, backend, draft)
-    file = _file(folder, _OPTIONS, key)
-    stored = _read(file, key)
-    return (
-        None if stored is None else _understood(file, stored, lambda data: (_options(data["options"]), data["report"]))
-    )
+    return _find(_file(folder, _OPTIONS, key), key, lambda data: (_options(data["options"]), dict(data["report"])))
 
 
 def keep_report(
@@ -146,12 +124,18 @@ def keep_report(
 # ---------------------------------------------------------------- keys
 
 
+def _target_key(target: LanguageModel) -> dict[str, Any]:
+    return {"machine": describe_machine(), "target": describe_model(target)}
+
+
+def _class_key(target: LanguageModel) -> dict[str, Any]:
+    """With what the backend says, for a later version of it may know better."""
+    claimed = target.capabilities.width_class
+    return {**_target_key(target), "claimed": [claimed.min_width, claimed.max_width, claimed.measured]}
+
+
 def _pair_key(target: LanguageModel, draft: LanguageModel | None) -> dict[str, Any]:
-    return {
-        "machine": describe_machine(),
-        "target": describe_model(target),
-        "draft": None if draft is None else describe_model(draft),
-    }
+    return {**_target_key(target), "draft": None if draft is None else describe_model(draft)}
 
 
 def _options_key(path: Path, backend: str, draft: Path | None) -> dict[str, Any]:
@@ -163,6 +147,11 @@ def _options_key(path: Path, backend: str, draft: Path | None) -> dict[str, Any]
         "target": describe_files(path),
         "draft": None if draft is None else describe_files(draft),
     }
+
+
+def _width_class(data: Mapping[str, Any]) -> WidthClass:
+    most = None if data["max_width"] is None else int(data["max_width"])
+    return WidthClass(int(data["min_width"]), most, str(data["evidence"]), bool(data["measured"]))
 
 
 def default_folder() -> Path:
@@ -184,15 +173,15 @@ def _options(data: Mapping[str, Any]) -> dict[str, bool | int]:
     return dict(data)
 
 
-def _read(file: Path, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a file holds of this key; None if there is none, or it cannot be used, which is said."""
+def _find(file: Path, key: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T | None:
+    """What a file says of this key; None if there is none, or it cannot be used, which is said."""
     try:
         stored = json.loads(file.read_bytes())
         if stored["format"] != FORMAT:
             raise ValueError(f"format {stored['format']!r}, expected {FORMAT}")
         if stored["key"] != json.loads(json.dumps(key)):
             raise ValueError("it is about another pair")
-        return dict(stored["found"])
+        return read(stored["found"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -200,17 +189,14 @@ def _read(file: Path, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
 
 
-def _understood(file: Path, data: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T | None:
-    try:
-        return read(data)
-    except (ValueError, KeyError, TypeError) as error:
-        _refuse(file, error)
-        return None
-
-
 def _refuse(file: Path, error: Exception) -> None:
     """Say it once: the file goes, so the next process does not find it again."""
-    _log.warning("measured costs in %s cannot be used and are measured anew: %s", file, error)
+    _log.warning(
+        "what was measured before cannot be used (%s: %s); it is measured anew, what `localspec tune` found by "
+        "the next `localspec tune`",
+        file,
+        error,
+    )
     try:
         file.unlink(missing_ok=True)
     except OSError:  # a read-only cache: it will be said again

@@ -81,12 +81,17 @@ def _by_options(axes: Axes, measured: list[Candidate], winner: Candidate) -> Non
 
 
 def _dress(axes: Axes, title: str, widest: int) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     axes.set_title(title, fontsize=9)
     axes.set_xscale("log", base=2)
     ticks = [tick for tick in _TICKS if tick <= widest]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("tokens in a pass")
     axes.set_ylabel("milliseconds")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.93))
+    axes.legend(fontsize=8, loc="lower right")

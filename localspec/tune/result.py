@@ -10,7 +10,6 @@ from localspec.protocols import WidthClass
 from localspec.schedule.classes import Classes
 from localspec.schedule.cost import Costs
 from localspec.schedule.score import Best
-from localspec.schedule.store import width_class_from
 from localspec.tune.options import Options
 
 CONTEXT = 256
@@ -71,7 +70,7 @@ class Candidate:
             str(data["device"]),
             data["costs"] and Costs.from_dict(data["costs"]),
             data["best"] and Best(**data["best"]),
-            data["width_class"] and width_class_from(data["width_class"]),
+            data["width_class"] and WidthClass(**data["width_class"]),
             data["classes"] and Classes.from_dict(data["classes"]),
             str(data["contradiction"]),
             str(data["failed"]),

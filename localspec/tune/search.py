@@ -123,7 +123,7 @@ class _Loader:
     def __call__(self, options: Options) -> Iterator[Pair]:
         changes: dict[str, Any] = dict(options)
         settings = replace(self.settings, **changes)
-        with open_pair(self._target, self._draft, backend=self._backend, settings=settings) as pair:
+        with open_pair(self._target, self._draft, backend=self._backend, settings=settings, use_tuned=False) as pair:
             yield pair
 
 
@@ -166,7 +166,8 @@ def _examine(load: _Loader, candidate: Candidate, seconds: float, tell: Progress
             if candidate.contradiction:
                 _log.warning("%s (%s)", candidate.contradiction, described(candidate.options))
                 candidate.costs = replace(costs, notes=(*costs.notes, candidate.contradiction))
-            store.keep_tuned(pair.target, pair.draft, store.Tuned(candidate.costs, serving))
+            store.keep_costs(pair.target, pair.draft, candidate.costs)
+            store.keep_class(pair.target, serving)
     except (SettingError, BackendError) as error:
         candidate.failed = str(error)
 

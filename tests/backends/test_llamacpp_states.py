@@ -113,7 +113,7 @@ def test_chains_and_memory_are_exact_in_every_architecture(name: str) -> None:
         assert model.capabilities.rewind is (Rewind.REPLAY if name in RECURRENT else Rewind.FREE)
         assert model.capabilities.trees is (name not in RECURRENT)
         assert not model.capabilities.exact_trees and model.capabilities.limits
-        model.capabilities = replace(model.capabilities, trees=False)  # type: ignore[misc]
+        model.capabilities = replace(model.capabilities, trees=False)
         return model
 
     finding = examine(name, chains_only, num_rounds=40, tolerance=0.0)

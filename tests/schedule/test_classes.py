@@ -1,0 +1,144 @@
+"""Width classes are found where they are planted, and a claim that does not hold is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from localspec.protocols import LoadSettings, Scores, Step, WidthClass
+from localspec.sampling import HostScores
+from localspec.schedule import classes
+from localspec.schedule.classes import Classes, class_to_use, is_inside
+from localspec.testing.reference import ReferenceModel
+
+WIDTHS = (1, 2, 3, 4, 8, 16)
+
+
+class Rounding(ReferenceModel):
+    """Rows change with the width of their pass and their place in it, as kernels do: error(width, place) is added to
+    the logit of token 3."""
+
+    def __init__(self, error: Callable[[int, int], float], context_length: int = 128) -> None:
+        super().__init__(64, context_length=context_length)
+        self.error = error
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        [step] = steps
+        [scores] = super().forward(steps)
+        rows = scores.rows(range(scores.num_rows)).copy()
+        for place, row in enumerate(rows):
+            row[3] += self.error(step.num_tokens, place)
+        return [HostScores(rows, self.generation)]
+
+
+def found(error: Callable[[int, int], float]) -> Classes:
+    return classes.find(Rounding(error), WIDTHS, contexts=(5, 20), seconds=0.0)
+
+
+def test_equal_rows_are_one_group() -> None:
+    result = found(lambda width, place: 0.0)
+    assert result.groups == (WIDTHS,) and result.largest == 0.0
+    assert result.between(8, 16).num_rows == 8 and result.contexts == (5,)
+
+
+def test_a_first_width_that_differs_is_found_with_how_much_and_how_often() -> None:
+    result = found(lambda width, place: 100.0 if width == 1 else 0.0)
+    assert result.groups == ((1,), (2, 3, 4, 8, 16))
+    assert result.largest == pytest.approx(100.0)
+    one = result.against(WidthClass(2))[1]
+    assert one.other_best == 1.0, "a hundred on one token makes it the best everywhere"
+    small = found(lambda width, place: 1e-4 if width == 1 else 0.0).against(WidthClass(2))[1]
+    assert small.num_unequal == small.num_rows and small.num_other_best == 0
+
+
+def test_a_difference_at_one_place_of_a_pass_is_found() -> None:
+    result = found(lambda width, place: 1e-5 if (width, place) == (8, 6) else 0.0)
+    assert result.groups == ((1, 2, 3, 4, 16), (8,))
+
+
+def test_a_difference_that_comes_through_the_cache_is_found() -> None:
+    """What a pass of width 4 leaves in the cache is off; its own rows are not."""
+
+    class Leaving(ReferenceModel):
+        def forward(self, steps: Sequence[Step]) -> list[Scores]:
+            before = [len(step.state.pending) for step in steps]  # type: ignore[attr-defined]
+            scores = super().forward(steps)
+            for step, start in zip(steps, before, strict=True):
+                for cell in step.state.pending[start:] if step.num_tokens == 4 else ():  # type: ignore[attr-defined]
+                    cell.values[:] *= 1.0 + 1e-6
+            return scores
+
+    result = classes.find(Leaving(64, context_length=128), WIDTHS, contexts=(5,), seconds=0.0)
+    assert result.groups == ((1, 2, 3, 8, 16), (4,))
+
+
+def test_trials_go_on_while_there_is_time_and_join_their_evidence() -> None:
+    clock = iter(np.arange(1000.0))
+    model = Rounding(lambda width, place: 0.0)
+    result = classes.find(model, (1, 2), contexts=(5, 20), seconds=200.0, clock=lambda: float(next(clock)))
+    assert len(result.contexts) >= 2 and set(result.contexts) == {5, 20}
+    assert result.between(1, 2).num_rows >= 2 * 2
+    assert model.num_open == 0
+
+
+def test_the_result_can_be_stored() -> None:
+    result = found(lambda width, place: float(width > 3))
+    assert Classes.from_dict(result.as_dict()) == result
+
+
+# ---------------------------------------------------------------- the class to use
+
+
+def test_a_claim_that_holds_stays_as_it_is() -> None:
+    claimed = WidthClass(2, None, "read in the source")
+    result = found(lambda width, place: float(width == 1))
+    assert class_to_use(claimed, result) == (claimed, "")
+
+
+def test_a_claim_that_does_not_hold_is_cut_and_said() -> None:
+    result = found(lambda width, place: float(width > 4))
+    best, words = class_to_use(WidthClass(1, None, "a guess"), result)
+    assert (best.min_width, best.max_width, best.measured) == (1, 4, True)
+    assert "were said to give equal rows, but do not here" in words and "1, 2, 3, 4 | 8, 16" in words
+    assert "widths 1, 2, 3, 4 gave identical rows" in best.evidence
+
+
+def test_the_last_run_keeps_the_open_end_of_a_measured_claim_only() -> None:
+    result = found(lambda width, place: float(width < 3))
+    assert class_to_use(WidthClass(1), result)[0].max_width is None
+    assert class_to_use(WidthClass(1, measured=False), result)[0].max_width == 16
+
+
+def test_an_unmeasured_claim_becomes_a_measured_one_without_complaint() -> None:
+    result = found(lambda width, place: 0.0)
+    best, words = class_to_use(WidthClass(1, None, "nobody looked", measured=False), result)
+    assert (best.min_width, best.max_width, best.measured, words) == (1, 16, True, "")
+
+
+def test_among_runs_the_most_valuable_one_is_taken() -> None:
+    result = found(lambda width, place: float(width > 4))
+    best, _ = class_to_use(WidthClass(1), result, lambda one: float(is_inside(16, one)))
+    assert (best.min_width, best.max_width) == (8, None)
+
+
+def test_neighbours_of_another_group_are_not_bridged() -> None:
+    result = found(lambda width, place: float(width == 3))
+    assert result.groups == ((1, 2, 4, 8, 16), (3,))
+    best, _ = class_to_use(WidthClass(1), result)
+    assert (best.min_width, best.max_width) == (4, None)
+
+
+@pytest.mark.real
+def test_the_bundled_target_keeps_what_its_backend_says(tiny_pair: object) -> None:
+    from localspec.loading import BUNDLED, bundled_path, load_model
+
+    model = load_model(bundled_path(BUNDLED, "target"), "llamacpp", LoadSettings(context=256, threads=1))
+    try:
+        result = classes.find(model, (1, 2, 3, 4, 8), contexts=(20,), seconds=0.0)
+        claimed = model.capabilities.width_class
+        assert class_to_use(claimed, result) == (claimed, "")
+        assert (2, 3, 4, 8) in result.groups or (1, 2, 3, 4, 8) in result.groups
+    finally:
+        model.close()
