@@ -37,6 +37,23 @@ def test_keys_and_values_are_counted_for_each_conversation() -> None:
 
 
 @pytest.mark.real
+def test_a_draft_model_is_planned_as_it_is_loaded_without_trees() -> None:
+    def lines(role: str, trees: bool) -> list[int]:
+        settings = LoadSettings(trees=trees)
+        made = plan("tiny", context=2048, backend="llamacpp", machine=ROOM, settings=settings)
+        return [line.total for line in made.lines if line.part == role]
+
+    assert lines("draft model", trees=True) == lines("draft model", trees=False)
+    assert lines("target", trees=True) != lines("target", trees=False)
+
+
+@pytest.mark.real
+def test_more_context_than_the_target_was_trained_for_is_said() -> None:
+    assert "trained for (2048)" in examine("tiny", context=4096, backend="llamacpp", machine=ROOM).notes[0]
+    assert not examine("tiny", context=2048, backend="llamacpp", machine=ROOM).notes
+
+
+@pytest.mark.real
 def test_the_plan_is_within_a_tenth_of_what_was_measured() -> None:
     """Peaks measured by scripts/memory.py, in MiB; docs/fit.md has the conditions."""
     for context, measured in ((2048, 215), (16384, 912)):
