@@ -62,6 +62,19 @@ def test_the_plan_is_within_a_tenth_of_what_was_measured() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
+def test_the_plan_of_the_expanded_target_is_within_a_tenth_of_what_was_measured(tmp_path: Path) -> None:
+    """Peaks measured by scripts/memory.py; the formulas were taken from the tiny pair."""
+    from localspec.bench.expand import Size, expand
+
+    half = tmp_path / "half.gguf"
+    expand(bundled_path("tiny", "target"), half, Size.named("0.5b"), "gguf", "Q4_0")
+    for context, measured in ((2048, 538), (16384, 1802)):
+        planned = plan(half, "tiny", context=context, backend="llamacpp", machine=ROOM).total / MIB
+        assert abs(planned - measured) < 0.1 * measured
+
+
+@pytest.mark.real
 def test_an_unnamed_context_is_shortened_and_said() -> None:
     parts = plan_parts(bundled_path("tiny", "target"), bundled_path("tiny", "draft"), "llamacpp")
     machine = small(200)
