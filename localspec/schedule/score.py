@@ -7,12 +7,14 @@ acceptance decides otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from localspec.protocols import Capabilities
 from localspec.schedule.cost import Costs, Curve
 from localspec.tree.grow import shape
+from localspec.tree.mask import is_chain
 from localspec.tree.token_tree import TokenTree
 
 RANK_CHANCES = (0.7, 0.12, 0.05, 0.03)
@@ -55,15 +57,32 @@ def best(costs: Costs, known: Capabilities, *, context: int = 256) -> Best:
     plain = 1e3 / verify_ms(1)
     found = Best(plain, plain, 0, 0, False, 1.0)
     trees = known.trees and known.exact_trees and costs.draft is not None
+    chances = RANK_CHANCES if costs.draft is not None else (LOOKUP_CHANCE,)
     for size in (size for size in _SIZES if size < widest):
-        for branching in ((1,) * size, (len(RANK_CHANCES),) * _MOST_LEVELS)[: 1 + trees]:
-            tree = shape(size, branching, RANK_CHANCES if costs.draft is not None else (LOOKUP_CHANCE,))
-            expected = 1.0 + _accepted(tree)
-            ms = verify_ms(1 + size) + (0.0 if costs.draft is None else _draft_ms(costs.draft, tree, context))
-            if 1e3 * expected / ms > found.tokens_per_second:
-                is_tree = bool(np.any(tree.parent != np.arange(-1, size - 1)))
-                found = Best(1e3 * expected / ms, plain, size, int(tree.depth.max()) + 1, is_tree, expected)
+        for levels in range(1, min(size, _MOST_LEVELS) + 1) if trees else (size,):
+            form = _form(size, levels, chances if trees else chances[:1])
+            if len(form.tree) < size:
+                continue
+            ms = verify_ms(1 + size) + (0.0 if costs.draft is None else _draft_ms(costs.draft, form.tree, context))
+            if 1e3 * form.expected / ms > found.tokens_per_second:
+                found = Best(1e3 * form.expected / ms, plain, size, form.depth, form.is_tree, form.expected)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A tree of the best nodes, and how many tokens a round with it emits on average."""
+
+    tree: TokenTree
+    expected: float
+    depth: int
+    is_tree: bool
+
+
+@lru_cache(maxsize=512)
+def _form(size: int, levels: int, chances: tuple[float, ...]) -> _Form:
+    tree = shape(size, (len(chances),) * levels, chances)
+    return _Form(tree, 1.0 + _accepted(tree), int(tree.depth.max()) + 1, not is_chain(tree.parent))
 
 
 def _accepted(tree: TokenTree) -> float:
