@@ -45,7 +45,7 @@ def examine() -> Report:
         version=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        processor=_processor(),
+        processor=processor_name(),
         num_cores=os.cpu_count() or 1,
         memory_gib=memory_bytes() / 2**30,
         backends=tuple(_report(name) for name in backend_names()),
@@ -61,7 +61,7 @@ def _report(name: str) -> BackendReport:
         return BackendReport(name, False, "", (), (str(error),), "")
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The model name where Linux tells it, else what Python knows."""
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
     frozenset({"tree", "noise", "replay"}),
     frozenset({"protocols"}),
-    frozenset({"context", "sampling", "fingerprint"}),
+    frozenset({"context", "sampling", "fingerprint", "peers"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
     frozenset({"loading"}),
@@ -40,7 +40,7 @@ TOP = len(LAYERS) - 1
 OUTSIDE_LAYERS = frozenset({"", "testing"})
 
 # What a backend implements, and the pieces it may build that from.
-FOR_BACKENDS = frozenset({"types", "errors", "protocols", "noise", "sampling", "context", "tree", "replay"})
+FOR_BACKENDS = frozenset({"types", "errors", "protocols", "noise", "sampling", "context", "tree", "replay", "peers"})
 
 RUNTIMES = frozenset({"mlx", "mlx_lm", "llama_cpp", "torch", "transformers", "backends", "cli"})
 OTHER_RUNTIMES = {

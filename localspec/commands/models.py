@@ -11,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from localspec.drafters import DrafterSpec
     from localspec.loading import Pair
+    from localspec.protocols import LoadSettings
 
 
 def open_models(
@@ -22,15 +23,21 @@ def open_models(
 ) -> Pair:
     """Load the pair that the options name, fit for these drafters, with a sign of life on the terminal."""
     from localspec.loading import open_pair
-    from localspec.protocols import LoadSettings
     from localspec.terminal import loading
 
-    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
-    settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
+    settings = load_settings(options, num_sequences=num_sequences, trees=trees)
     target, draft, backend = _models(options, offer_pull)
     with loading(quiet=quiet):
         return open_pair(target, draft, backend=backend, settings=settings)
+
+
+def load_settings(options: dict[str, Any], **more: Any) -> LoadSettings:
+    """How to load, as the options say. more: other fields of `LoadSettings`."""
+    from localspec.protocols import LoadSettings
+
+    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
+    return LoadSettings(**({name: options[name] for name in names} | more))
 
 
 def _models(options: dict[str, Any], offer_pull: bool) -> tuple[str | None, str | None, str]:

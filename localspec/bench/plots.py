@@ -1,0 +1,245 @@
+"""Pictures of a speed benchmark: who is how fast, where the time goes, how deep guesses hold, and the grid.
+
+Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart; every mark also has its
+name or number beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localspec.bench.contenders import Kind
+from localspec.bench.grid import family
+from localspec.bench.summary import Row, Summary
+from localspec.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _RED, _PINK = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+_GREY, _LIGHT = "#9a9a9a", "#dddddd"
+_OURS = (_BLUE, _ORANGE, _GREEN, _PINK, _RED, _SKY)
+_PARTS = {"draft": _ORANGE, "verify": _BLUE, "host": _BLACK}
+_FAMILIES = {"chain": (_BLUE, "o"), "tree": (_GREEN, "s"), "lookup": (_ORANGE, "^")}
+_PANEL_WIDTH = 4.6  # inches
+
+
+def draw(summary: Summary, folder: Path) -> list[str]:
+    """Write all pictures that the figures allow; their file names. Raises UsageError without matplotlib."""
+    require()
+    pictures: list[tuple[str, Callable[[Summary], Figure], bool]] = [
+        ("speed.png", speed_figure, any(row.speedup is not None for row in _named(summary))),
+        ("time.png", time_figure, any(row.split_ms for row in _named(summary))),
+        ("depth.png", depth_figure, any(row.acceptance_by_depth for row in _named(summary))),
+        ("grid.png", grid_figure, bool(summary.oracles)),
+    ]
+    written = []
+    for name, figure, possible in pictures:
+        if possible:
+            figure(summary).savefig(folder / name, dpi=130)
+            written.append(name)
+    return written
+
+
+def require() -> None:
+    """Raise UsageError unless pictures can be drawn."""
+    try:
+        import matplotlib.figure  # noqa: F401 - asks only whether it is there
+    except ImportError:
+        raise UsageError(
+            "pictures need the package matplotlib",
+            fix='Install it with `pip install "localspec[bench]"`, or leave them out: --no-plots.',
+        ) from None
+
+
+def speed_figure(summary: Summary) -> Figure:
+    """Bars with intervals: how many times as fast as plain decoding, the faster plain being the line at 1."""
+    rows = [row for row in _named(summary) if row.contender != row.against and row.speedup is not None]
+    colours = _colours(rows)
+    figure, axes = _panels(summary, rows, "How many times as fast as plain decoding?", _bar_heights)
+    ends = [row.speedup.high or row.speedup.value for row in rows if row.speedup is not None]
+    for axis, mine in zip(axes, _by_panel(summary, rows), strict=True):
+        for place, row in enumerate(mine):
+            assert row.speedup is not None
+            interval = row.speedup
+            axis.barh(place, interval.value, color=colours[row.contender], height=0.68)
+            high = interval.high or interval.value
+            if interval.low is not None:
+                axis.plot([interval.low, high], [place, place], color=_BLACK, linewidth=1.2, solid_capstyle="butt")
+            weight = "bold" if interval.low is not None and interval.low > 1 else "normal"
+            axis.text(high + max(ends) * 0.015, place, f"{interval.value:.2f}x", va="center", fontsize=8, weight=weight)
+        _names(axis, [row.contender for row in mine])
+        axis.axvline(1.0, color=_BLACK, linewidth=1, linestyle="--")
+        axis.set_xlim(0, max(ends) * 1.16)
+    _say_below(figure, "dashed: plain decoding. lines: 95% interval over prompts. bold: faster beyond that interval")
+    return figure
+
+
+def time_figure(summary: Summary) -> Figure:
+    """Stacked bars: milliseconds per token in draft, verify and host."""
+    rows = _named(summary)
+    figure, axes = _panels(summary, rows, "Where does the time of a token go?", _bar_heights)
+    totals = [1e3 / row.tokens_per_second.value for row in rows]
+    for axis, mine in zip(axes, _by_panel(summary, rows), strict=True):
+        for place, row in enumerate(mine):
+            left = 0.0
+            for part, colour in _PARTS.items():
+                if row.split_ms:
+                    axis.barh(place, row.split_ms[part], left=left, color=colour, height=0.68)
+                    left += row.split_ms[part]
+            if not row.split_ms:  # other libraries do not say
+                left = 1e3 / row.tokens_per_second.value
+                axis.barh(place, left, color=_GREY, height=0.68)
+            axis.text(left + max(totals) * 0.015, place, f"{left:.1f} ms", va="center", fontsize=8)
+        _names(axis, [row.contender for row in mine])
+        axis.set_xlim(0, max(totals) * 1.22)
+    labels = {**_PARTS, "not told apart": _GREY} if any(not row.split_ms for row in rows) else _PARTS
+    _legend(figure, labels)
+    return figure
+
+
+def depth_figure(summary: Summary) -> Figure:
+    """Lines: of the rounds that guessed so deep, the share in which that guess was taken."""
+    rows = [row for row in _named(summary) if row.acceptance_by_depth]
+    colours = _colours(rows)
+    figure, axes = _panels(summary, rows, "How often is a guess taken, by its depth?", lambda _: 1.7)
+    deepest = max(len(row.acceptance_by_depth) for row in rows)
+    for axis, mine in zip(axes, _by_panel(summary, rows), strict=True):
+        for row in mine:
+            depths = range(1, len(row.acceptance_by_depth) + 1)
+            shares = [100 * share for share in row.acceptance_by_depth]
+            axis.plot(depths, shares, marker="o", markersize=3.5, color=colours[row.contender], linewidth=1.6)
+        axis.set_xticks(range(1, deepest + 1))
+        axis.set_xlim(0.7, deepest + 0.3)
+        axis.set_ylim(0, 105)
+        axis.set_yticks([0, 50, 100], ["0%", "50%", "100%"], fontsize=8)
+        axis.grid(axis="y", color=_LIGHT, linewidth=0.8)
+    _legend(figure, {name: colour for name, colour in colours.items() if any(row.contender == name for row in rows)})
+    return figure
+
+
+def grid_figure(summary: Summary) -> Figure:
+    """Lines over the number of guesses, one per family; a ring around the best, dashes for what was asked by name."""
+    rows = [row for row in summary.rows if row.kind is Kind.GRID and row.speedup is not None]
+    named = [row for row in summary.rows if row.kind is Kind.CONFIG and row.speedup is not None]
+    colours = dict(zip(dict.fromkeys(row.contender for row in named), (_RED, _PINK, _SKY, _BLACK), strict=False))
+    best = {(oracle.workload, oracle.temperature): oracle.contender for oracle in summary.oracles}
+    figure, axes = _panels(summary, rows, "Speed against plain, by guesses per round", lambda _: 1.9)
+    numbers = sorted({family(row.contender)[1] for row in rows})
+    for axis, mine in zip(axes, _by_panel(summary, rows), strict=True):
+        for label, (colour, marker) in _FAMILIES.items():
+            points = sorted(
+                (family(row.contender)[1], row.speedup.value, row.contender)
+                for row in mine
+                if row.speedup is not None and family(row.contender)[0] == label
+            )
+            axis.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, marker=marker, markersize=4)
+            for x, y, contender in points:
+                if mine and best.get((mine[0].workload, mine[0].temperature)) == contender:
+                    axis.plot([x], [y], "o", markersize=12, markerfacecolor="none", markeredgecolor=_BLACK)
+                    axis.annotate(f"{y:.2f}x", (x, y), (8, 4), textcoords="offset points", fontsize=8, weight="bold")
+        here = [
+            row for row in named if mine and (row.workload, row.temperature) == (mine[0].workload, mine[0].temperature)
+        ]
+        for row in here:
+            if row.speedup is not None and row.contender in colours:
+                axis.axhline(row.speedup.value, color=colours[row.contender], linewidth=1.4, linestyle=":")
+        axis.axhline(1.0, color=_BLACK, linewidth=1, linestyle="--")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(numbers, [str(number) for number in numbers], fontsize=7)
+        axis.minorticks_off()
+        axis.margins(y=0.2)
+        axis.grid(axis="y", color=_LIGHT, linewidth=0.8)
+    families = {
+        label: colour
+        for label, (colour, _) in _FAMILIES.items()
+        if any(family(row.contender)[0] == label for row in rows)
+    }
+    _legend(figure, {**families, **{f"{name} (dotted)": colour for name, colour in colours.items()}})
+    _say_below(figure, "dashed: plain decoding. ring: the best static configuration")
+    return figure
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def _named(summary: Summary) -> list[Row]:
+    """All but the grid, which has a picture of its own; without others the grid's best per panel."""
+    rows = [row for row in summary.rows if row.kind is not Kind.GRID]
+    best = {(oracle.workload, oracle.temperature, oracle.contender) for oracle in summary.oracles}
+    have = {(row.workload, row.temperature, row.contender) for row in rows}
+    return rows + [
+        row
+        for row in summary.rows
+        if (row.workload, row.temperature, row.contender) in best
+        and (row.workload, row.temperature, row.contender) not in have
+    ]
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """One per contender: ours in colour, plain ones and other libraries in grey."""
+    ours = dict.fromkeys(row.contender for row in rows if row.kind in (Kind.CONFIG, Kind.GRID))
+    colours = {name: _OURS[number % len(_OURS)] for number, name in enumerate(ours)}
+    return {row.contender: colours.get(row.contender, _GREY) for row in rows}
+
+
+def _by_panel(summary: Summary, rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each panel, workload by workload."""
+    return [
+        [row for row in rows if (row.workload, row.temperature) == (workload, temperature)]
+        for workload in summary.workloads
+        for temperature in summary.temperatures
+    ]
+
+
+def _bar_heights(most: int) -> float:
+    return 0.5 + 0.24 * most
+
+
+def _panels(
+    summary: Summary, rows: Sequence[Row], title: str, height: Callable[[int], float]
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a row of panels per workload and a column per temperature. height: inches of a panel, by the
+    most rows that one holds."""
+    from matplotlib.figure import Figure
+
+    workloads, temperatures = summary.workloads, summary.temperatures
+    most = max(len(mine) for mine in _by_panel(summary, rows))
+    size = (2.2 + _PANEL_WIDTH * len(temperatures), 1.5 + height(most) * len(workloads))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=13, weight="bold", x=0.01, ha="left")
+    grid = figure.subplots(len(workloads), len(temperatures), squeeze=False)
+    for row, workload in enumerate(workloads):
+        for column, temperature in enumerate(temperatures):
+            axis = grid[row][column]
+            axis.set_title(f"{workload}, temperature {temperature:g}", fontsize=9, loc="left")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+    return figure, list(grid.flat)
+
+
+def _names(axis: Axes, names: Sequence[str]) -> None:
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+
+
+def _legend(figure: Figure, colours: dict[str, str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(handles), 4), fontsize=8, frameon=False)
+
+
+def _say_below(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=8, x=0.01, ha="left")
