@@ -49,7 +49,8 @@ def speed(prompts: Mapping[str, Sequence[Timed]]) -> Interval:
     """Tokens per second over all prompts, each given with its repeats."""
     tokens, ms = _columns(prompts, list(prompts))
     picks = _picks(len(tokens))
-    return _interval(1e3 * tokens.sum() / ms.sum(), 1e3 * tokens[picks].sum(axis=1) / ms[picks].sum(axis=1))
+    resampled = 1e3 * tokens[picks].sum(axis=1) / ms[picks].sum(axis=1)
+    return _interval(1e3 * tokens.sum() / ms.sum(), resampled, len(tokens))
 
 
 def ratio(mine: Mapping[str, Sequence[Timed]], other: Mapping[str, Sequence[Timed]]) -> Interval | None:
@@ -64,7 +65,7 @@ def ratio(mine: Mapping[str, Sequence[Timed]], other: Mapping[str, Sequence[Time
         fast = tokens[take].sum(axis=axis) / ms[take].sum(axis=axis)
         return np.asarray(fast / (other_tokens[take].sum(axis=axis) / other_ms[take].sum(axis=axis)))
 
-    return _interval(float(of(np.arange(len(shared)), 0)), of(picks, 1))
+    return _interval(float(of(np.arange(len(shared)), 0)), of(picks, 1), len(shared))
 
 
 def _columns(
@@ -80,9 +81,9 @@ def _picks(count: int) -> NDArray[np.intp]:
     return np.random.default_rng(0).integers(count, size=(NUM_RESAMPLES, count))
 
 
-def _interval(value: float, resampled: NDArray[np.float64]) -> Interval:
-    if np.ptp(resampled) == 0.0 and resampled[0] == value and len(np.unique(resampled)) == 1:
-        return Interval(float(value), float(value), float(value))
+def _interval(value: float, resampled: NDArray[np.float64], count: int) -> Interval:
+    if count < 2:
+        return Interval(float(value))
     tail = (1.0 - CONFIDENCE) / 2.0
     low, high = np.quantile(resampled, [tail, 1.0 - tail])
     return Interval(float(value), float(low), float(high))

@@ -6,7 +6,7 @@ name or number beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ _GREY, _LIGHT = "#9a9a9a", "#dddddd"
 _OURS = (_BLUE, _ORANGE, _GREEN, _PINK, _RED, _SKY)
 _PARTS = {"draft": _ORANGE, "verify": _BLUE, "host": _BLACK}
 _FAMILIES = {"chain": (_BLUE, "o"), "tree": (_GREEN, "s"), "lookup": (_ORANGE, "^")}
-_PANEL_WIDTH = 4.6  # inches
+_PANEL_WIDTH = 4.0  # inches
 
 
 def draw(summary: Summary, folder: Path) -> list[str]:
@@ -65,24 +65,26 @@ def require() -> None:
 
 def speed_figure(summary: Summary) -> Figure:
     """Bars with intervals: how many times as fast as plain decoding, the faster plain being the line at 1."""
-    rows = [row for row in _named(summary) if row.contender != row.against and row.speedup is not None]
+    rows = [row for row in _named(summary) if row.speedup is not None]
     colours = _colours(rows)
     figure, axes = _panels(summary, rows, "How many times as fast as plain decoding?", _bar_heights)
-    ends = [row.speedup.high or row.speedup.value for row in rows if row.speedup is not None]
-    for axis, mine in zip(axes, _by_panel(summary, rows), strict=True):
-        for place, row in enumerate(mine):
-            assert row.speedup is not None
-            interval = row.speedup
+    end = max(row.speedup.high or row.speedup.value for row in rows if row.speedup is not None)
+    for axis, mine, names in _bars(summary, rows, axes):
+        axis.axvline(1.0, color=_BLACK, linewidth=1, linestyle="--", zorder=0)
+        for row in mine:
+            place, interval = names.index(row.contender), row.speedup
+            assert interval is not None
             axis.barh(place, interval.value, color=colours[row.contender], height=0.68)
-            high = interval.high or interval.value
-            if interval.low is not None:
-                axis.plot([interval.low, high], [place, place], color=_BLACK, linewidth=1.2, solid_capstyle="butt")
-            weight = "bold" if interval.low is not None and interval.low > 1 else "normal"
-            axis.text(high + max(ends) * 0.015, place, f"{interval.value:.2f}x", va="center", fontsize=8, weight=weight)
-        _names(axis, [row.contender for row in mine])
-        axis.axvline(1.0, color=_BLACK, linewidth=1, linestyle="--")
-        axis.set_xlim(0, max(ends) * 1.16)
-    _say_below(figure, "dashed: plain decoding. lines: 95% interval over prompts. bold: faster beyond that interval")
+            if interval.low is not None and row.contender != row.against:
+                axis.plot([interval.low, interval.high or 0.0], [place, place], color=_BLACK, linewidth=1.2)
+            sure = interval.low is not None and interval.low > 1
+            weight = "bold" if sure and row.contender != row.against else "normal"
+            axis.text(end * 1.04, place, f"{interval.value:.2f}x", va="center", fontsize=8, weight=weight)
+        axis.set_xlim(0, end * 1.15)
+    _say_below(
+        figure,
+        "dashed: the faster plain decoding. black lines: 95% interval over prompts. bold: faster beyond that interval",
+    )
     return figure
 
 
@@ -90,22 +92,20 @@ def time_figure(summary: Summary) -> Figure:
     """Stacked bars: milliseconds per token in draft, verify and host."""
     rows = _named(summary)
     figure, axes = _panels(summary, rows, "Where does the time of a token go?", _bar_heights)
-    totals = [1e3 / row.tokens_per_second.value for row in rows]
-    for axis, mine in zip(axes, _by_panel(summary, rows), strict=True):
-        for place, row in enumerate(mine):
-            left = 0.0
-            for part, colour in _PARTS.items():
-                if row.split_ms:
-                    axis.barh(place, row.split_ms[part], left=left, color=colour, height=0.68)
-                    left += row.split_ms[part]
-            if not row.split_ms:  # other libraries do not say
-                left = 1e3 / row.tokens_per_second.value
-                axis.barh(place, left, color=_GREY, height=0.68)
-            axis.text(left + max(totals) * 0.015, place, f"{left:.1f} ms", va="center", fontsize=8)
-        _names(axis, [row.contender for row in mine])
-        axis.set_xlim(0, max(totals) * 1.22)
-    labels = {**_PARTS, "not told apart": _GREY} if any(not row.split_ms for row in rows) else _PARTS
-    _legend(figure, labels)
+    end = max(1e3 / row.tokens_per_second.value for row in rows)
+    for axis, mine, names in _bars(summary, rows, axes):
+        for row in mine:
+            place, total, left = names.index(row.contender), 1e3 / row.tokens_per_second.value, 0.0
+            shares = {part: row.split_ms[part] / sum(row.split_ms.values()) for part in row.split_ms}
+            for part, colour in _PARTS.items() if shares else ():
+                axis.barh(place, shares[part] * total, left=left, color=colour, height=0.68)
+                left += shares[part] * total
+            if not shares:  # other libraries do not say
+                axis.barh(place, total, color=_GREY, height=0.68)
+            axis.text(end * 1.03, place, f"{total:.1f} ms", va="center", fontsize=8)
+        axis.set_xlim(0, end * 1.2)
+    untold = {"not told apart": _GREY} if any(not row.split_ms for row in rows) else {}
+    _legend(figure, {**_PARTS, **untold})
     return figure
 
 
@@ -122,10 +122,14 @@ def depth_figure(summary: Summary) -> Figure:
             axis.plot(depths, shares, marker="o", markersize=3.5, color=colours[row.contender], linewidth=1.6)
         axis.set_xticks(range(1, deepest + 1))
         axis.set_xlim(0.7, deepest + 0.3)
-        axis.set_ylim(0, 105)
+        axis.set_ylim(-4, 105)
         axis.set_yticks([0, 50, 100], ["0%", "50%", "100%"], fontsize=8)
         axis.grid(axis="y", color=_LIGHT, linewidth=0.8)
-    _legend(figure, {name: colour for name, colour in colours.items() if any(row.contender == name for row in rows)})
+    _legend(figure, {name: colours[name] for name in _own(rows)})
+    _say_below(
+        figure,
+        "across: depth of the guess, 1 follows the last known token. up: share of the rounds that guessed so deep",
+    )
     return figure
 
 
@@ -187,11 +191,15 @@ def _named(summary: Summary) -> list[Row]:
     ]
 
 
+def _own(rows: Sequence[Row]) -> list[str]:
+    """Names of our configurations, in order."""
+    return list(dict.fromkeys(row.contender for row in rows if row.kind in (Kind.CONFIG, Kind.GRID)))
+
+
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """One per contender: ours in colour, plain ones and other libraries in grey."""
-    ours = dict.fromkeys(row.contender for row in rows if row.kind in (Kind.CONFIG, Kind.GRID))
-    colours = {name: _OURS[number % len(_OURS)] for number, name in enumerate(ours)}
-    return {row.contender: colours.get(row.contender, _GREY) for row in rows}
+    """One per contender: ours in colour, plain ones light, other libraries in grey."""
+    ours = {name: _OURS[number % len(_OURS)] for number, name in enumerate(_own(rows))}
+    return {row.contender: ours.get(row.contender, _GREY if row.kind is Kind.PEER else _LIGHT) for row in rows}
 
 
 def _by_panel(summary: Summary, rows: Sequence[Row]) -> list[list[Row]]:
@@ -216,7 +224,7 @@ def _panels(
 
     workloads, temperatures = summary.workloads, summary.temperatures
     most = max(len(mine) for mine in _by_panel(summary, rows))
-    size = (2.2 + _PANEL_WIDTH * len(temperatures), 1.5 + height(most) * len(workloads))
+    size = (2.4 + _PANEL_WIDTH * len(temperatures), 1.5 + height(most) * len(workloads))
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=13, weight="bold", x=0.01, ha="left")
     grid = figure.subplots(len(workloads), len(temperatures), squeeze=False)
@@ -229,9 +237,15 @@ def _panels(
     return figure, list(grid.flat)
 
 
-def _names(axis: Axes, names: Sequence[str]) -> None:
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.invert_yaxis()
+def _bars(summary: Summary, rows: Sequence[Row], axes: Sequence[Axes]) -> Iterator[tuple[Axes, list[Row], list[str]]]:
+    """(panel, its rows, the names of its bars from above), bars of a workload standing at the same height."""
+    for number, (axis, mine) in enumerate(zip(axes, _by_panel(summary, rows), strict=True)):
+        workload = summary.workloads[number // len(summary.temperatures)]
+        names = list(dict.fromkeys(row.contender for row in rows if row.workload == workload))
+        is_first = number % len(summary.temperatures) == 0
+        axis.set_yticks(range(len(names)), names if is_first else [""] * len(names), fontsize=8)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        yield axis, mine, names
 
 
 def _legend(figure: Figure, colours: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from localspec.bench.runs import Run, RunLog
 from localspec.bench.workloads import Workload
 from localspec.doctor import processor_name
 from localspec.errors import PromptError
-from localspec.loading import Pair, get_backend
+from localspec.loading import Pair
 from localspec.protocols import LanguageModel
 from localspec.sampling import SamplingParams
 
@@ -50,7 +50,7 @@ def measure(
         for work in workloads
         for number, prompt in enumerate(work.prompts)
         for temperature in conditions["temperatures"]
-        for contender in in_order([one for one in contenders if one.takes(work)], number + repeat)
+        for contender in in_order([one for one in contenders if one.takes(work)], 2 * number + repeat)
     ]
     keys = [(work.name, prompt.id, temperature, one.name, repeat) for work, prompt, temperature, one, repeat in plan]
     left = [(step, key) for step, key in zip(plan, keys, strict=True) if not log.has(key)]
@@ -68,7 +68,8 @@ def measure(
 
 def in_order(contenders: Sequence[Contender], turn: int) -> list[Contender]:
     """Who comes when: rotated by one every second turn, and backwards every other. In 2 * n consecutive turns each of
-    n contenders stands at each place twice, and before each other one as often as behind it."""
+    n contenders stands at each place twice, and before each other one as often as behind it; two turns of which the
+    first is even mirror each other."""
     if not contenders:
         return []
     start = turn // 2 % len(contenders)
@@ -94,20 +95,19 @@ def describe(
     workloads: Sequence[Workload],
     contenders: Sequence[Contender],
     *,
-    versions: Mapping[str, str],
+    runtime: Mapping[str, str],
     **settings: Any,
 ) -> dict[str, Any]:
     """The conditions: what was measured on what. settings: max_tokens, ignore_eos, repeats, temperatures, and how
-    the models were loaded.  versions: of other libraries that take part."""
+    the models were loaded.  runtime: versions of the backend's runtime and of other libraries that take part."""
     width_class = pair.target.capabilities.width_class
-    backend = pair.target.info.backend
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "localspec": __version__,
         "python": python_version(),
         "platform": platform(),
         "processor": processor_name(),
-        "runtime": {backend: get_backend(backend).report().version, **versions},
+        "runtime": dict(runtime),
         "target": _model(pair.target),
         "draft": None if pair.draft is None else _model(pair.draft),
         "width_class": str(width_class),

@@ -83,6 +83,7 @@ def speed(
     from localspec.bench.speed_report import RUNS
     from localspec.bench.workloads import load_workloads
     from localspec.drafters import DrafterSpec
+    from localspec.loading import get_backend
 
     names = list(dict.fromkeys(configs)) or ([] if with_grid else list(_CONFIGS))
     specs = [DrafterSpec.parse(name) for name in names]
@@ -109,12 +110,14 @@ def speed(
         for rival in _rivals(pair, options, libraries, notes):
             stack.callback(rival.close)
             contenders.append(rival)
+        backend = pair.target.info.backend
         ignore_eos = bool(libraries) if options["ignore_eos"] is None else options["ignore_eos"]
         conditions = bench.describe(
             pair,
             workloads,
             contenders,
-            versions={library.name: library.version() for library, _ in libraries},
+            runtime={backend: get_backend(backend).report().version}
+            | {library.name: library.version() for library, _ in libraries},
             max_tokens=options["tokens"],
             ignore_eos=ignore_eos,
             repeats=options["repeats"],
