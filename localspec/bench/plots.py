@@ -29,7 +29,8 @@ _BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _RED, _PINK = (
     "#CC79A7",
 )
 _GREY, _LIGHT = "#9a9a9a", "#dddddd"
-_OURS = (_BLUE, _ORANGE, _GREEN, _PINK, _RED, _SKY)
+_OURS = (_BLUE, _ORANGE, _GREEN, _PINK, _RED)
+_BEST = "best of the grid"
 _PARTS = {"draft": _ORANGE, "verify": _BLUE, "host": _BLACK}
 _FAMILIES = {"chain": (_BLUE, "o"), "tree": (_GREEN, "s"), "lookup": (_ORANGE, "^")}
 _PANEL_WIDTH = 4.0  # inches
@@ -72,14 +73,16 @@ def speed_figure(summary: Summary) -> Figure:
     for axis, mine, names in _bars(summary, rows, axes):
         axis.axvline(1.0, color=_BLACK, linewidth=1, linestyle="--", zorder=0)
         for row in mine:
-            place, interval = names.index(row.contender), row.speedup
+            place, interval = names.index(_label(row)), row.speedup
             assert interval is not None
-            axis.barh(place, interval.value, color=colours[row.contender], height=0.68)
+            colour = _SKY if row.kind is Kind.GRID else colours[row.contender]
+            axis.barh(place, interval.value, color=colour, height=0.68)
             if interval.low is not None and row.contender != row.against:
                 axis.plot([interval.low, interval.high or 0.0], [place, place], color=_BLACK, linewidth=1.2)
             sure = interval.low is not None and interval.low > 1
             weight = "bold" if sure and row.contender != row.against else "normal"
             axis.text(end * 1.04, place, f"{interval.value:.2f}x", va="center", fontsize=8, weight=weight)
+        _say_which(axis, mine, names)
         axis.set_xlim(0, end * 1.15)
     _say_below(
         figure,
@@ -95,7 +98,7 @@ def time_figure(summary: Summary) -> Figure:
     end = max(1e3 / row.tokens_per_second.value for row in rows)
     for axis, mine, names in _bars(summary, rows, axes):
         for row in mine:
-            place, total, left = names.index(row.contender), 1e3 / row.tokens_per_second.value, 0.0
+            place, total, left = names.index(_label(row)), 1e3 / row.tokens_per_second.value, 0.0
             shares = {part: row.split_ms[part] / sum(row.split_ms.values()) for part in row.split_ms}
             for part, colour in _PARTS.items() if shares else ():
                 axis.barh(place, shares[part] * total, left=left, color=colour, height=0.68)
@@ -164,6 +167,7 @@ def grid_figure(summary: Summary) -> Figure:
         axis.set_xticks(numbers, [str(number) for number in numbers], fontsize=7)
         axis.minorticks_off()
         axis.margins(y=0.2)
+        axis.set_ylim(bottom=0)
         axis.grid(axis="y", color=_LIGHT, linewidth=0.8)
     families = {
         label: colour
@@ -171,7 +175,7 @@ def grid_figure(summary: Summary) -> Figure:
         if any(family(row.contender)[0] == label for row in rows)
     }
     _legend(figure, {**families, **{f"{name} (dotted)": colour for name, colour in colours.items()}})
-    _say_below(figure, "dashed: plain decoding. ring: the best static configuration")
+    _say_below(figure, "dashed: plain decoding. ring: the best static configuration (no ring: plain is)")
     return figure
 
 
@@ -191,6 +195,18 @@ def _named(summary: Summary) -> list[Row]:
     ]
 
 
+def _label(row: Row) -> str:
+    """Which bar a row is; the grid's best is another configuration in every panel."""
+    return _BEST if row.kind is Kind.GRID else row.contender
+
+
+def _say_which(axis: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """The name of the grid's best into its bar, below the line of its interval."""
+    if _BEST in names:
+        best = next((row.contender for row in rows if row.kind is Kind.GRID), "(plain)")
+        axis.text(0.02, names.index(_BEST) + 0.2, best, va="center", fontsize=6.5)
+
+
 def _own(rows: Sequence[Row]) -> list[str]:
     """Names of our configurations, in order."""
     return list(dict.fromkeys(row.contender for row in rows if row.kind in (Kind.CONFIG, Kind.GRID)))
@@ -199,7 +215,8 @@ def _own(rows: Sequence[Row]) -> list[str]:
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
     """One per contender: ours in colour, plain ones light, other libraries in grey."""
     ours = {name: _OURS[number % len(_OURS)] for number, name in enumerate(_own(rows))}
-    return {row.contender: ours.get(row.contender, _GREY if row.kind is Kind.PEER else _LIGHT) for row in rows}
+    others = {Kind.PEER: _GREY, Kind.PLAIN: _LIGHT}
+    return {row.contender: ours.get(row.contender) or others[row.kind] for row in rows}
 
 
 def _by_panel(summary: Summary, rows: Sequence[Row]) -> list[list[Row]]:
@@ -241,7 +258,7 @@ def _bars(summary: Summary, rows: Sequence[Row], axes: Sequence[Axes]) -> Iterat
     """(panel, its rows, the names of its bars from above), bars of a workload standing at the same height."""
     for number, (axis, mine) in enumerate(zip(axes, _by_panel(summary, rows), strict=True)):
         workload = summary.workloads[number // len(summary.temperatures)]
-        names = list(dict.fromkeys(row.contender for row in rows if row.workload == workload))
+        names = list(dict.fromkeys(_label(row) for row in rows if row.workload == workload))
         is_first = number % len(summary.temperatures) == 0
         axis.set_yticks(range(len(names)), names if is_first else [""] * len(names), fontsize=8)
         axis.set_ylim(len(names) - 0.5, -0.5)

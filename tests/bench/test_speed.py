@@ -185,7 +185,7 @@ def test_pictures_are_drawn_from_the_figures(pair: Pair, tmp_path: Path) -> None
     shown = [text.get_text() for axis in plots.speed_figure(summary).axes for text in axis.texts]
     assert shown.count("2.00x") == 4 and "0.80x" in shown, "one per panel"
     ticks = [tick.get_text() for tick in plots.speed_figure(summary).axes[0].get_yticklabels()]
-    assert ticks == [PLAIN, PLAIN_ONE, "draft_model", "other plain", "draft_model:num=4"]
+    assert ticks == [PLAIN, PLAIN_ONE, "draft_model", "other plain", "best of the grid"]
 
 
 # ---------------------------------------------------------------- interruption
