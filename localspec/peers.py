@@ -28,11 +28,12 @@ class PeerRequest:
 
 @dataclass(frozen=True, slots=True)
 class PeerAnswer:
-    """tokens: what was written, a stop token included.  decode_ms: from the first of them to the last, so reading
-    the prompt does not count.  num_rounds, num_drafted: passes over the target and guesses, where the library's
-    interface lets them be counted."""
+    """tokens: what was written, a stop token included.  decode_ms: from the end of the first pass, in which the
+    prompt was read, to the last token; it covers the `num_timed` tokens that came later.  num_rounds, num_drafted:
+    passes over the target and guesses, where the library's interface lets them be counted."""
 
     tokens: tuple[int, ...]
+    num_timed: int
     decode_ms: float
     num_rounds: int | None = None
     num_drafted: int | None = None

@@ -102,11 +102,11 @@ class LlamaPeer:
             raise BackendError(f"llama-cpp-python failed while decoding: {error}") from error
         finally:
             stream.close()
-        elapsed_ms = (last - first) * 1e3
-        if self._draft is None:
-            return PeerAnswer(tuple(tokens), elapsed_ms, len(tokens))
         # the first token comes with the prompt, and each pass behind it has asked for guesses
-        return PeerAnswer(tuple(tokens), elapsed_ms, 1 + self._draft.num_calls, self._draft.num_guessed)
+        timed = (len(tokens) - 1, (last - first) * 1e3)
+        if self._draft is None:
+            return PeerAnswer(tuple(tokens), *timed, len(tokens))
+        return PeerAnswer(tuple(tokens), *timed, 1 + self._draft.num_calls, self._draft.num_guessed)
 
     def close(self) -> None:
         """Free the model."""

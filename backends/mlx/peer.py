@@ -79,7 +79,7 @@ class MlxPeer:
             settings["num_draft_tokens"] = self._num_draft
         self._tokenizer.eos_token_ids = request.stop_tokens
         tokens: list[int] = []
-        num_own = 0
+        num_own = num_in_first = 0
         first = last = 0.0
         with translated("mlx-lm decoding"):
             mx.random.seed(request.seed)
@@ -92,13 +92,15 @@ class MlxPeer:
                 **settings,
             ):
                 last = perf_counter()
-                first = first or last
                 tokens.append(int(response.token))
+                if num_own == 0:  # guesses taken in the first round come with the prompt, too
+                    first, num_in_first = last, len(tokens)
                 num_own += not response.from_draft
         # each round ends with a token of the target's own, unless the answer's end cut it
         num_rounds = num_own + bool(response.from_draft)
         return PeerAnswer(
             tuple(tokens),
+            len(tokens) - num_in_first,
             (last - first) * 1e3,
             num_rounds,
             None if self._draft is None else num_rounds * self._num_draft,

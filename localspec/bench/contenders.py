@@ -142,13 +142,13 @@ class Rival:
         return not workload.foreign_draft
 
     def answer(self, workload: Workload, tokens: Sequence[int], params: SamplingParams) -> Answer:
-        """Its first token comes with the prompt, so one less is timed."""
+        """What came with the prompt is not timed."""
         stops = frozenset[int]() if params.ignore_eos else self._stop_tokens
         assert params.max_tokens is not None
         answer = self._peer.decode(PeerRequest(tokens, params.max_tokens, params.temperature, params.seed or 0, stops))
         return Answer(
             num_tokens=len(answer.tokens),
-            num_timed=len(answer.tokens) - 1,
+            num_timed=answer.num_timed,
             decode_ms=answer.decode_ms,
             digest=digest(answer.tokens),
             num_rounds=answer.num_rounds,

@@ -97,7 +97,7 @@ def test_llama_cpp_pythons_passes_are_counted(tiny_pair: Pair) -> None:
         assert second.num_rounds is not None and second.num_drafted is not None
         assert 1 <= second.num_rounds <= NUM_TOKENS and second.num_drafted > 0
         assert len(second.tokens) <= second.num_rounds + second.num_drafted
-        assert first.decode_ms > 0
+        assert first.decode_ms > 0 and first.num_timed == second.num_timed == NUM_TOKENS - 1
     finally:
         plain.close()
         lookup.close()
@@ -144,6 +144,7 @@ def check_mlx(target: Path, draft: Path, num_prompts: int) -> list[PeerAnswer]:
     for tokens in prompts(target, "mlx", num_prompts)[: num_prompts * 2]:
         for peer, helper in zip(peers, (None, draft), strict=True):
             answers.append(answer(peer, tokens))
+            assert 0 < answers[-1].num_timed < NUM_TOKENS
             assert list(answers[-1].tokens) == mlx_by_hand(target, helper, tokens)
             again = [answer(peer, tokens, 1.0, 7).tokens for _ in range(2)]
             assert again[0] == again[1]
