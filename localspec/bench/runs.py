@@ -17,7 +17,7 @@ from typing import Any
 from localspec.errors import DiskError, SettingError
 
 SCHEMA = 1
-_CHANGING = ("started",)
+_CHANGING = ("started", "load_average")
 """Conditions that may differ between a benchmark and its continuation."""
 
 

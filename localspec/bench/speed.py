@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -107,6 +108,7 @@ def describe(
         "python": python_version(),
         "platform": platform(),
         "processor": processor_name(),
+        "load_average": load_average(),
         "runtime": dict(runtime),
         "target": _model(pair.target),
         "draft": None if pair.draft is None else _model(pair.draft),
@@ -119,6 +121,14 @@ def describe(
         ],
         **settings,
     }
+
+
+def load_average() -> float | None:
+    """How many programs wanted the processor in the last minute; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 1)
+    except (OSError, AttributeError):
+        return None
 
 
 def _model(model: LanguageModel) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def conditions_text(conditions: Mapping[str, Any]) -> str:
     length = "exactly" if conditions["ignore_eos"] else "at most"
     repeats = f"{conditions['repeats']} repeat{'s' if conditions['repeats'] > 1 else ''}"
     started = conditions["started"]
+    load = conditions["load_average"]
+    before = "" if load is None else f", load average {load} before"
     models = f"Target {_model_text(conditions['target'])}{draft}."
     where = (
         f"{conditions['target']['device']} on {conditions['processor']}; {runtime}; localspec "
@@ -60,7 +62,7 @@ def conditions_text(conditions: Mapping[str, Any]) -> str:
     )
     what = (
         f"Prompts: {prompts}; {length} {conditions['max_tokens']} tokens each, {repeats}, alternating order after a "
-        f"warm-up; started {started}."
+        f"warm-up; started {started}{before}."
     )
     return "\n".join([models, where, what, *(f"Note: {note}." for note in conditions["notes"])])
 

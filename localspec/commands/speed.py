@@ -83,6 +83,7 @@ def speed(
     from localspec.bench.speed_report import RUNS
     from localspec.bench.workloads import load_workloads
     from localspec.drafters import DrafterSpec
+    from localspec.errors import LocalspecError
     from localspec.loading import get_backend
 
     names = list(dict.fromkeys(configs)) or ([] if with_grid else list(_CONFIGS))
@@ -100,6 +101,14 @@ def speed(
         static, left_out = grid(pair) if with_grid else ([], [])
         notes += left_out
         strangers = _Strangers(pair, options, stack)
+        if any(work.foreign_draft for work in workloads):
+            try:
+                strangers.pair()  # what is missing for it is told now, not after an hour
+            except LocalspecError as error:
+                if options["workloads"]:
+                    raise
+                notes.append(f"the workload stranger was left out: {error}")
+                workloads = [work for work in workloads if not work.foreign_draft]
         contenders = plain_contenders(pair)
         contenders += (Own(name, Kind.CONFIG, name, pair, strangers.pair) for name in names)
         contenders += (

@@ -143,6 +143,24 @@ def test_a_draft_model_that_is_not_there_is_missed_by_name_only(tiny_target: Pat
     assert result.exit_code == 0 and "| code | ngram |" in result.stdout and "draft_model" not in result.stdout
 
 
+@pytest.mark.real
+def test_without_the_package_that_shuffles_the_stranger_is_left_out_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)  # importing it now fails as if it were not installed
+    refused("the package gguf is not installed", *QUICK, "--per-workload", "1", "--workload", "stranger")
+    result = run("speed", *QUICK, "--per-workload", "1", "--config", "ngram", "--tokens", "2")
+    assert result.exit_code == 0 and "Note: the workload stranger was left out" in result.stdout
+    assert "| stranger |" not in result.stdout and "| words | ngram |" in result.stdout
+
+
+@pytest.mark.real
+def test_without_matplotlib_pictures_are_left_out_or_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused("pictures need the package matplotlib", *SMALL, "--plots", "--output", str(tmp_path / "out"))
+    result = run("speed", *QUICK, "--workload", "code", "--per-workload", "1", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0 and "no pictures: " in result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md", "runs.jsonl"]
+
+
 @pytest.fixture
 def tiny_target(root: Path) -> Path:
     return root / "models" / "tiny" / "target.gguf"
