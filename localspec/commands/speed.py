@@ -16,6 +16,7 @@ from localspec.commands.options import in_a_folder, load_options
 if TYPE_CHECKING:
     from localspec.bench.contenders import Contender
     from localspec.bench.runs import RunLog
+    from localspec.bench.workloads import Workload
     from localspec.drafters import DrafterSpec
     from localspec.loading import Pair
     from localspec.peers import PeerLibrary, PeerMode
@@ -77,50 +78,29 @@ def speed(
 ) -> None:
     """Time configurations against plain decoding and other libraries, side by side in one run."""
     from localspec.bench import speed as bench
-    from localspec.bench.contenders import Kind, Own, plain_contenders
-    from localspec.bench.grid import grid
     from localspec.bench.runs import RunLog
     from localspec.bench.speed_report import RUNS
     from localspec.bench.workloads import load_workloads
     from localspec.drafters import DrafterSpec
-    from localspec.errors import LocalspecError
     from localspec.loading import get_backend
 
     names = list(dict.fromkeys(configs)) or ([] if with_grid else list(_CONFIGS))
     specs = [DrafterSpec.parse(name) for name in names]
     libraries = _libraries(against)
-    notes = _check_output(output, resume, plots)
+    _check_output(output, resume, plots)
     load_workloads(options["prompts"], options["workloads"])  # a wrong name is told before the models are read
+    notes: list[str] = []
     with ExitStack() as stack:
         pair = stack.enter_context(_open(options, specs))
-        workloads = load_workloads(
-            options["prompts"], options["workloads"], options["per_workload"], has_draft=pair.draft is not None
-        )
         if not configs and pair.draft is None:
             names = [name for name, spec in zip(names, specs, strict=True) if not spec.needs_draft]
-        static, left_out = grid(pair) if with_grid else ([], [])
-        notes += left_out
         strangers = _Strangers(pair, options, stack)
-        if any(work.foreign_draft for work in workloads):
-            try:
-                strangers.pair()  # what is missing for it is told now, not after an hour
-            except LocalspecError as error:
-                if options["workloads"]:
-                    raise
-                notes.append(f"the workload stranger was left out: {error}")
-                workloads = [work for work in workloads if not work.foreign_draft]
-        contenders = plain_contenders(pair)
-        contenders += (Own(name, Kind.CONFIG, name, pair, strangers.pair) for name in names)
-        contenders += (
-            Own(name, Kind.GRID, name, pair, strangers.pair, keep=False) for name in static if name not in names
-        )
-        for contender in contenders:
-            stack.callback(contender.close)
+        workloads = _workloads(options, pair, strangers, notes)
+        contenders, static = _ours(pair, names, with_grid, strangers, stack, notes)
         for rival in _rivals(pair, options, libraries, notes):
             stack.callback(rival.close)
             contenders.append(rival)
         backend = pair.target.info.backend
-        ignore_eos = bool(libraries) if options["ignore_eos"] is None else options["ignore_eos"]
         conditions = bench.describe(
             pair,
             workloads,
@@ -128,7 +108,7 @@ def speed(
             runtime={backend: get_backend(backend).report().version}
             | {library.name: library.version() for library, _ in libraries},
             max_tokens=options["tokens"],
-            ignore_eos=ignore_eos,
+            ignore_eos=bool(libraries) if options["ignore_eos"] is None else options["ignore_eos"],
             repeats=options["repeats"],
             temperatures=list(dict.fromkeys(options["temperatures"])),
             grid=static,
@@ -146,8 +126,8 @@ def speed(
             _finish(log, output, plots, complete)
 
 
-def _check_output(output: Path | None, resume: bool, plots: bool | None) -> list[str]:
-    """What to note about the output. Raises SettingError and UsageError for what could not be written later."""
+def _check_output(output: Path | None, resume: bool, plots: bool | None) -> None:
+    """Raise SettingError and UsageError for what could not be written later."""
     from localspec.bench.plots import require
     from localspec.bench.speed_report import RUNS
     from localspec.errors import SettingError, UsageError
@@ -156,7 +136,7 @@ def _check_output(output: Path | None, resume: bool, plots: bool | None) -> list
         for name, given in (("--resume", resume), ("--plots", bool(plots))):
             if given:
                 raise SettingError(f"{name} needs --output", fix="Say which folder.")
-        return []
+        return
     if not resume and (output / RUNS).exists():
         raise SettingError(
             f"{output} holds a benchmark already", fix="Give another --output, or go on with that one: --resume."
@@ -170,7 +150,6 @@ def _check_output(output: Path | None, resume: bool, plots: bool | None) -> list
             if plots:
                 raise
             click.echo(f"no pictures: {error}", err=True)
-    return []
 
 
 def _libraries(against: Sequence[str]) -> list[tuple[PeerLibrary, list[PeerMode]]]:
@@ -189,6 +168,45 @@ def _open(options: dict[str, Any], specs: Sequence[DrafterSpec]) -> Pair:
     """A pair with room for everybody: plain twice, each configuration on its own and, with another draft model, once
     more, and one for whatever the grid tries."""
     return open_models(options, *specs, num_sequences=3 + sum(2 + len(spec.others) for spec in specs) + len(specs))
+
+
+def _workloads(options: dict[str, Any], pair: Pair, strangers: _Strangers, notes: list[str]) -> list[Workload]:
+    """Those asked for, or all that can be run. Raises what stands in the way of one that was named."""
+    from localspec.bench.workloads import load_workloads
+    from localspec.errors import LocalspecError
+
+    loaded = load_workloads(
+        options["prompts"], options["workloads"], options["per_workload"], has_draft=pair.draft is not None
+    )
+    if any(work.foreign_draft for work in loaded):
+        try:
+            strangers.pair()  # what is missing for it is told now, not after an hour
+        except LocalspecError as error:
+            if options["workloads"]:
+                raise
+            notes.append(f"the workload stranger was left out: {error}")
+            return [work for work in loaded if not work.foreign_draft]
+    return loaded
+
+
+def _ours(
+    pair: Pair, names: Sequence[str], with_grid: bool, strangers: _Strangers, stack: ExitStack, notes: list[str]
+) -> tuple[list[Contender], list[str]]:
+    """(plain decoding, the configurations named, the grid's others; the names of the grid's)."""
+    from localspec.bench.contenders import Kind, Own, plain_contenders
+    from localspec.bench.grid import grid
+    from localspec.drafters import make_drafter
+
+    for name in names:
+        make_drafter(name, pair.drafting).close()  # a setting out of range is told now
+    static, left_out = grid(pair) if with_grid else ([], [])
+    notes += left_out
+    contenders = plain_contenders(pair)
+    contenders += (Own(name, Kind.CONFIG, name, pair, strangers.pair) for name in names)
+    contenders += (Own(name, Kind.GRID, name, pair, strangers.pair, keep=False) for name in static if name not in names)
+    for contender in contenders:
+        stack.callback(contender.close)
+    return contenders, static
 
 
 class _Strangers:

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 import localspec.loading
 from cli import main
 from localspec.bench.workloads import WORKLOADS
+from localspec.testing.files import write_safetensors
 
 QUICK = ["--backend", "llamacpp", "--threads", "1", "--context", "512", "--tokens", "6", "--repeats", "1", "--at", "0"]
 SMALL = [*QUICK, "--workload", "code", "--workload", "stranger", "--per-workload", "1"]
@@ -53,6 +54,35 @@ def test_a_run_prints_a_row_per_contender_and_writes_everything(tmp_path: Path) 
     assert "![speed](speed.png)" in (output / "report.md").read_text(encoding="utf-8")
     same = {row["contender"]: row["num_same_text"] for row in data["rows"] if row["workload"] == "code"}
     assert same["draft_model"] == same["ngram"] == 1
+
+
+def test_mlx_runs_beside_mlx_lm_on_the_same_folders(tmp_path: Path) -> None:
+    target, draft = write_safetensors(tmp_path / "target"), write_safetensors(tmp_path / "draft", jitter=0.2)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "one.txt").write_text("def add(a, b):", encoding="utf-8")
+    models = [
+        "--backend",
+        "mlx",
+        "--target",
+        str(target),
+        "--draft",
+        str(draft),
+        "--prompts",
+        str(tmp_path / "prompts"),
+    ]
+    short = ["--tokens", "6", "--repeats", "1", "--config", "draft_model", "--output", str(tmp_path / "out")]
+    result = run(
+        "speed", *models, *short, "--workload", "prompts", "--workload", "stranger", "--against", "mlx-lm:num=2"
+    )
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert data["complete"] and {run["num_tokens"] for run in data["runs"]} == {6}
+    greedy = {
+        row["contender"]: row for row in data["rows"] if row["temperature"] == 0.0 and row["workload"] == "prompts"
+    }
+    assert list(greedy)[-2:] == ["mlx-lm plain", "mlx-lm draft_model:num=2"]
+    assert greedy["draft_model"]["num_same_text"] == greedy["mlx-lm plain"]["num_same_text"] == 1
+    assert greedy["mlx-lm draft_model:num=2"]["accepted_length"] >= 1.0
 
 
 @pytest.mark.real
@@ -144,6 +174,7 @@ def test_a_draft_model_that_is_not_there_is_missed_by_name_only(tiny_target: Pat
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_without_the_package_that_shuffles_the_stranger_is_left_out_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)  # importing it now fails as if it were not installed
     refused("the package gguf is not installed", *QUICK, "--per-workload", "1", "--workload", "stranger")
