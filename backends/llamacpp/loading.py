@@ -96,8 +96,8 @@ def load(path: Path, settings: LoadSettings) -> LlamaModel:
     check_is_whole(read_architecture(path))
     lib = native.library()
     has_gpu = bool(lib.llama_supports_gpu_offload())
-    extra_buffers, notes = _extra_buffers(settings)
-    gpu_layers = _gpu_layers(settings, has_gpu)
+    extra_buffers, notes = choose_extra_buffers(settings)
+    gpu_layers = choose_gpu_layers(settings, has_gpu)
     weights = Weights(path, gpu_layers=gpu_layers, extra_buffers=extra_buffers)
     try:
         check_supported(weights)
@@ -181,8 +181,8 @@ def check_supported(weights: Weights) -> None:
 # ---------------------------------------------------------------- choices
 
 
-def _extra_buffers(settings: LoadSettings) -> tuple[bool, tuple[str, ...]]:
-    """(whether to use them, what to tell). Raises SettingError where they were asked for and break."""
+def choose_extra_buffers(settings: LoadSettings) -> tuple[bool, tuple[str, ...]]:
+    """(whether to use extra CPU buffers, what to tell). Raises SettingError where they were asked for and break."""
     if settings.extra_buffers is False:
         return False, ()
     finding = probe.examine()
@@ -195,7 +195,8 @@ def _extra_buffers(settings: LoadSettings) -> tuple[bool, tuple[str, ...]]:
     return False, (finding.note,)
 
 
-def _gpu_layers(settings: LoadSettings, has_gpu: bool) -> int:
+def choose_gpu_layers(settings: LoadSettings, has_gpu: bool) -> int:
+    """Layers on the GPU. Raises SettingError where some are asked for and there is none."""
     if settings.gpu_layers and not has_gpu:
         raise SettingError(
             "this build of llama.cpp has no GPU support",
