@@ -65,14 +65,22 @@ class Experience:
 
 @dataclass(slots=True)
 class _Asked:
-    """One drafter's part in the round. chances: [N] of each edge, corrected."""
+    """One drafter's part in the round. tree: what it guessed, None while that is on the device.  chances: [N] of each
+    edge, corrected.  reach: [N] of each whole path."""
 
     name: str
     proposal: Proposal
     tree: TokenTree | None
     chances: list[float]
+    reach: list[float]
     ms: float
     used: bool = False
+
+    def value(self, prices: Valuation) -> float:
+        """What verifying the best of it is worth; all of it, where it cannot be cut any more."""
+        if self.tree is None:
+            return prices.total(self.reach)
+        return prices.best(sorted(self.reach, reverse=True)).value
 
 
 class Scheduled:
@@ -136,7 +144,7 @@ class Scheduled:
                 parked.append(record.guard.because(part.name))
                 continue
             asked = self._ask(part, record, request, prices)
-            value = prices.best(sorted(_reach(asked), reverse=True)).value if asked.tree is not None else 0.0
+            value = asked.value(prices)
             if part in self._dear:
                 own = value - rate * asked.ms
                 record.usual_value += _SMOOTHING * (own - record.usual_value)
@@ -220,17 +228,22 @@ class Scheduled:
         if proposal.log_q is not None or (proposal.num_nodes == 0):
             tree = proposal.tree()
             chances = [reliability.chance(value) for value in proposal.log_q or ()]
-        asked = _Asked(part.name, proposal, tree, chances, ms)
+        reach = self._chain_reach(reliability, proposal.num_nodes) if tree is None else _products(tree, chances)
+        asked = _Asked(part.name, proposal, tree, chances, reach, ms)
         self._asked.append(asked)
         return asked
 
     def _ahead(self, reliability: Reliability, prices: Valuation, most: int) -> int:
         """Length of a chain that must be decided before it is guessed."""
-        reach = list(accumulate((reliability.chance_at(depth) for depth in range(most)), mul))
+        reach = self._chain_reach(reliability, most)
         price = prices.draft_price(1)
         values = [prices.total(reach[:count]) - count * price for count in range(1, most + 1)]
         best = int(np.argmax(values)) if values else 0
         return best + 1 if values and values[best] > 0.0 else 0
+
+    def _chain_reach(self, reliability: Reliability, length: int) -> list[float]:
+        """[length] by what is known of depths alone."""
+        return list(accumulate((reliability.chance_at(depth) for depth in range(length)), mul))
 
     def _drawn(self, request: DraftRequest, prices: Valuation) -> Proposal:
         """Rejection: the first drafter that may work draws as much as the past says pays."""
@@ -245,7 +258,7 @@ class Scheduled:
             started = perf_counter()
             proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes)))
             ms = (perf_counter() - started) * 1e3
-            self._asked.append(_Asked(part.name, proposal, None, [], ms, used=proposal.num_nodes > 0))
+            self._asked.append(_Asked(part.name, proposal, None, [], [], ms, used=proposal.num_nodes > 0))
             if proposal.num_nodes:
                 return proposal
         return Proposal(self.name, because=_NOTHING_WORTH)
@@ -254,18 +267,16 @@ class Scheduled:
         """What is worth verifying of everything that was guessed."""
         guessing = [one for one in self._asked if one.proposal.num_nodes]
         counts = _counts(self._asked)
-        unread = [one for one in guessing if one.tree is None]
-        if unread:  # still on the device, and cut to what pays before it was guessed
-            unread[0].used = True
-            return replace(unread[0].proposal, counts=counts)
         if not guessing:
             return Proposal(self.name, counts=counts, width=self._plain_width(prices, request))
-        if len(guessing) > 1 and request.trees:
+        if len(guessing) > 1 and request.trees and all(one.tree is not None for one in guessing):
             return self._merged(guessing, prices, request, counts)
-        values = [prices.best(sorted(_reach(one), reverse=True)).value for one in guessing]
-        chosen = guessing[int(np.argmax(values))]
-        assert chosen.tree is not None
-        return self._cut(chosen.tree, _reach(chosen), [chosen] * len(chosen.tree), prices, request, counts)
+        chosen = max(guessing, key=lambda one: one.value(prices))
+        if chosen.tree is None:  # still on the device, and no longer than pays
+            chosen.used = True
+            self._expected = sum(chosen.reach)
+            return replace(chosen.proposal, counts=counts)
+        return self._cut(chosen.tree, chosen.reach, [chosen] * len(chosen.tree), prices, request, counts)
 
     def _merged(
         self, guessing: Sequence[_Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
@@ -339,10 +350,6 @@ class _Plan:
         if count:
             self.expected_ms += self._prices.draft_ms(count)
         return sorted(ranked[:count])
-
-
-def _reach(asked: _Asked) -> list[float]:
-    return [] if asked.tree is None else _products(asked.tree, asked.chances)
 
 
 def _products(tree: TokenTree, chances: Sequence[float]) -> list[float]:

@@ -148,7 +148,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings
     (tmp_path / "toy").write_bytes(b"toy")
     seen: list[LoadSettings] = []
 
-    def open_toy(target: object, draft: object, *, backend: str, settings: LoadSettings) -> Pair:
+    def open_toy(target: object, draft: object, *, backend: str, settings: LoadSettings, use_tuned: bool) -> Pair:
         seen.append(settings)
         if settings.flash_attention is False and settings.threads is None and len(seen) > 1:
             raise SettingError("this one cannot be loaded")
