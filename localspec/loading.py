@@ -6,6 +6,7 @@ user's own folder of that name cannot shadow them), others register in the entry
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import platform
@@ -34,6 +35,7 @@ from localspec.errors import (
 )
 from localspec.formats import summarize
 from localspec.memory import Part, look, settle
+from localspec.peers import PeerLibrary
 from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
 from localspec.schedule.scheduled import Experience, Scheduled
 from localspec.schedule.store import class_for, load_or_measure, options_for
@@ -81,6 +83,31 @@ def get_backend(name: str) -> Backend:
                 f"backend {name!r} does not load ({entry.value}): {error}", fix="Repair or uninstall its package."
             ) from error
     raise UnknownNameError.among("backend", name, backend_names())
+
+
+def peer_names() -> list[str]:
+    """Libraries whose own decoding benchmarks can run beside ours (`localspec.peers`)."""
+    return [library.name for library in _peers()]
+
+
+def get_peer(name: str) -> PeerLibrary:
+    """The library of that name. Does not import it. Raises UnknownNameError, BackendMissingError."""
+    for library in _peers():
+        if library.name == name:
+            if not library.version():
+                command = get_backend(library.backend).report().install_command
+                raise BackendMissingError(f"{name} is not installed", fix=f"Install it with `{command}`.")
+            return library
+    raise UnknownNameError.among("library", name, peer_names())
+
+
+def _peers() -> list[PeerLibrary]:
+    found = []
+    for path in sorted((_HOME / "backends").glob("*/peer.py")):
+        name = f"localspec_backend_{path.parent.name}"
+        _load_package(name, path.parent)
+        found.append(cast(PeerLibrary, importlib.import_module(f"{name}.peer").PEER))
+    return found
 
 
 def readable_formats(name: str = AUTO) -> tuple[str, ...]:

@@ -151,7 +151,8 @@ class Capabilities:
     """Facts about a loaded model, asked once.
 
     rewind: cost of `keep` and `truncate` that drop tokens.  trees: may a node have two children?
-    exact_trees: are the rows of a tree the same bits as those of chains? Otherwise only drafters may use trees.
+    exact_trees: are the rows of a tree as good as those of chains: the same bits where the width class was measured,
+    the same but for rounding where it was not? Otherwise only drafters may use trees.
     max_width: most tokens in one scored forward.  max_leaves: most leaves of a sequence's pending nodes (None: any
     number).  num_sequences: most states open at once.
     host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice

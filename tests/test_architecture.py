@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "errors"}),
     frozenset({"tree", "noise", "replay", "formats"}),
     frozenset({"protocols", "ranking"}),
-    frozenset({"preparation", "context", "sampling", "fingerprint"}),
+    frozenset({"preparation", "context", "sampling", "fingerprint", "peers"}),
     frozenset({"memory", "compatibility"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
@@ -42,7 +42,19 @@ OUTSIDE_LAYERS = frozenset({"", "testing"})
 
 # What a backend implements, and the pieces it may build that from.
 FOR_BACKENDS = frozenset(
-    {"types", "errors", "protocols", "preparation", "noise", "sampling", "context", "tree", "replay", "formats"}
+    {
+        "types",
+        "errors",
+        "protocols",
+        "preparation",
+        "noise",
+        "sampling",
+        "context",
+        "tree",
+        "replay",
+        "formats",
+        "peers",
+    }
 )
 
 RUNTIMES = frozenset({"mlx", "mlx_lm", "llama_cpp", "torch", "transformers", "backends", "cli"})

@@ -57,7 +57,7 @@ def assemble(opened: Opened, path: Path, settings: LoadSettings, ledger: Ledger)
     """A running model from what was read. Raises UnsupportedModelError where the self-check refuses it."""
     num_parameters = int(get_total_parameters(opened.module))
     dtype = settings.dtype or "auto"
-    notes = [*opened.notes, *_set_dtype(opened, settings.dtype)]
+    notes = [*opened.notes, *compute_in(opened.module, settings.dtype, opened.dtype)]
     mx.eval(opened.module.parameters())
     network = Network(opened.module)
     notes += network.notes
@@ -88,9 +88,9 @@ def assemble(opened: Opened, path: Path, settings: LoadSettings, ledger: Ledger)
     return MlxModel(network, info, opened.tokenizer, settings.num_sequences, ledger)
 
 
-def _set_dtype(opened: Opened, dtype: str | None) -> list[str]:
-    """Bring the weights to the type to compute in. Returns notes on what was decided."""
-    module: Any = opened.module
+def compute_in(module: Any, dtype: str | None, default: mx.Dtype | None) -> list[str]:
+    """Bring the weights to the type to compute in, `default` where neither `dtype` nor the device asks for one.
+    Returns notes on what was decided."""
     if dtype == "file":
         return []
     notes = []
@@ -98,15 +98,15 @@ def _set_dtype(opened: Opened, dtype: str | None) -> list[str]:
         # Measured on a CPU: quantised layers take 1.1 (float16 scales) to 12 times (bfloat16) as long.
         if _is_quantized(module):
             _raise_scales(module)
-            module = dequantize_model(module)
+            dequantize_model(module)
             notes.append(
                 "Quantised weights were expanded to float32, which a CPU computes faster; dtype='file' keeps them."
             )
         module.set_dtype(mx.float32)
     elif dtype is not None:
         module.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
-    elif opened.dtype is not None:
-        module.set_dtype(opened.dtype)
+    elif default is not None:
+        module.set_dtype(default)
     return notes
 
 

@@ -1,7 +1,8 @@
 """The prompts that benchmarks run on: 120 held-out ones come with localspec, others can be given.
 
 A file holds one JSON object per line: {"id", "domain", "text"} to be continued, or {"id", "domain",
-"messages"} to be answered through the chat template.
+"messages"} to be answered through the chat template. A folder holds such files (.jsonl), or texts to be
+continued (.txt, .md), whose domain is the folder's name.
 """
 
 from __future__ import annotations
@@ -39,6 +40,22 @@ class Prompt:
 def load_prompts(path: Path | None = None, domains: Sequence[str] = (), per_domain: int = 40) -> list[Prompt]:
     """The first `per_domain` prompts of each domain, at least one. Raises PromptError, UnknownNameError."""
     path = path or _BUNDLED
+    prompts = _from_folder(path) if path.is_dir() else _from_lines(path)
+    if not prompts:
+        raise PromptError(
+            f"there are no prompts in {path}", expected="lines of JSON, or a folder with .jsonl, .txt or .md"
+        )
+    known = list(dict.fromkeys(prompt.domain for prompt in prompts))
+    for domain in domains:
+        if domain not in known:
+            raise UnknownNameError.among("domain", domain, known)
+    chosen: list[Prompt] = []
+    for domain in domains or known:
+        chosen += [prompt for prompt in prompts if prompt.domain == domain][:per_domain]
+    return chosen
+
+
+def _from_lines(path: Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     for number, line in enumerate(_read(path).split("\n"), 1):  # JSON may hold what else splitlines() splits at
         if not line.strip():
@@ -51,16 +68,20 @@ def load_prompts(path: Path | None = None, domains: Sequence[str] = (), per_doma
             raise PromptError(f"line {number} of {path} is not a prompt: {error}") from None
         if messages is None and not isinstance(prompts[-1].text, str):
             raise PromptError(f"line {number} of {path} has neither text nor messages")
-    if not prompts:
-        raise PromptError(f"there are no prompts in {path}", expected="one JSON object per line")
-    known = list(dict.fromkeys(prompt.domain for prompt in prompts))
-    for domain in domains:
-        if domain not in known:
-            raise UnknownNameError.among("domain", domain, known)
-    chosen: list[Prompt] = []
-    for domain in domains or known:
-        chosen += [prompt for prompt in prompts if prompt.domain == domain][:per_domain]
-    return chosen
+    return prompts
+
+
+def _from_folder(folder: Path) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".jsonl":
+            prompts += _from_lines(path)
+        elif path.suffix in (".txt", ".md"):
+            text = _read(path)
+            if not text.strip():
+                raise PromptError(f"{path} is empty", expected="a text to be continued")
+            prompts.append(Prompt(path.stem, folder.resolve().name, text, None))
+    return prompts
 
 
 def _read(path: Path) -> str:

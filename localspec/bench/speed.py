@@ -1,150 +1,149 @@
-"""Decoding speed against plain, side by side: same prompts, same seeds, alternating order, medians."""
+"""Decoding speed side by side: the same prompts and seeds for everybody, in alternating order, after a warm-up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import median
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from platform import platform, python_version
 from typing import Any
 
+from localspec import __version__
+from localspec.bench.contenders import Contender
 from localspec.bench.prompts import Prompt
-from localspec.engine.session import Session
-from localspec.engine.stats import Stats
+from localspec.bench.runs import Run, RunLog
+from localspec.bench.workloads import Workload
+from localspec.errors import PromptError
 from localspec.loading import Pair
+from localspec.protocols import LanguageModel
 from localspec.sampling import SamplingParams
+from localspec.schedule.machine import processor
 
-PLAIN = "nothing"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One answer, timed. decode_ms excludes prefill."""
-
-    prompt: str
-    domain: str
-    drafter: str
-    temperature: float
-    repeat: int
-    num_tokens: int
-    num_rounds: int
-    num_drafted: int
-    num_accepted: int
-    decode_ms: float
-    draft_ms: float
-    verify_ms: float
-    host_ms: float
-
-
-@dataclass(slots=True)
-class Report:
-    """All runs, and the conditions they were made under."""
-
-    conditions: str
-    max_tokens: int
-    repeats: int
-    runs: list[Run] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
+_WARM_UP_TOKENS = 16
 
 
 def measure(
+    log: RunLog,
     pair: Pair,
-    prompts: Sequence[Prompt],
-    drafters: Sequence[str],
-    temperatures: Sequence[float],
-    max_tokens: int,
-    repeats: int,
-) -> Report:
-    """Time plain decoding and each drafter on every prompt, `repeats` times, in alternating order."""
-    conditions = f"{_described(pair)}; {max_tokens} tokens at most, {repeats} repeats, alternating order"
-    report = Report(conditions, max_tokens, repeats)
-    names = [PLAIN, *drafters]
-    sessions = {name: pair.session(name) for name in names}
-    try:
-        for session in sessions.values():  # warm-up: first passes allocate
-            _run(session, prompts[0].encode(pair.target.tokenizer).tolist(), SamplingParams(seed=0, max_tokens=16))
-        for repeat in range(repeats):
-            for number, prompt in enumerate(prompts):
-                tokens = prompt.encode(pair.target.tokenizer).tolist()
-                for temperature in temperatures:
-                    params = SamplingParams(temperature=temperature, seed=1000 + number, max_tokens=max_tokens)
-                    order = names if (repeat + number) % 2 == 0 else names[::-1]
-                    for name in order:
-                        stats = _run(sessions[name], tokens, params)
-                        report.runs.append(
-                            Run(
-                                prompt.id,
-                                prompt.domain,
-                                name,
-                                temperature,
-                                repeat,
-                                stats.num_tokens,
-                                stats.num_rounds,
-                                stats.num_drafted,
-                                stats.num_accepted,
-                                stats.decode_ms,
-                                stats.draft_ms,
-                                stats.verify_ms,
-                                stats.host_ms,
-                            )
-                        )
-    finally:
-        for session in sessions.values():
-            session.close()
-    return report
+    workloads: Sequence[Workload],
+    contenders: Sequence[Contender],
+    on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
+) -> None:
+    """Run every contender on every prompt at every temperature, `repeats` times, and keep each answer in the log.
 
-
-def _run(session: Session, tokens: list[int], params: SamplingParams) -> Stats:
-    session.reset()
-    return session.generate(tokens, params).stats
-
-
-def _described(pair: Pair) -> str:
-    target, draft = pair.target.info, pair.draft.info if pair.draft else None
-    text = f"target {target.name} {target.quantization} on {target.backend}, {target.device}"
-    return text + (f"; draft {draft.name} {draft.quantization}" if draft else "")
-
-
-def _speed(runs: Sequence[Run], repeat: int) -> float:
-    """Tokens per second of one repeat over all its prompts."""
-    mine = [run for run in runs if run.repeat == repeat]
-    return 1e3 * sum(run.num_tokens for run in mine) / sum(run.decode_ms for run in mine)
-
-
-def table(report: Report) -> str:
-    """Markdown: per temperature, domain and drafter the median over repeats, with the range of the ratio."""
-    lines = [
-        report.conditions,
-        "",
-        (
-            "| T | domain | drafter | tokens/s | against plain (range) | tokens per round (bonus counted) "
-            "| guesses accepted | draft / verify / host |"
-        ),
-        "|---|---|---|---|---|---|---|---|",
+    How long and how often is part of the log's conditions. Repeats are the outermost loop, so what a machine does
+    meanwhile hits everybody, and a benchmark that is cut off has something of everything. Runs that the log holds
+    are not made again.  on_run: called with (runs done, runs in all, what runs now).
+    Raises PromptError, before anything ran, for a prompt that does not fit.
+    """
+    conditions = log.conditions
+    max_tokens, ignore_eos = conditions["max_tokens"], conditions["ignore_eos"]
+    encoded = {
+        (work.name, prompt.id): prompt.encode(pair.target.tokenizer).tolist()
+        for work in workloads
+        for prompt in work.prompts
+    }
+    check_room(pair.target, encoded, max_tokens)
+    plan = [
+        (work, prompt, temperature, contender, repeat)
+        for repeat in range(conditions["repeats"])
+        for work in workloads
+        for number, prompt in enumerate(work.prompts)
+        for temperature in conditions["temperatures"]
+        for contender in in_order([one for one in contenders if one.takes(work)], 2 * number + repeat)
     ]
-    groups: dict[tuple[float, str, str], list[Run]] = {}
-    for run in report.runs:
-        for domain in (run.domain, "all"):
-            groups.setdefault((run.temperature, domain, run.drafter), []).append(run)
-    for (temperature, domain, drafter), runs in sorted(
-        groups.items(), key=lambda item: (item[0][0], item[0][1] == "all")
-    ):
-        plain = groups[temperature, domain, PLAIN]
-        speeds = [_speed(runs, repeat) for repeat in range(report.repeats)]
-        ratios = [speed / _speed(plain, repeat) for repeat, speed in enumerate(speeds)]
-        rounds, drafted = sum(run.num_rounds for run in runs), sum(run.num_drafted for run in runs)
-        total = sum(run.decode_ms for run in runs)
-        split = " / ".join(
-            f"{100 * sum(getattr(run, f'{part}_ms') for run in runs) / total:.0f}%"
-            for part in ("draft", "verify", "host")
-        )
-        accepted = f"{100 * sum(run.num_accepted for run in runs) / drafted:.0f}%" if drafted else "-"
-        against = "1" if drafter == PLAIN else f"{median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
-        label = "plain" if drafter == PLAIN else drafter
-        lines.append(
-            f"| {temperature:g} | {domain} | {label} | {median(speeds):.1f} | {against} "
-            f"| {sum(run.num_tokens for run in runs) / rounds:.2f} | {accepted} | {split} |"
-        )
-    return "\n".join(lines)
+    keys = [(work.name, prompt.id, temperature, one.name, repeat) for work, prompt, temperature, one, repeat in plan]
+    left = [(step, key) for step, key in zip(plan, keys, strict=True) if not log.has(key)]
+    warm: set[tuple[str, bool]] = set()
+    for done, ((work, prompt, temperature, contender, _), key) in enumerate(left, len(plan) - len(left)):
+        on_run(done, len(plan), f"{work.name}, {contender.name}")
+        tokens = encoded[work.name, prompt.id]
+        if (contender.name, work.foreign_draft) not in warm:  # first passes allocate, and find the machine asleep
+            contender.answer(work, tokens, _params(prompt, temperature, min(_WARM_UP_TOKENS, max_tokens), ignore_eos))
+            warm.add((contender.name, work.foreign_draft))
+        answer = contender.answer(work, tokens, _params(prompt, temperature, max_tokens, ignore_eos))
+        log.add(Run(*key, answer))
+    on_run(len(plan), len(plan), "")
+
+
+def in_order(contenders: Sequence[Contender], turn: int) -> list[Contender]:
+    """Who comes when: rotated by one every second turn, and backwards every other. In 2 * n consecutive turns each of
+    n contenders stands at each place twice, and before each other one as often as behind it; two turns of which the
+    first is even mirror each other."""
+    if not contenders:
+        return []
+    start = turn // 2 % len(contenders)
+    rotated = [*contenders[start:], *contenders[:start]]
+    return rotated[::-1] if turn % 2 else rotated
+
+
+def check_room(target: LanguageModel, encoded: Mapping[tuple[str, str], Sequence[int]], max_tokens: int) -> None:
+    """Raise PromptError for a prompt that leaves no room for its answer."""
+    room = target.info.context_length - target.capabilities.width_class.min_width + 1 - max_tokens
+    for (workload, prompt), tokens in encoded.items():
+        if len(tokens) > room:
+            raise PromptError(
+                f"prompt {prompt} of {workload} is too long for the context",
+                got=f"{len(tokens)} tokens",
+                expected=f"at most {room} before {max_tokens} new ones",
+                fix="Shorten it, or load with a larger --context.",
+            )
+
+
+def describe(
+    pair: Pair,
+    workloads: Sequence[Workload],
+    contenders: Sequence[Contender],
+    *,
+    runtime: Mapping[str, str],
+    **settings: Any,
+) -> dict[str, Any]:
+    """The conditions: what was measured on what. settings: max_tokens, ignore_eos, repeats, temperatures, and how
+    the models were loaded.  runtime: versions of the backend's runtime and of other libraries that take part."""
+    width_class = pair.target.capabilities.width_class
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "localspec": __version__,
+        "python": python_version(),
+        "platform": platform(),
+        "processor": processor(),
+        "load_average": load_average(),
+        "runtime": dict(runtime),
+        "target": _model(pair.target),
+        "draft": None if pair.draft is None else _model(pair.draft),
+        "width_class": str(width_class),
+        "width_class_evidence": width_class.evidence,
+        "contenders": [{"name": one.name, "kind": one.kind.value} for one in contenders],
+        "workloads": [
+            {"name": work.name, "about": work.about, "prompts": [prompt.id for prompt in work.prompts]}
+            for work in workloads
+        ],
+        **settings,
+    }
+
+
+def load_average() -> float | None:
+    """How many programs wanted the processor in the last minute; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 1)
+    except (OSError, AttributeError):
+        return None
+
+
+def _model(model: LanguageModel) -> dict[str, Any]:
+    info = model.info
+    return {
+        "name": info.name,
+        "file": info.path.name,
+        "quantization": info.quantization,
+        "num_parameters": info.num_parameters,
+        "context": info.context_length,
+        "device": info.device,
+        "notes": list(info.notes),
+    }
+
+
+def _params(prompt: Prompt, temperature: float, max_tokens: int, ignore_eos: bool) -> SamplingParams:
+    seed = zlib.crc32(prompt.id.encode())  # the same in whatever company a prompt is run
+    return SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos)

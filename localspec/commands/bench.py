@@ -12,7 +12,8 @@ import click
 
 from localspec.commands.expand import expand
 from localspec.commands.models import open_models
-from localspec.commands.options import F, apply_options, load_options
+from localspec.commands.options import F, apply_options, in_a_folder, load_options
+from localspec.commands.speed import speed
 
 if TYPE_CHECKING:
     from localspec.bench.cross import Report as CrossReport
@@ -21,21 +22,29 @@ if TYPE_CHECKING:
     from localspec.loading import Pair
 
 
+def _print_workloads(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        from localspec.bench.workloads import listing
+
+        click.echo(listing())
+        ctx.exit()
+
+
 @click.group()
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_workloads,
+    help="Show the workloads of `bench speed`.",
+)
 def bench() -> None:
-    """Measure: speed against plain decoding, equality with it, the core's own time."""
+    """Measure: speed against plain decoding and other libraries, equality with plain, the core's own time."""
 
 
 bench.add_command(expand)
-
-
-def _in_a_folder(_: click.Context, __: click.Parameter, output: Path | None) -> Path | None:
-    """Refuse before an hour of measuring, not after it."""
-    from localspec.errors import SettingError
-
-    if output is not None and not output.parent.is_dir():
-        raise SettingError(f"--output: no such folder: {output.parent}", fix="Make it first.")
-    return output
+bench.add_command(speed)
 
 
 def workload_options(
@@ -45,8 +54,8 @@ def workload_options(
     options = [
         click.option(
             "--prompts",
-            type=click.Path(path_type=Path, exists=True, dir_okay=False),
-            help="JSON lines [default: bundled held-out prompts].",
+            type=click.Path(path_type=Path, exists=True),
+            help="JSON lines, or a folder of them and of texts [default: bundled held-out prompts].",
         ),
         click.option("--domain", "domains", multiple=True, help="chat, code or prose [default: all]."),
         click.option("--per-domain", type=click.IntRange(min=1), default=per_domain, show_default=True),
@@ -63,7 +72,7 @@ def workload_options(
         click.option(
             "--output",
             type=click.Path(path_type=Path, dir_okay=False, writable=True),
-            callback=_in_a_folder,
+            callback=in_a_folder,
             help="Also write every measurement as JSON.",
         ),
     ]
@@ -94,21 +103,6 @@ def equality(output: Path | None, **options: Any) -> None:
         report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], save)
     _finish_bench(table(report), report.as_dict(), output)
     sys.exit(0 if report.all_equal else 1)
-
-
-@bench.command()
-@workload_options()
-@drafters_option("draft_model", "ngram")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
-@load_options
-def speed(output: Path | None, repeats: int, **options: Any) -> None:
-    """Time each drafter against plain decoding, side by side in one run."""
-    from localspec.bench.speed import measure, table
-
-    prompts = _workload(options)
-    with _open_for(options, options["drafters"]) as pair:
-        report = measure(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], repeats)
-    _finish_bench(table(report), report.as_dict(), output)
 
 
 @bench.command()
@@ -189,7 +183,7 @@ def cross(
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
-    callback=_in_a_folder,
+    callback=in_a_folder,
     help="Also write every measurement as JSON.",
 )
 def tokenizers(files: Sequence[Path], backend: str, fuzz: int, lengths: Sequence[int], output: Path | None) -> None:

@@ -15,7 +15,7 @@ import click
 @click.option("--force", is_flag=True, help="Replace OUTPUT.")
 @click.option("--check/--no-check", default=True, help="Compare what source and result say.")
 def convert(source: str, output: Path, form: str | None, quantize: str | None, force: bool, check: bool) -> None:
-    """Convert a safetensors folder to a GGUF file or an MLX folder with fewer bits.
+    """Convert a safetensors folder to GGUF or fewer bits.
 
     Says afterwards how far the result's greedy text agrees with the source's.
     """

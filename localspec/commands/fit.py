@@ -45,10 +45,11 @@ def fit(
     trees: bool,
     as_json: bool,
 ) -> None:
-    """Say what memory a pair or model would take, from file headers; nothing is loaded.
+    """Say what memory a pair or model takes.
 
-    NAME is a pair of the catalog, a path, or ORG/NAME[:QUANT]; without one, the bundled pair. Of models that
-    are not on this machine the headers are read from the Hub, a few MB. Exits with 1 if it does not fit.
+    File headers say it; nothing is loaded. NAME is a pair of the catalog, a path, or ORG/NAME[:QUANT]; without
+    one, the bundled pair. Of models that are not on this machine the headers are read from the Hub, a few MB. Exits
+    with 1 if it does not fit.
     """
     from localspec.errors import SettingError
     from localspec.hub.fit import examine

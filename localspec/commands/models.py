@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from localspec.drafters import DrafterSpec
     from localspec.hub.catalog import Choice, KnownPair
     from localspec.loading import Pair
+    from localspec.protocols import LoadSettings
 
 Find = Callable[[str, str, str], Path]
 
@@ -27,12 +28,10 @@ def open_models(
 ) -> Pair:
     """Load the pair that the options name, fit for these drafters, with a sign of life on the terminal."""
     from localspec.loading import open_pair
-    from localspec.protocols import LoadSettings
     from localspec.terminal import loading
 
-    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
     trees = any(spec.asks_for_trees for spec in specs)
-    settings = LoadSettings(num_sequences=num_sequences, trees=trees, **{name: options[name] for name in names})
+    settings = load_settings(options, num_sequences=num_sequences, trees=trees)
     target, draft, backend = named_models(options, offer_pull=offer_pull)
     with loading(quiet=quiet) as status:
         pair = open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
@@ -45,6 +44,14 @@ def open_models(
                 pair.close()
                 raise
         return pair
+
+
+def load_settings(options: dict[str, Any], **more: Any) -> LoadSettings:
+    """How to load, as the options say. more: other fields of `LoadSettings`."""
+    from localspec.protocols import LoadSettings
+
+    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
+    return LoadSettings(**({name: options[name] for name in names} | more))
 
 
 def named_models(

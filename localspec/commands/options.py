@@ -169,6 +169,15 @@ def view_options(command: F) -> F:
     return apply_options(options, command)
 
 
+def in_a_folder(_: click.Context, parameter: click.Parameter, output: Path | None) -> Path | None:
+    """Refuse a place that cannot be written before an hour of measuring, not after it."""
+    from localspec.errors import SettingError
+
+    if output is not None and not output.parent.is_dir():
+        raise SettingError(f"{parameter.opts[0]}: no such folder: {output.parent}", fix="Make it first.")
+    return output
+
+
 def apply_options(options: Sequence[Callable[[Any], Any]], command: F) -> F:
     """The command with these options, listed in `--help` in this order."""
     for option in reversed(options):

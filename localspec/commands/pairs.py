@@ -121,11 +121,11 @@ def _machine_memory(text: str | None) -> int:
 @click.option("--verify", is_flag=True, help="Also check what is already here against its checksums.")
 @catalog_option
 def pull(name: str, revision: str | None, backend: str, verify: bool, catalog: Path | None) -> None:
-    """Fetch a model from the Hub into its cache, and print its path; or both models of a pair of the catalog.
+    """Fetch a model, or a pair of the catalog.
 
-    Safetensors and GGUF only, no code, checksums compared. Ctrl-C keeps what has arrived; the same
-    command goes on from there. QUANT is a quantisation or a file name. HF_TOKEN, HF_HOME, HF_HUB_CACHE,
-    HF_ENDPOINT and HF_HUB_OFFLINE mean what they always mean.
+    It goes from the Hub into its cache, and its path is printed. Safetensors and GGUF only, no code, checksums
+    compared. Ctrl-C keeps what has arrived; the same command goes on from there. QUANT is a quantisation or a file
+    name. HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE mean what they always mean.
     """
     from localspec.errors import SettingError
     from localspec.hub.selection import names_a_pair

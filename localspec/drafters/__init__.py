@@ -78,6 +78,11 @@ class DrafterSpec:
         """Does it need a target that verifies trees?"""
         return bool(self.others) or self.settings.get("shape", "chain") != "chain"
 
+    @property
+    def needs_draft(self) -> bool:
+        """Does it need a draft model?"""
+        return self.name in DRAFTERS and "model" in inspect.signature(DRAFTERS[self.name]).parameters
+
     def with_settings(self, settings: Mapping[str, str]) -> DrafterSpec:
         """With more settings. Raises SettingError where it is not clear whose they are."""
         if settings and self.others:

@@ -15,19 +15,28 @@ from dataclasses import dataclass
 from localspec.protocols import WidthClass
 from localspec.schedule.cost import Costs
 
+MOST_NODES = 64
+"""Nodes a round verifies at most."""
+
 _MEMORY = 200.0  # observations after which older ones count half
 _TRUST = 4.0  # rounds at a width before its own times outweigh the general correction
+_OPTIMISM = 0.9
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
 
 
 class LiveCosts:
-    """The measured table, corrected by what rounds really took here and now."""
+    """The measured table, corrected by what rounds really took here and now.
 
-    def __init__(self, costs: Costs, width_class: WidthClass, max_width: int) -> None:
+    optimism: share of its table time that a width is taken to cost until it was tried, so that it is tried: what is
+    never used would never be corrected. Plain decoding's own width is not flattered.
+    """
+
+    def __init__(self, costs: Costs, width_class: WidthClass, max_width: int, *, optimism: float = _OPTIMISM) -> None:
         self.costs = costs
+        self._optimism = optimism
         self.min_width = width_class.min_width
-        self.max_width = min(max_width, width_class.max_width or max_width)
+        self.max_width = min(max_width, width_class.max_width or max_width, MOST_NODES + 1)
         self._seen: dict[int, float] = {}
         self._ratio: dict[int, float] = {}  # actual / table
         self._general = 1.0
@@ -37,7 +46,8 @@ class LiveCosts:
     def verify_ms(self, width: int, context: int) -> float:
         """A pass of the target of exactly that width."""
         seen = self._seen.get(width, 0.0)
-        ratio = (seen * self._ratio.get(width, 1.0) + _TRUST * self._general) / (seen + _TRUST)
+        hope = self._optimism if width > self.min_width else 1.0
+        ratio = (seen * self._ratio.get(width, 1.0) + _TRUST * hope * self._general) / (seen + _TRUST)
         return self.costs.target.at(width, context) * ratio
 
     def draft_ms(self, width: int, context: int) -> float:

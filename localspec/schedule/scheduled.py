@@ -26,7 +26,6 @@ from localspec.tree.token_tree import TokenTree
 
 _SMOOTHING = 0.1
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
-_MOST_NODES = 64
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
 _NOTHING_WORTH = "no guess was worth its time"
 
@@ -43,10 +42,15 @@ class Record:
 
 
 class Experience:
-    """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record."""
+    """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record.
 
-    def __init__(self, costs: Costs, capabilities: Capabilities) -> None:
-        self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width)
+    by_clock: False believes the costs and never looks at a clock, so that the same text is decided alike every time.
+    """
+
+    def __init__(self, costs: Costs, capabilities: Capabilities, *, by_clock: bool = True) -> None:
+        self.by_clock = by_clock
+        hope = {} if by_clock else {"optimism": 1.0}
+        self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width, **hope)
         self.rate = Rate(1.0 / (self.live.by_nodes(0)[0][0] + costs.overhead_ms))
         self.records: dict[tuple[str, bool], Record] = {}
 
@@ -61,14 +65,22 @@ class Experience:
 
 @dataclass(slots=True)
 class _Asked:
-    """One drafter's part in the round. chances: [N] of each edge, corrected."""
+    """One drafter's part in the round. tree: what it guessed, None while that is on the device.  chances: [N] of each
+    edge, corrected.  reach: [N] of each whole path."""
 
     name: str
     proposal: Proposal
     tree: TokenTree | None
     chances: list[float]
+    reach: list[float]
     ms: float
     used: bool = False
+
+    def value(self, prices: Valuation) -> float:
+        """What verifying the best of it is worth; all of it, where it cannot be cut any more."""
+        if self.tree is None:
+            return prices.total(self.reach)
+        return prices.best(sorted(self.reach, reverse=True)).value
 
 
 class Scheduled:
@@ -119,7 +131,7 @@ class Scheduled:
         experience = self.experience
         context = len(request.context)
         rate = max(experience.rate.value, 1.0 / experience.plain_ms(context))
-        prices = Valuation(experience.live, rate, context, min(request.max_nodes, _MOST_NODES))
+        prices = Valuation(experience.live, rate, context, request.max_nodes)
         if request.needs_law:
             return self._drawn(request, prices)
         best = 0.0
@@ -132,7 +144,7 @@ class Scheduled:
                 parked.append(record.guard.because(part.name))
                 continue
             asked = self._ask(part, record, request, prices)
-            value = prices.best(sorted(_reach(asked), reverse=True)).value if asked.tree is not None else 0.0
+            value = asked.value(prices)
             if part in self._dear:
                 own = value - rate * asked.ms
                 record.usual_value += _SMOOTHING * (own - record.usual_value)
@@ -149,10 +161,13 @@ class Scheduled:
         experience, asked = self.experience, self._asked
         context = len(self._context) - len(outcome.tokens)
         plain_ms = experience.plain_ms(context)
-        if outcome.verify_ms > 0.0:
-            experience.live.observe_verify(outcome.width, context, outcome.verify_ms)
+        verify_ms = outcome.verify_ms
+        if not experience.by_clock:
+            verify_ms = experience.live.verify_ms(outcome.width, context)
+        elif verify_ms > 0.0:
+            experience.live.observe_verify(outcome.width, context, verify_ms)
         draft_ms = sum(one.ms for one in asked)
-        round_ms = outcome.verify_ms + draft_ms + experience.live.costs.overhead_ms
+        round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         experience.rate.add(len(outcome.tokens), round_ms)
         used = [one for one in asked if one.used]
         # by the corrected table, not by this round's clock: one stall would outweigh many rounds
@@ -202,7 +217,9 @@ class Scheduled:
         proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget))
         ms = max((perf_counter() - started) * 1e3 - entry_ms, 0.0)  # reading is no part of what a round costs
         self._read[part.name] = len(self._context)
-        if budget is not None:
+        if not self.experience.by_clock:
+            ms = 0.0 if budget is None else budget.expected_ms
+        elif budget is not None:
             self.experience.live.observe_draft(budget.expected_ms, ms)
             ms = min(ms, _STALL * budget.expected_ms)
         if proposal.num_nodes:
@@ -211,17 +228,22 @@ class Scheduled:
         if proposal.log_q is not None or (proposal.num_nodes == 0):
             tree = proposal.tree()
             chances = [reliability.chance(value) for value in proposal.log_q or ()]
-        asked = _Asked(part.name, proposal, tree, chances, ms)
+        reach = self._chain_reach(reliability, proposal.num_nodes) if tree is None else _products(tree, chances)
+        asked = _Asked(part.name, proposal, tree, chances, reach, ms)
         self._asked.append(asked)
         return asked
 
     def _ahead(self, reliability: Reliability, prices: Valuation, most: int) -> int:
         """Length of a chain that must be decided before it is guessed."""
-        reach = list(accumulate((reliability.chance_at(depth) for depth in range(most)), mul))
+        reach = self._chain_reach(reliability, most)
         price = prices.draft_price(1)
         values = [prices.total(reach[:count]) - count * price for count in range(1, most + 1)]
         best = int(np.argmax(values)) if values else 0
         return best + 1 if values and values[best] > 0.0 else 0
+
+    def _chain_reach(self, reliability: Reliability, length: int) -> list[float]:
+        """[length] by what is known of depths alone."""
+        return list(accumulate((reliability.chance_at(depth) for depth in range(length)), mul))
 
     def _drawn(self, request: DraftRequest, prices: Valuation) -> Proposal:
         """Rejection: the first drafter that may work draws as much as the past says pays."""
@@ -236,7 +258,7 @@ class Scheduled:
             started = perf_counter()
             proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes)))
             ms = (perf_counter() - started) * 1e3
-            self._asked.append(_Asked(part.name, proposal, None, [], ms, used=proposal.num_nodes > 0))
+            self._asked.append(_Asked(part.name, proposal, None, [], [], ms, used=proposal.num_nodes > 0))
             if proposal.num_nodes:
                 return proposal
         return Proposal(self.name, because=_NOTHING_WORTH)
@@ -245,18 +267,16 @@ class Scheduled:
         """What is worth verifying of everything that was guessed."""
         guessing = [one for one in self._asked if one.proposal.num_nodes]
         counts = _counts(self._asked)
-        unread = [one for one in guessing if one.tree is None]
-        if unread:  # still on the device, and cut to what pays before it was guessed
-            unread[0].used = True
-            return replace(unread[0].proposal, counts=counts)
         if not guessing:
             return Proposal(self.name, counts=counts, width=self._plain_width(prices, request))
-        if len(guessing) > 1 and request.trees:
+        if len(guessing) > 1 and request.trees and all(one.tree is not None for one in guessing):
             return self._merged(guessing, prices, request, counts)
-        values = [prices.best(sorted(_reach(one), reverse=True)).value for one in guessing]
-        chosen = guessing[int(np.argmax(values))]
-        assert chosen.tree is not None
-        return self._cut(chosen.tree, _reach(chosen), [chosen] * len(chosen.tree), prices, request, counts)
+        chosen = max(guessing, key=lambda one: one.value(prices))
+        if chosen.tree is None:  # still on the device, and no longer than pays
+            chosen.used = True
+            self._expected = sum(chosen.reach)
+            return replace(chosen.proposal, counts=counts)
+        return self._cut(chosen.tree, chosen.reach, [chosen] * len(chosen.tree), prices, request, counts)
 
     def _merged(
         self, guessing: Sequence[_Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
@@ -330,10 +350,6 @@ class _Plan:
         if count:
             self.expected_ms += self._prices.draft_ms(count)
         return sorted(ranked[:count])
-
-
-def _reach(asked: _Asked) -> list[float]:
-    return [] if asked.tree is None else _products(asked.tree, asked.chances)
 
 
 def _products(tree: TokenTree, chances: Sequence[float]) -> list[float]:

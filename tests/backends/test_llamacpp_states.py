@@ -268,11 +268,11 @@ def test_trees_switch_flash_attention_on_and_say_so() -> None:
 def test_a_model_whose_tree_rows_are_not_exact_promises_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that breaks the rule (llama.cpp leaves flash attention out for some models) is noticed at load."""
     monkeypatch.setattr(module("loading"), "_FLASH_ON", module("loading")._FLASH_OFF)
-    with pytest.raises(UnsupportedModelError, match="were not the bits"):
+    with pytest.raises(UnsupportedModelError, match="standard deviations away"):
         BACKEND.load(file("llama"), TREES)
     model = BACKEND.load(file("llama"), replace(PLAIN, flash_attention=True))
     assert model.capabilities.trees and not model.capabilities.exact_trees
-    assert "were not the bits" in model.capabilities.limits[0]
+    assert "standard deviations away" in model.capabilities.limits[0]
     model.close()
 
 

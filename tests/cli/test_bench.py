@@ -55,9 +55,11 @@ def test_prompt_files_without_prompts_are_refused(content: bytes, words: str, tm
     assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
-def test_a_folder_is_no_prompt_file(tmp_path: Path) -> None:
-    assert run("bench", "equality", "--prompts", str(tmp_path)).exit_code == 2
-    with pytest.raises(PromptError, match="cannot read"):
+def test_a_folder_without_prompts_is_refused(tmp_path: Path) -> None:
+    result = run("bench", "equality", "--prompts", str(tmp_path))
+    assert result.exit_code == 2 and "no prompts" in result.stderr
+    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
+    with pytest.raises(PromptError, match="empty"):
         load_prompts(tmp_path)
 
 

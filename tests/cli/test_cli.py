@@ -253,25 +253,9 @@ def test_bench_equality_compares_and_says_so() -> None:
     assert "12 of 12 runs equal plain decoding" in result.stdout
 
 
-@pytest.mark.real
-@pytest.mark.slow
-def test_bench_speed_prints_a_row_per_drafter_and_writes_json(tmp_path: Path) -> None:
-    output = tmp_path / "runs.json"
-    arguments = ["--per-domain", "1", "--tokens", "8", "--domain", "code", "--at", "0", "--repeats", "1"]
-    result = run("bench", "speed", *arguments, "--backend", "llamacpp", "--output", str(output))
-    assert result.exit_code == 0, result.output
-    assert all(f"| {name} |" in result.stdout for name in ("plain", "draft_model", "ngram"))
-    assert len(json.loads(output.read_text())["runs"]) == 3
-
-
 def test_bench_core_prints_the_cores_time() -> None:
     result = run("bench", "core", "--vocabulary", "2000", "--rounds", "5")
     assert result.exit_code == 0 and "| greedy |" in result.stdout
-
-
-def test_an_unknown_domain_is_refused() -> None:
-    result = run("bench", "speed", "--domain", "cod", "--backend", "llamacpp")
-    assert_one_line(result, 2, "Did you mean 'code'")
 
 
 # ---------------------------------------------------------------- chat

@@ -124,7 +124,6 @@ def test_the_program_plans_pairs_before_and_after_they_are_pulled(
     bundled = program.run("fit", "--backend", "llamacpp", "--context", "2k", "--json")
     totals = [json.loads(run.stdout)["total"] for run in (before, after, bundled)]
     assert after.returncode == 0 and not after.stderr and len(set(totals)) == 1
-    answer = program.run(
-        "generate", "Once", "--pair", "loopback", "--catalog", str(catalog), "--max-tokens", "4", HF_HUB_OFFLINE="1"
-    )
+    named = ("--pair", "loopback", "--catalog", str(catalog), "--drafter", "draft_model")
+    answer = program.run("generate", "Once", *named, "--max-tokens", "4", HF_HUB_OFFLINE="1")
     assert answer.returncode == 0 and "drafter draft_model" in answer.stderr, answer.stderr

@@ -47,7 +47,8 @@ def test_a_pulled_pair_answers_and_is_not_pulled_twice(loopback: LoopbackHub, pr
 
     pair = ("--target", "tiny/pair-GGUF:Q4_0", "--draft", "tiny/pair-GGUF:Q8_0", "--backend", "llamacpp")
     with loopback.watched() as seen:
-        answer = program.run("generate", "Once", *pair, "--max-tokens", "8", HF_HUB_OFFLINE="1")
+        drafting = ("--drafter", "draft_model", "--max-tokens", "8")
+        answer = program.run("generate", "Once", *pair, *drafting, HF_HUB_OFFLINE="1")
         offline = program.run("pull", "tiny/pair-GGUF:Q4_0", HF_HUB_OFFLINE="1")
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
     assert "drafter draft_model" in answer.stderr

@@ -25,7 +25,7 @@ STAIRS = Curve(
 
 def live(curve: Curve = STAIRS, draft_ms: float = 1.0, low: int = 2, high: int | None = None) -> LiveCosts:
     draft = Curve((1, 2), (0,), ((draft_ms, draft_ms),))
-    return LiveCosts(Costs(curve, draft, 0.0), WidthClass(low, high), 16)
+    return LiveCosts(Costs(curve, draft, 0.0), WidthClass(low, high), 16, optimism=1.0)
 
 
 # ---------------------------------------------------------------- costs
@@ -61,6 +61,14 @@ def test_rounds_correct_the_table_and_a_stall_hardly_does() -> None:
     before = costs.verify_ms(4, 0)
     costs.observe_verify(4, 0, 5000.0)
     assert costs.verify_ms(4, 0) < 1.1 * before
+
+
+def test_a_width_looks_a_little_cheaper_until_it_was_tried() -> None:
+    hopeful = LiveCosts(Costs(STAIRS, None, 0.0), WidthClass(2), 16)
+    assert hopeful.verify_ms(2, 0) == 10.0 and hopeful.verify_ms(5, 0) == pytest.approx(14.4)
+    for _ in range(30):
+        hopeful.observe_verify(5, 0, 16.0)
+    assert hopeful.verify_ms(5, 0) == pytest.approx(16.0, rel=0.02)
 
 
 def test_a_wider_pass_is_taken_where_it_is_quicker() -> None:

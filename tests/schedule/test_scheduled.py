@@ -27,7 +27,7 @@ def curve(one: float, slope: float) -> Curve:
 def session(
     target: ReferenceModel, free: Sequence[Drafter], dear: Sequence[Drafter], costs: Costs, acceptance: str = "walk"
 ) -> tuple[Session, Experience]:
-    experience = Experience(costs, target.capabilities)
+    experience = Experience(costs, target.capabilities, by_clock=False)
     return Session(target, Scheduled(free, dear, experience), acceptance=acceptance), experience
 
 
@@ -102,7 +102,7 @@ def test_a_drafter_that_is_sure_and_wrong_is_soon_left_alone_and_the_answer_says
     with one:
         params = SamplingParams(max_tokens=400, ignore_eos=True, logit_bias={0: -1e9})
         first = one.generate(PROMPT, params)
-        assert first.stats.num_drafted < 60
+        assert first.stats.num_drafted < 80
         one.reset()
         second = one.generate(PROMPT, replace(params, max_tokens=30))
     assert second.stats.num_drafted <= 3
