@@ -25,7 +25,7 @@ from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome
 
 AUTO, INTERSECTION, BYTES = "auto", "intersection", "bytes"
 _MODES = (AUTO, INTERSECTION, BYTES)
-_ENOUGH_SHARED = 0.97
+_ENOUGH_SHARED = 0.98
 _RECENT = 1024
 _MOST_RATIO = 8.0
 

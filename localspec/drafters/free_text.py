@@ -28,7 +28,7 @@ from localspec.tree.grow import Grower, merge, prune
 from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits, Probabilities
 
-_BACK = 3
+_BACK = 2
 """How many of the last tokens a guess may replace."""
 _MOST_RATIO = 8.0
 _MOST_COUPLED = 256
