@@ -145,9 +145,17 @@ def trees(
     "cross_tokenizer:num=5,mode=intersection",
     note="; `cross_tokenizer` is run by the other draft model, all else by the target's own",
 )
+@click.option(
+    "--cut",
+    "cuts",
+    multiple=True,
+    type=click.FloatRange(0.0, 1.0, min_open=True),
+    help="Also the own draft model, as if so much of text were in both vocabularies.",
+)
 @load_options
 def cross(
     other: str,
+    cuts: Sequence[float],
     temperatures: Sequence[float],
     drafters: Sequence[str],
     tokens: int,
@@ -167,11 +175,12 @@ def cross(
     prompts = _workload(options)
     specs = [DrafterSpec.parse(text) for text in drafters]
     trees = any(spec.asks_for_trees for spec in specs)
-    with open_models(options, *specs, num_sequences=len(drafters) + 1) as pair:
-        settings = LoadSettings(context=pair.target.info.context_length, num_sequences=len(drafters) + 1, trees=trees)
+    num_sequences = len(drafters) + len(cuts) + 2  # each drafter's, the own one's as if foreign, and one alone
+    with open_models(options, *specs, num_sequences=num_sequences) as pair:
+        settings = LoadSettings(context=pair.target.info.context_length, num_sequences=num_sequences, trees=trees)
         model = load_model(resolve_model(other, "draft"), options["backend"], settings)
         try:
-            report = measure(pair, model, prompts, drafters, temperatures, tokens, save)
+            report = measure(pair, model, prompts, drafters, temperatures, tokens, cuts, save)
         finally:
             model.close()
     _finish_bench(table(report), report.as_dict(), output)
