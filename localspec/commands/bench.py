@@ -76,10 +76,18 @@ def drafters_option(*drafters: str, note: str = "") -> Callable[[F], F]:
 @bench.command()
 @workload_options()
 @drafters_option("draft_model", "ngram")
+@click.option("--resume", is_flag=True, help="Go on with the run that --output has a part of.")
 @load_options
-def equality(output: Path | None, **options: Any) -> None:
+def equality(output: Path | None, resume: bool, **options: Any) -> None:
     """Compare text under speculation with plain decoding, token for token."""
-    from localspec.bench.equality import compare, table
+    from localspec.bench.equality import Report, compare, table
+    from localspec.errors import UsageError
+
+    if resume and output is None:
+        raise UsageError("--resume needs a file to go on from", fix="Name it with --output.")
+    begun = None
+    if resume and output is not None and output.exists():
+        begun = Report.from_dict(json.loads(output.read_text()))
 
     def save(report: Report) -> None:  # after each prompt: long runs get cut off
         if output is not None:
@@ -87,7 +95,7 @@ def equality(output: Path | None, **options: Any) -> None:
 
     prompts = _workload(options)
     with _open_for(options, options["drafters"]) as pair:
-        report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], save)
+        report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], save, begun)
     _finish_bench(table(report), report.as_dict(), output)
     sys.exit(0 if report.all_equal else 1)
 

@@ -29,7 +29,7 @@ from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits, Probabilities
 
 _BACK = 2
-"""How many of the last tokens a guess may replace."""
+"""How many of the last tokens a guess may replace. More brought nothing (docs/log.md)."""
 _MOST_RATIO = 8.0
 _MOST_COUPLED = 256
 """First tokens that are looked at where noise decides among them."""
@@ -117,13 +117,18 @@ class _Text:
                 num_fed += 1
 
     def _replaceable(self) -> list[int]:
-        """The last tokens that a guess may replace: behind the last special token, and not all there are."""
+        """The last tokens that a guess may replace: behind the last special token, not all there are, and no more
+        than some token begins with."""
         mirror = self._writer.aligned.mirror
         ids, ends, start = mirror.ids, mirror.ends, mirror.segment_start
-        count = 0
+        useful = count = 0
+        suffix = b""
         while count < min(self._writer.back, len(ids) - 1) and ends[-count - 1] > start:
             count += 1
-        return ids[len(ids) - count :]
+            suffix = self._texts[ids[-count]] + suffix
+            if len(self._writer.prefixes.longer_than(suffix)):
+                useful = count
+        return ids[len(ids) - useful :]
 
     def _begin(self, rows: NDArray[np.float32], last: Sequence[int]) -> None:
         """The likeliest first tokens."""

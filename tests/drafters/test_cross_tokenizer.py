@@ -211,13 +211,30 @@ def test_alignment_holds_on_random_bytes_for_every_pair_of_small_vocabularies() 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not VOCABULARIES.is_dir(), reason="needs the vocabularies in ../shared/vocabs")
-def test_alignment_holds_for_real_vocabularies() -> None:
+def test_alignment_holds_for_every_pair_of_six_real_vocabularies() -> None:
+    """A sample of `localspec bench tokenizers FILE... --fuzz 20000`."""
     backend = get_backend("llamacpp")
     if not backend.is_installed():
         pytest.skip("needs llama.cpp")
-    paths = [VOCABULARIES / f"ggml-vocab-{name}.gguf" for name in ("llama-spm", "gpt-2", "starcoder")]
+    paths = [VOCABULARIES / f"ggml-vocab-{name}.gguf" for name in FAMILIES]
     vocabularies = [Vocabulary(backend.open_tokenizer(path)) for path in paths]
-    fuzz(vocabularies, [relate(a, b) for a in vocabularies for b in vocabularies if a is not b], 200)
+    relations = [relate(a, b) for a in vocabularies for b in vocabularies if a is not b]
+    assert len(relations) == 30 and fuzz(vocabularies, relations, 40) == 40 * 30
+
+
+@pytest.mark.skipif(not VOCABULARIES.is_dir(), reason="needs the vocabularies in ../shared/vocabs")
+@pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "starcoder"])
+def test_both_backends_have_the_same_bytes_for_every_token(name: str) -> None:
+    path = VOCABULARIES / f"ggml-vocab-{name}.gguf"
+    found = []
+    for backend in map(get_backend, ("llamacpp", "mlx")):
+        if not backend.is_installed():
+            pytest.skip(f"needs {backend.report().install_command}")
+        found.append(Vocabulary(backend.open_tokenizer(path)))
+    one, other = found
+    assert len(one) == len(other)
+    assert [token for token in range(len(one)) if one.texts[token] != other.texts[token]] == []
+    assert one.special == other.special and (one.bos, one.eos) == (other.bos, other.eos)
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "phi-3", "starcoder", "falcon"])
