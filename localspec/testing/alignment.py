@@ -164,11 +164,9 @@ def fuzz(
     relations: Sequence[Relation],
     num_strings: int,
     seed: int = 0,
-    per_text: int | None = None,
 ) -> int:
     """Check every vocabulary on random strings, and relations on texts of STRINGS_PER_TEXT of them; number of steps.
 
-    per_text: on how many relations each text is checked, all of them in turn (None: each text on all).
     Raises AssertionError where anything is lost, replaced, doubled or drifts.
     """
     encoders = {id(vocabulary): RememberingEncoder(vocabulary) for vocabulary in vocabularies}
@@ -178,9 +176,7 @@ def fuzz(
     for first in range(0, num_strings, STRINGS_PER_TEXT):
         batch = strings[first : first + STRINGS_PER_TEXT]
         tokens = {name: [check_encoder(encoder, raw) for raw in batch] for name, encoder in encoders.items()}
-        count = len(relations) if per_text is None else per_text
-        turn = first // STRINGS_PER_TEXT * count
-        for relation in [relations[(turn + place) % len(relations)] for place in range(count)]:
+        for relation in relations:
             own = id(relation.target)
             follower = Follower(relation, encoders[id(relation.draft)], encoders[own])
             for place, new in enumerate(tokens[own]):

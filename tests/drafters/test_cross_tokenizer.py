@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from localspec.bench.accounting import WordStarts, cut
 from localspec.context import Context
-from localspec.drafters import CrossTokenizer, Draft
+from localspec.drafters import CrossTokenizer, Draft, make_drafter
 from localspec.drafters.byte_encoder import ByteEncoder, incomplete
 from localspec.drafters.continuation import Prefixes, continuations
 from localspec.drafters.mirror import Mirror, Tail
@@ -425,3 +426,32 @@ def test_free_writing_holds_back_the_last_token() -> None:
     with Session(target, drafter) as session:
         stats = session.generate(list(b"hello"), SamplingParams(max_tokens=8, ignore_eos=True)).stats
     assert stats.drafter_counts["held_back"] >= stats.num_rounds - 1 and stats.num_drafted
+
+
+# ---------------------------------------------------------------- whose the gap is
+
+
+def test_a_vocabulary_is_cut_to_the_share_of_text_that_was_asked_for() -> None:
+    pieces = [bytes([97 + a, 97 + b]) for a in range(10) for b in range(10)]
+    model = speaking(ReferenceModel(400), Pieces(["</s>"], pieces))
+    draft = Draft.of(model, model)
+    tokens = np.random.default_rng(0).integers(1, 101, 4000).astype(np.int32)
+    for share in (1.0, 0.95, 0.5):
+        relation = cut(draft, tokens.tolist(), share).relation
+        assert not relation.same and share <= relation.coverage_of(tokens) < share + 0.02
+    assert draft.relation.coverage_of(tokens) == 1.0
+
+
+def test_a_model_agrees_with_its_own_text_at_every_word_start() -> None:
+    model = ReferenceModel(257, seed=2, context_length=200)
+    draft, prompt = Draft.of(model, model), np.array(list(b"abc"), np.int32)
+    with Session(model, make_drafter("nothing", None)) as session:
+        answer = session.generate(prompt.tolist(), SamplingParams(max_tokens=24, ignore_eos=True)).tokens
+    spaced = [*answer[:3], 32, *answer[3:]]  # a place that the model did not write
+    starts = WordStarts(draft, 2)
+    for text in (answer, spaced):
+        agreed, places = starts.agreement(prompt, text)
+        assert places == sum(text[place] == 32 for place in range(1, len(text) - 1))
+        assert agreed == 2 * places or text is spaced
+    starts.close()
+    assert model.num_open == 0
