@@ -116,14 +116,16 @@ class Relation:
         return self.num_shared / max(len(self.draft.ids), 1)
 
     def coverage(self, counts: Mapping[int, int]) -> float:
-        """Share of a text, given how often each of the target's tokens occurs in it, whose tokens the draft has."""
+        """Share of a text, given how often each of the target's tokens occurs in it, whose tokens the draft has.
+        Ids beyond the vocabulary (rows that pad a matrix) count as not shared."""
         total = sum(counts.values())
-        shared = sum(count for token, count in counts.items() if self.to_draft[token] != _NONE)
+        size = len(self.to_draft)
+        shared = sum(count for token, count in counts.items() if 0 <= token < size and self.to_draft[token] != _NONE)
         return shared / total if total else 0.0
 
     def coverage_of(self, tokens: TokenIds) -> float:
         """The same of a text that is given as tokens."""
-        inside = tokens[tokens < len(self.to_draft)]
+        inside = tokens[(tokens >= 0) & (tokens < len(self.to_draft))]
         return float(np.count_nonzero(self.to_draft[inside] != _NONE)) / len(tokens) if len(tokens) else 0.0
 
     def __str__(self) -> str:

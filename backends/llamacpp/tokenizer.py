@@ -89,5 +89,6 @@ class LlamaTokenizer:
             self._buffer = ctypes.create_string_buffer(-count)
 
     def is_special(self, token: int) -> bool:
-        """Control tokens."""
-        return bool(self._lib.llama_vocab_is_control(self._vocab, token))
+        """Control tokens, and the one for text that is not in the vocabulary."""
+        kinds = self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        return bool(self._lib.llama_vocab_get_attr(self._vocab, token) & kinds)

@@ -5,23 +5,29 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from localspec.bench.accounting import WordStarts, cut, foreign
 from localspec.bench.prompts import Prompt
-from localspec.drafters import make_drafter
+from localspec.drafters import CrossTokenizer, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import UsageError
-from localspec.fingerprint import Vocabulary
 from localspec.loading import Pair
-from localspec.protocols import HostTokens, LanguageModel, Step, chain_parents
+from localspec.protocols import Drafter, LanguageModel
 from localspec.sampling import SamplingParams
 from localspec.types import TokenIds
 
-OWN = "same tokenizer"
-_WINDOW = 16
-_PLACES = 4
+OWN, FOREIGN, OTHER = "same tokenizer", "same tokenizer, as if foreign", "other tokenizer"
 _ALL = "all"
+
+
+class _Closing(Protocol):
+    def close(self) -> None: ...
+
+
+_Made = TypeVar("_Made", bound=_Closing)
 
 
 @dataclass(slots=True)
@@ -44,15 +50,31 @@ class Row:
 
 
 @dataclass(slots=True)
+class Agreement:
+    """From word starts on, tokens of the target's that a draft model alone writes greedily."""
+
+    drafter: str
+    domain: str
+    num_tokens: int = 0
+    num_places: int = 0
+
+    @property
+    def length(self) -> float:
+        """Accepted length if every round began at a word, the bonus counted."""
+        return 1.0 + self.num_tokens / max(self.num_places, 1)
+
+
+@dataclass(slots=True)
 class Report:
-    """All rows; by domain, the bytes that each of the two drafters agrees with the target in."""
+    """All rows, and what each of the two draft models alone agrees with the target in. num: tokens at most."""
 
     target: str
     own: str
     other: str
     relation: str
+    num: int = 5
     rows: list[Row] = field(default_factory=list)
-    agreement: dict[str, dict[str, float]] = field(default_factory=dict)
+    agreements: list[Agreement] = field(default_factory=list)
 
     def row(self, drafter: str, temperature: float, domain: str) -> Row:
         """The row of these three, made at its first use."""
@@ -61,6 +83,14 @@ class Report:
                 return row
         self.rows.append(Row(drafter, temperature, domain))
         return self.rows[-1]
+
+    def agreement(self, drafter: str, domain: str) -> Agreement:
+        """The same of these two."""
+        for found in self.agreements:
+            if (found.drafter, found.domain) == (drafter, domain):
+                return found
+        self.agreements.append(Agreement(drafter, domain))
+        return self.agreements[-1]
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -74,51 +104,59 @@ def measure(
     drafters: Sequence[str],
     temperatures: Sequence[float],
     max_tokens: int,
+    cuts: Sequence[float] = (),
     on_prompt: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Decode every prompt plainly, with the pair's own draft model and with `other`, as each of `drafters`.
 
-    Raises UsageError without a draft model of the target's own tokenizer.
+    cuts: also run the own draft model as if its tokenizer were another one, freely (bytes), and restricted to so
+    much of the prompts' text (intersection). Raises UsageError without a draft model of the target's own tokenizer.
     """
     if pair.draft is None or pair.drafting is None or not pair.drafting.relation.same:
         raise UsageError(
             "the comparison needs a draft model of the target's own tokenizer", fix="Name it with --draft."
         )
-    crossed = Pair(pair.target, other)
-    assert crossed.drafting is not None
-    report = Report(pair.target.info.name, pair.draft.info.name, other.info.name, str(crossed.drafting.relation))
-    makers = {}
-    for spec in drafters:
-        crossing = spec.startswith("cross_tokenizer")
-        makers[spec if crossing else f"{OWN}, {spec}"] = make_drafter(
-            spec, crossed.drafting if crossing else pair.drafting
-        )
-    bytes_same: dict[str, dict[str, list[int]]] = {}
-    with pair.session("nothing") as session:
+    own, crossed = pair.drafting, Pair(pair.target, other).drafting
+    assert crossed is not None
+    report = Report(pair.target.info.name, pair.draft.info.name, other.info.name, str(crossed.relation))
+    encoded = [prompt.encode(pair.target.tokenizer) for prompt in prompts]
+    with ExitStack() as stack:
+
+        def opened(made: _Made) -> _Made:
+            stack.callback(made.close)
+            return made
+
+        makers: dict[str, Drafter] = {}
+        for spec in drafters:
+            crossing = spec.startswith(CrossTokenizer.name)
+            name = spec if crossing else f"{OWN}, {spec}"
+            makers[name] = opened(make_drafter(spec, crossed if crossing else own))
+        if cuts:
+            spec = f"{CrossTokenizer.name}:num={report.num},mode="
+            makers[f"{FOREIGN}, bytes"] = opened(make_drafter(f"{spec}bytes", foreign(own)))
+            text = [token for tokens in encoded for token in tokens.tolist()]
+            for share in cuts:
+                drafter = opened(make_drafter(f"{spec}intersection", cut(own, text, share)))
+                makers[f"{FOREIGN}, {share:.1%} of text shared, intersection"] = drafter
+        alone = {name: opened(WordStarts(draft, report.num)) for name, draft in ((OWN, own), (OTHER, crossed))}
+        session = stack.enter_context(pair.session("nothing"))
         plain = session.drafter
-        for prompt in prompts:
-            tokens = prompt.encode(pair.target.tokenizer)
+        for prompt, tokens in zip(prompts, encoded, strict=True):
             for temperature in temperatures:
-                params = SamplingParams(
-                    temperature=temperature, seed=zlib.crc32(prompt.id.encode()), max_tokens=max_tokens
-                )
+                seed = zlib.crc32(prompt.id.encode())
+                params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
                 session.use(plain)
                 want = session.generate(tokens.tolist(), params).tokens
                 for name, drafter in makers.items():
                     session.use(drafter)
                     _add(report.row(name, temperature, prompt.domain), session, tokens, params, want)
                 if temperature == 0.0:
-                    for name, model in ((OWN, pair.draft), ("other tokenizer", other)):
-                        found = bytes_same.setdefault(prompt.domain, {}).setdefault(name, [0, 0])
-                        same, places = agreement(pair.target, model, tokens, want)
-                        found[0], found[1] = found[0] + same, found[1] + places
-            report.agreement = {
-                domain: {name: same / max(places, 1) for name, (same, places) in found.items()}
-                for domain, found in bytes_same.items()
-            }
+                    for name, starts in alone.items():
+                        found = report.agreement(name, prompt.domain)
+                        agreed, places = starts.agreement(tokens, want)
+                        found.num_tokens += agreed
+                        found.num_places += places
             on_prompt(report)
-    for drafter in makers.values():
-        drafter.close()
     return report
 
 
@@ -129,45 +167,6 @@ def _add(row: Row, session: Session, tokens: TokenIds, params: SamplingParams, w
     row.num_tokens += result.stats.num_tokens
     row.num_rounds += result.stats.num_rounds
     row.draft_ms += result.stats.draft_ms
-
-
-def agreement(target: LanguageModel, model: LanguageModel, prompt: TokenIds, answer: Sequence[int]) -> tuple[int, int]:
-    """(bytes, places): at some word starts of the target's text the model reads what stands before, in its own
-    tokens, and writes on greedily; how many of the next bytes are the target's, summed over the places.
-
-    No boundary of the target's tokens is involved, so this is the drafter's part alone.
-    """
-    texts = Vocabulary(target.tokenizer).texts
-    before = b"".join(texts[token] for token in prompt.tolist())
-    text = b"".join(texts[token] for token in answer)
-    starts = [at for at in range(1, len(text) - _WINDOW) if text[at] == 32 and not text[at - 1 : at].isspace()]
-    places = starts[:: max(len(starts) // _PLACES, 1)][:_PLACES]
-    return sum(_same_bytes(model, before + text[:at], text[at : at + _WINDOW]) for at in places), len(places)
-
-
-def _same_bytes(model: LanguageModel, before: bytes, want: bytes) -> int:
-    """How many bytes of `want` the model writes greedily behind `before`."""
-    tokenizer = model.tokenizer
-    ids = tokenizer.encode(before.decode(errors="replace"), special=True)
-    ids = ids[-model.info.context_length + _WINDOW :]
-    state = model.open()
-    found = b""
-    try:
-        while len(found) < len(want) and want.startswith(found):
-            parents = chain_parents(state, len(ids))
-            [scores] = model.forward([Step(state, (HostTokens(ids),), parents, (len(ids) - 1,))])
-            ids = scores.argmax().numpy()
-            state.keep(range(len(parents)))
-            piece = tokenizer.token_bytes(int(ids[0]))
-            if not piece or tokenizer.is_special(int(ids[0])):
-                break
-            found += piece
-    finally:
-        state.close()
-    same = 0
-    while same < min(len(found), len(want)) and found[same] == want[same]:
-        same += 1
-    return same
 
 
 def table(report: Report) -> str:
@@ -188,10 +187,36 @@ def table(report: Report) -> str:
             f"| {row.temperature:g} | {row.domain} | {row.drafter} | {row.num_prompts} | {row.num_equal} of "
             f"{row.num_prompts} | {row.length:.2f} | {share:.0%} | {row.draft_ms / max(row.num_rounds, 1):.1f} |"
         )
-    for domain, values in report.agreement.items():
-        words = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
-        lines += ["", f"{domain}: of the target's next {_WINDOW} bytes each drafter alone writes greedily: {words}"]
-    return "\n".join(lines)
+    return "\n".join(lines + _accounts(report, rows))
+
+
+def _accounts(report: Report, rows: Sequence[Row]) -> list[str]:
+    """Whose the gap is, at T = 0: the best of the other drafter's rows against the first drafter's."""
+    if not report.agreements:
+        return []
+    lines = [
+        "",
+        f"T = 0; each draft model alone, from word starts, where no tokenizer matters, {report.num} tokens at most",
+        "",
+        f"| domain | {OWN} | {OTHER} | share | = the drafter's | x the tokenizer's |",
+        "|---|---|---|---|---|---|",
+    ]
+    greedy = [row for row in rows if row.temperature == 0.0]
+    for domain in dict.fromkeys(row.domain for row in greedy):
+        own, other = (_agreed(report, name, domain) for name in (OWN, OTHER))
+        lengths = {row.drafter: row.length for row in greedy if row.domain == domain}
+        first = next(iter(lengths.values()))
+        best = max((value for name, value in lengths.items() if name.startswith(CrossTokenizer.name)), default=0.0)
+        share, drafters = best / max(first, 1e-9), other.length / own.length
+        alone = f"{own.length:.2f} | {other.length:.2f}"
+        lines.append(f"| {domain} | {alone} | {share:.0%} | {drafters:.0%} | {share / drafters:.0%} |")
+    return lines
+
+
+def _agreed(report: Report, drafter: str, domain: str) -> Agreement:
+    """In a domain, or in all."""
+    found = [item for item in report.agreements if item.drafter == drafter and domain in (item.domain, _ALL)]
+    return Agreement(drafter, domain, sum(item.num_tokens for item in found), sum(item.num_places for item in found))
 
 
 def _totals(report: Report) -> list[Row]:

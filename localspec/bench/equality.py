@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from localspec.bench.prompts import Prompt
 from localspec.drafters import make_drafter
 from localspec.engine.session import Generation
 from localspec.engine.width import pad
+from localspec.errors import SettingError
 from localspec.loading import Pair
 from localspec.protocols import HostTokens, Step, chain_parents
 from localspec.ranking import top_ids
@@ -58,11 +60,14 @@ class Row:
 
 @dataclass(slots=True)
 class Report:
-    """All rows and every difference. evidence: how the width class was found."""
+    """All rows and every difference. evidence: how the width class was found.  runs: what was asked for.
+    num_done: prompts that are in it."""
 
     target: str
     width_class: str
     evidence: str = ""
+    runs: str = ""
+    num_done: int = 0
     rows: list[Row] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
 
@@ -80,6 +85,12 @@ class Report:
         """Ready for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """What `as_dict` made."""
+        parts = {"rows": [Row(**row) for row in data["rows"]]}
+        return cls(**{**data, **parts, "differences": [Difference(**item) for item in data["differences"]]})
+
 
 def compare(
     pair: Pair,
@@ -88,22 +99,33 @@ def compare(
     temperatures: Sequence[float],
     max_tokens: int,
     on_prompt: Callable[[Report], None] = lambda report: None,
+    begun: Report | None = None,
 ) -> Report:
     """Run every prompt plainly and with each drafter, same seed; the seed differs per prompt.
 
     One session serves all, so a prompt is prefilled once. on_prompt: called with the report so far after
-    each prompt: a long run that is cut off has not been for nothing.
+    each prompt: a long run that is cut off has not been for nothing.  begun: such a report, to go on from.
+    Raises SettingError where that one is of another run.
     """
     info = pair.target.info
     classes = pair.target.capabilities.width_class
-    report = Report(f"{info.name} {info.quantization} on {info.backend}, {info.device}", str(classes), classes.evidence)
+    target = f"{info.name} {info.quantization} on {info.backend}, {info.device}"
+    report = Report(target, str(classes), classes.evidence)
+    draft = "no draft model" if pair.draft is None else f"{pair.draft.info.name} {pair.draft.info.quantization}"
+    named = hashlib.sha256(" ".join(prompt.id for prompt in prompts).encode()).hexdigest()[:8]
+    report.runs = f"{draft}; {', '.join(drafters)}; T {list(temperatures)}; {max_tokens} tokens; prompts {named}"
+    if begun is not None:
+        if (begun.target, begun.width_class, begun.runs) != (report.target, report.width_class, report.runs):
+            got, expected = f"{begun.target}; {begun.runs}", f"{report.target}; {report.runs}"
+            raise SettingError("the run to go on with was another one", got=got, expected=expected)
+        report = begun
     makers = {name: make_drafter(name, pair.drafting) for name in drafters}
     with ExitStack() as stack:
         for drafter in makers.values():
             stack.callback(drafter.close)
         session = stack.enter_context(pair.session("nothing"))
         plain = session.drafter
-        for number, prompt in enumerate(prompts):
+        for number, prompt in list(enumerate(prompts))[report.num_done :]:
             tokens = prompt.encode(pair.target.tokenizer)
             for temperature in temperatures:
                 params = SamplingParams(temperature=temperature, seed=1000 + number, max_tokens=max_tokens)
@@ -115,6 +137,7 @@ def compare(
                     _row(report, name, temperature, prompt.domain).add(result, want)
                     if result.tokens != want:
                         report.differences.append(_difference(pair, prompt, tokens, name, temperature, want, result))
+            report.num_done = number + 1
             on_prompt(report)
     report.rows.sort(key=lambda row: (row.drafter, row.temperature))
     return report

@@ -89,10 +89,18 @@ def drafters_option(*drafters: str, note: str = "") -> Callable[[F], F]:
 @bench.command()
 @workload_options()
 @drafters_option("draft_model", "ngram")
+@click.option("--resume", is_flag=True, help="Go on with the run that --output has a part of.")
 @load_options
-def equality(output: Path | None, **options: Any) -> None:
+def equality(output: Path | None, resume: bool, **options: Any) -> None:
     """Compare text under speculation with plain decoding, token for token."""
-    from localspec.bench.equality import compare, table
+    from localspec.bench.equality import Report, compare, table
+    from localspec.errors import UsageError
+
+    if resume and output is None:
+        raise UsageError("--resume needs a file to go on from", fix="Name it with --output.")
+    begun = None
+    if resume and output is not None and output.exists():
+        begun = Report.from_dict(json.loads(output.read_text()))
 
     def save(report: Report) -> None:  # after each prompt: long runs get cut off
         if output is not None:
@@ -100,7 +108,7 @@ def equality(output: Path | None, **options: Any) -> None:
 
     prompts = _workload(options)
     with _open_for(options, options["drafters"]) as pair:
-        report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], save)
+        report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], save, begun)
     _finish_bench(table(report), report.as_dict(), output)
     sys.exit(0 if report.all_equal else 1)
 
@@ -143,9 +151,17 @@ def trees(
     "cross_tokenizer:num=5,mode=intersection",
     note="; `cross_tokenizer` is run by the other draft model, all else by the target's own",
 )
+@click.option(
+    "--cut",
+    "cuts",
+    multiple=True,
+    type=click.FloatRange(0.0, 1.0, min_open=True),
+    help="Also the own draft model, as if so much of text were in both vocabularies.",
+)
 @load_options
 def cross(
     other: str,
+    cuts: Sequence[float],
     temperatures: Sequence[float],
     drafters: Sequence[str],
     tokens: int,
@@ -165,11 +181,12 @@ def cross(
     prompts = _workload(options)
     specs = [DrafterSpec.parse(text) for text in drafters]
     trees = any(spec.asks_for_trees for spec in specs)
-    with open_models(options, *specs, num_sequences=len(drafters) + 1) as pair:
-        settings = LoadSettings(context=pair.target.info.context_length, num_sequences=len(drafters) + 1, trees=trees)
+    num_sequences = len(drafters) + len(cuts) + 2  # each drafter's, the own one's as if foreign, and one alone
+    with open_models(options, *specs, num_sequences=num_sequences) as pair:
+        settings = LoadSettings(context=pair.target.info.context_length, num_sequences=num_sequences, trees=trees)
         model = load_model(resolve_model(other, "draft"), options["backend"], settings)
         try:
-            report = measure(pair, model, prompts, drafters, temperatures, tokens, save)
+            report = measure(pair, model, prompts, drafters, temperatures, tokens, cuts, save)
         finally:
             model.close()
     _finish_bench(table(report), report.as_dict(), output)

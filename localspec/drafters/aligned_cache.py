@@ -48,9 +48,13 @@ class AlignedCache:
         if not self.is_empty:
             self._cache.begin(self._draft_context)
 
-    def start(self) -> Scores:
-        """Forget earlier guesses, feed what is missing; scores [1, V] behind the conversation."""
-        return self._cache.start()
+    def start(self, num_rows: int = 1) -> Scores:
+        """Forget earlier guesses, feed what is missing; scores [num_rows, V] of the last tokens."""
+        return self._cache.start(num_rows)
+
+    def step_back(self, count: int) -> None:
+        """Guess on from `count` tokens before the conversation's end."""
+        self._cache.step_back(count)
 
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
         """Feed guesses of the draft model's vocabulary; scores [N, V] of all of them."""
@@ -104,9 +108,9 @@ class SharedTokens:
         """Follow another conversation."""
         self._aligned.begin(context)
 
-    def start(self) -> Scores:
-        """Scores [1, V of the target] behind the conversation."""
-        return self._translated(self._aligned.start())
+    def start(self, num_rows: int = 1) -> Scores:
+        """Scores [num_rows, V of the target] of the last tokens."""
+        return self._translated(self._aligned.start(num_rows))
 
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
         """Feed guesses of the target's vocabulary; scores [N, V of the target] of all of them."""

@@ -25,7 +25,7 @@ class GuessCache(Protocol):
 
     def begin(self, context: Context) -> None: ...
 
-    def start(self) -> Scores: ...
+    def start(self, num_rows: int = 1) -> Scores: ...
 
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores: ...
 
@@ -37,7 +37,8 @@ class GuessCache(Protocol):
 class DraftCache:
     """Feeds a model what it has not seen and the guesses, and commits those guesses that came true.
 
-    Fed guesses are numbered from 0 since `start`; their parent is such a number, or ANCHOR.
+    Fed guesses are numbered from 0 since `start`; their parent is such a number, or ANCHOR: the
+    conversation's last token. ANCHOR - 1 is the token before that one, as far back as `start` gave rows.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -80,13 +81,15 @@ class DraftCache:
         """Forget all guesses, and what was committed from `length` on."""
         self._reset_to(min(length, self._state.length))
 
-    def start(self) -> Scores:
-        """Forget earlier guesses, feed what is missing; scores [1, V] of the anchor."""
-        self._reset_to(self._state.length)
+    def start(self, num_rows: int = 1) -> Scores:
+        """Forget earlier guesses, feed what is missing; scores [num_rows, V] of the last tokens, the anchor's last."""
         tokens = self._context.tokens
-        self._read(len(tokens) - _PREFILL_CHUNK)
+        last = len(tokens) - num_rows
+        self._reset_to(min(self._state.length, last))
+        self._read(min(last, len(tokens) - _PREFILL_CHUNK))
         rest = tokens[self._state.length :].copy()
-        scores = self._forward(HostTokens(rest), chain_parents(self._state, len(rest)).tolist(), (len(rest) - 1,))
+        rows = tuple(range(len(rest) - num_rows, len(rest)))
+        scores = self._forward(HostTokens(rest), chain_parents(self._state, len(rest)).tolist(), rows)
         self._base = len(rest)
         return scores
 
@@ -96,6 +99,13 @@ class DraftCache:
             chunk = self._context.tokens[self._state.length : min(length, self._state.length + _PREFILL_CHUNK)].copy()
             self._forward(HostTokens(chunk), chain_parents(self._state, len(chunk)).tolist(), ())
             self._commit(range(len(chunk)), chunk.tolist())
+
+    def step_back(self, count: int) -> None:
+        """Guess on from `count` tokens before the conversation's end, at most as far back as `start` gave rows."""
+        kept = self._base - count
+        start = self._state.length
+        self._commit(range(kept), self._context.tokens[start : start + kept].tolist())
+        self._base = 0
 
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
         """Feed guesses; scores [N, V] of all of them."""

@@ -32,10 +32,11 @@ class Mirror:
 
     specials: what becomes of the target's special tokens. map: those that the draft model has by the same text
     are its own, the others text; text: all are text; skip: all that are not shared are left out. A BOS is never
-    doubled: the draft's own stands first if it wants one, the target's is left out.
+    doubled: the draft's own stands first if it wants one, the target's is left out.  encoder: of the draft's
+    vocabulary, if there is one already.
     """
 
-    def __init__(self, relation: Relation, specials: str = MAP) -> None:
+    def __init__(self, relation: Relation, specials: str = MAP, encoder: ByteEncoder | None = None) -> None:
         if specials not in SPECIALS:
             raise SettingError("unknown treatment of special tokens", got=specials, expected=" or ".join(SPECIALS))
         self.relation = relation
@@ -47,7 +48,7 @@ class Mirror:
         self._first = len(self.ids)
         self._tokens: list[int] = []
         self._barriers: list[int] = []
-        self._encoder = ByteEncoder(relation.draft)
+        self._encoder = encoder or ByteEncoder(relation.draft)
         self._is_cut = False
 
     @property

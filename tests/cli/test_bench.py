@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,7 +13,7 @@ import localspec.loading
 from cli import main
 from localspec.bench import core_time, equality
 from localspec.bench.prompts import load_prompts
-from localspec.errors import PromptError
+from localspec.errors import PromptError, SettingError
 from localspec.loading import Pair
 from localspec.protocols import WidthClass
 from localspec.testing.reference import ReferenceModel
@@ -71,6 +73,31 @@ def test_line_separators_inside_a_prompt_do_not_split_it(tmp_path: Path) -> None
 
 def test_nothing_compared_is_not_equality() -> None:
     assert not equality.Report("target", "1 to 8").all_equal
+
+
+def test_an_equality_run_that_was_cut_off_is_gone_on_with() -> None:
+    prompts = load_prompts(domains=["chat"], per_domain=3)
+    with Pair(ReferenceModel(257, context_length=2048), None) as pair:
+
+        def compare(begun: equality.Report | None = None) -> tuple[equality.Report, list[dict[str, Any]]]:
+            saved: list[dict[str, Any]] = []
+            report = equality.compare(
+                pair,
+                prompts,
+                ["ngram"],
+                [0.0, 0.8],
+                2,
+                lambda report: saved.append(json.loads(json.dumps(report.as_dict()))),
+                begun,
+            )
+            return report, saved
+
+        whole, saved = compare()
+        assert [part["num_done"] for part in saved] == [1, 2, 3]
+        rest, more = compare(equality.Report.from_dict(saved[0]))
+        assert rest.as_dict() == whole.as_dict() and len(more) == 2
+        with pytest.raises(SettingError, match="another one"):
+            equality.compare(pair, prompts, ["ngram"], [0.0], 2, begun=rest)
 
 
 def test_equality_says_how_the_width_class_was_found() -> None:

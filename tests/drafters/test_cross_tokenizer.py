@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localspec.drafters import CrossTokenizer, Draft
+from localspec.bench.accounting import WordStarts, cut
+from localspec.context import Context
+from localspec.drafters import CrossTokenizer, Draft, make_drafter
 from localspec.drafters.byte_encoder import ByteEncoder, incomplete
+from localspec.drafters.continuation import Prefixes, continuations
 from localspec.drafters.mirror import Mirror, Tail
 from localspec.engine.session import Session
 from localspec.errors import SettingError
 from localspec.fingerprint import Relation, Vocabulary, relate
 from localspec.loading import get_backend
-from localspec.protocols import Drafter, Tokenizer
-from localspec.sampling import SamplingParams
+from localspec.protocols import Drafter, DraftRequest, Outcome, Tokenizer
+from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.alignment import fuzz, random_strings
 from localspec.testing.drafters import DrafterConformance
 from localspec.testing.reference import ReferenceModel
@@ -180,6 +183,8 @@ def test_padding_does_not_make_another_vocabulary_but_a_token_does() -> None:
     assert not other.same and other.first_difference.startswith("token 2 is 'cd'")
     assert other.num_shared == 257 and other.coverage({1: 3, 2: 1}) == 0.75
     assert other.to_target[1] == 1 and other.to_target[2] == -1
+    assert other.coverage({1: 1, len(other.target): 2, -1: 1}) == 0.25
+    assert other.coverage_of(np.array([1, len(other.target), -1, -1], np.int32)) == 0.25
 
 
 def test_of_two_tokens_with_the_same_bytes_the_one_that_encoding_uses_counts() -> None:
@@ -207,13 +212,30 @@ def test_alignment_holds_on_random_bytes_for_every_pair_of_small_vocabularies() 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not VOCABULARIES.is_dir(), reason="needs the vocabularies in ../shared/vocabs")
-def test_alignment_holds_for_real_vocabularies() -> None:
+def test_alignment_holds_for_every_pair_of_six_real_vocabularies() -> None:
+    """A sample of `localspec bench tokenizers FILE... --fuzz 20000`."""
     backend = get_backend("llamacpp")
     if not backend.is_installed():
         pytest.skip("needs llama.cpp")
-    paths = [VOCABULARIES / f"ggml-vocab-{name}.gguf" for name in ("llama-spm", "gpt-2", "starcoder")]
+    paths = [VOCABULARIES / f"ggml-vocab-{name}.gguf" for name in FAMILIES]
     vocabularies = [Vocabulary(backend.open_tokenizer(path)) for path in paths]
-    fuzz(vocabularies, [relate(a, b) for a in vocabularies for b in vocabularies if a is not b], 200)
+    relations = [relate(a, b) for a in vocabularies for b in vocabularies if a is not b]
+    assert len(relations) == 30 and fuzz(vocabularies, relations, 40) == 40 * 30
+
+
+@pytest.mark.skipif(not VOCABULARIES.is_dir(), reason="needs the vocabularies in ../shared/vocabs")
+@pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "starcoder"])
+def test_both_backends_have_the_same_bytes_for_every_token(name: str) -> None:
+    path = VOCABULARIES / f"ggml-vocab-{name}.gguf"
+    found = []
+    for backend in map(get_backend, ("llamacpp", "mlx")):
+        if not backend.is_installed():
+            pytest.skip(f"needs {backend.report().install_command}")
+        found.append(Vocabulary(backend.open_tokenizer(path)))
+    one, other = found
+    assert len(one) == len(other)
+    assert [token for token in range(len(one)) if one.texts[token] != other.texts[token]] == []
+    assert one.special == other.special and (one.bos, one.eos) == (other.bos, other.eos)
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "phi-3", "starcoder", "falcon"])
@@ -327,6 +349,75 @@ def test_unfinished_characters_are_counted() -> None:
         assert incomplete(raw) == count
 
 
+def test_prefixes_are_found_and_a_token_is_not_longer_than_itself() -> None:
+    vocabulary = Vocabulary(Pieces(["</s>"], [b"jo", b"joint", b"join", b"\xff\xff", b"jp"]))
+    prefixes = Prefixes(vocabulary)
+
+    def longer(text: bytes) -> set[bytes]:
+        return {vocabulary.texts[token] for token in prefixes.longer_than(text).tolist()}
+
+    assert longer(b"jo") == {b"join", b"joint"} and longer(b"j") == {b"jo", b"join", b"joint", b"jp"}
+    assert longer(b"joint") == set() and longer(b"\xff") == {b"\xff\xff"} and longer(b"\xff\xff") == set()
+
+
+def test_the_chance_of_the_next_bytes_counts_all_ways_to_write_what_is_there() -> None:
+    """Weights against the sum over all token sequences that write the bytes, of a chain of order one."""
+    texts = [b"a", b"b", b"ab", b"bb", b"abb", b"c"]
+    vocabulary = Vocabulary(Pieces(["</s>"], texts))
+    first = 1
+    rng = np.random.default_rng(3)
+    rows = np.full((3, len(vocabulary)), -np.inf, np.float32)
+    rows[:, first : first + len(texts)] = rng.normal(size=(3, len(texts)))
+    a, b = first, first + 1
+    found = continuations(rows, [a, b], vocabulary.texts, Prefixes(vocabulary), 16)
+    logs = rows - np.log(np.exp(rows.astype(np.float64)).sum(axis=1, keepdims=True))
+    want = {}  # behind "?ab", written as a, b: replace nothing, b, or a and b
+    for token in range(first, first + len(texts)):
+        text = vocabulary.texts[token]
+        want[token, 0] = logs[0, a] + logs[1, b] + logs[2, token]
+        if text.startswith(b"b") and len(text) > 1:
+            want[token, 1] = logs[0, a] + logs[1, token]
+        if text.startswith(b"ab") and len(text) > 2:
+            want[token, 2] = logs[0, token]
+    got = dict(zip(zip(found.ids.tolist(), found.behind.tolist(), strict=True), found.values.tolist(), strict=True))
+    assert got.keys() == want.keys()
+    assert all(abs(got[key] - value) < 1e-4 for key, value in want.items())
+    assert found.values.tolist() == sorted(found.values.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_a_drafter_that_stepped_back_guesses_what_a_fresh_one_does(shape: str) -> None:
+    """Guesses that replace the last tokens leave nothing wrong in the draft model's state."""
+    target = ReferenceModel(9, seed=1, context_length=200)
+    pieces = Pieces(["\0"], [bytes([a, b]) for a in range(8) for b in range(8)])
+    model = speaking(ReferenceModel(pieces.num_tokens, seed=9, context_length=400), pieces)
+    related = Draft.of(target, model)
+
+    def made() -> CrossTokenizer:
+        return CrossTokenizer(model, related.relation, related.num_rows, mode="bytes", num=4, shape=shape)
+
+    following, context = made(), Context([1, 2, 3])
+    following.begin(context)
+    sampler = Sampler(SamplingParams(), 0)
+    stepped_back = 0
+    for token in np.random.default_rng(0).integers(0, 8, 20).tolist():
+        request = DraftRequest(
+            context=context, max_nodes=8, max_depth=4, sampler=sampler, stop_tokens=frozenset(), trees=shape == "tree"
+        )
+        fresh = made()
+        fresh.begin(context)
+        want, got = fresh.propose(request), following.propose(request)
+        fresh.close()
+        assert got.tree().token.tolist() == want.tree().token.tolist()
+        assert got.parents.tolist() == want.parents.tolist()
+        stepped_back += got.counts["stepped_back"]
+        emitted = got.tree().token[: len(got.tree()) // 2].tolist() if shape == "chain" else []
+        context.extend([*emitted, token])
+        following.observe(Outcome(got.tree(), tuple(range(len(emitted))), (*emitted, token)))
+    following.close()
+    assert stepped_back
+
+
 def test_free_writing_holds_back_the_last_token() -> None:
     target = ReferenceModel(257, seed=3, context_length=200)
     draft = speaking(ReferenceModel(300, seed=4, context_length=200), Pieces(["\0"], [b"ab", b"cd"]))
@@ -335,3 +426,32 @@ def test_free_writing_holds_back_the_last_token() -> None:
     with Session(target, drafter) as session:
         stats = session.generate(list(b"hello"), SamplingParams(max_tokens=8, ignore_eos=True)).stats
     assert stats.drafter_counts["held_back"] >= stats.num_rounds - 1 and stats.num_drafted
+
+
+# ---------------------------------------------------------------- whose the gap is
+
+
+def test_a_vocabulary_is_cut_to_the_share_of_text_that_was_asked_for() -> None:
+    pieces = [bytes([97 + a, 97 + b]) for a in range(10) for b in range(10)]
+    model = speaking(ReferenceModel(400), Pieces(["</s>"], pieces))
+    draft = Draft.of(model, model)
+    tokens = np.random.default_rng(0).integers(1, 101, 4000).astype(np.int32)
+    for share in (1.0, 0.95, 0.5):
+        relation = cut(draft, tokens.tolist(), share).relation
+        assert not relation.same and share <= relation.coverage_of(tokens) < share + 0.02
+    assert draft.relation.coverage_of(tokens) == 1.0
+
+
+def test_a_model_agrees_with_its_own_text_at_every_word_start() -> None:
+    model = ReferenceModel(257, seed=2, context_length=200)
+    draft, prompt = Draft.of(model, model), np.array(list(b"abc"), np.int32)
+    with Session(model, make_drafter("nothing", None)) as session:
+        answer = session.generate(prompt.tolist(), SamplingParams(max_tokens=24, ignore_eos=True)).tokens
+    spaced = [*answer[:3], 32, *answer[3:]]  # a place that the model did not write
+    starts = WordStarts(draft, 2)
+    for text in (answer, spaced):
+        agreed, places = starts.agreement(prompt, text)
+        assert places == sum(text[place] == 32 for place in range(1, len(text) - 1))
+        assert agreed == 2 * places or text is spaced
+    starts.close()
+    assert model.num_open == 0
