@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from localspec.commands.audit import audit
 from localspec.commands.bench import bench
 from localspec.commands.models import allowed_backends, open_models
 from localspec.commands.options import (
@@ -256,7 +257,7 @@ def _report(pair: Pair, result: Generation) -> dict[str, Any]:
     return {**result.as_dict(), **described, "vocabularies": relation}
 
 
-for command in (bench, pairs, pull):
+for command in (audit, bench, pairs, pull):
     main.add_command(command)
 
 
