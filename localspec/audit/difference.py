@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from localspec import noise
-from localspec.audit.rows import RowReport, rows_of
+from localspec.audit.rows import Prefix, RowReport
 from localspec.context import Context
 from localspec.engine.session import Session
 from localspec.noise import Purpose
@@ -90,10 +90,10 @@ class Difference:
         wrong = "speculative" if self.other.from_fresh > self.plain.from_fresh else "plain"
         shape = "tree" if self.other.branched else "chain"
         return (
-            f"not rounding: the two rows differ by {self.apart:.2g}, width alone makes {self.rounding:.2g} here. A fresh "
-            f"pass over the same tokens says that the {wrong} row is wrong (plain is {self.plain.from_fresh:.2g} off; "
-            f"speculative, in a {shape} of {self.other.nodes} guesses, {self.other.from_fresh:.2g}): a token saw what it "
-            f"must not see, or stood in the wrong place"
+            f"not rounding: the two rows differ by {self.apart:.2g}, width alone makes {self.rounding:.2g} here. A "
+            f"fresh pass over the same tokens says that the {wrong} row is wrong (plain is {self.plain.from_fresh:.2g} "
+            f"off; speculative, in a {shape} of {self.other.nodes} guesses, {self.other.from_fresh:.2g}): a token saw "
+            f"what it must not see, or stood in the wrong place"
         )
 
     def line(self) -> str:
@@ -165,7 +165,8 @@ def explain(
     if not again or first.row is None or second.row is None:
         return Difference(*facts, Cause.GONE, 0.0, 0.0, rows.rounding, None, None)
     history = np.concatenate([ids, np.array(want[:index], np.int32)])
-    fresh = rows_of(session.model, history, len(history) - 1)[0]
+    with Prefix(session.model, history[:-1]) as prefix:
+        [fresh] = prefix.rows(history[-1:])
     context = Context(ids.tolist())
     context.start_output()
     context.extend(want[:index])

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from localspec.audit.rows import rows_of
+from localspec.audit.rows import Prefix
 from localspec.audit.statistics import chi_square_tail, shift_for_power
 from localspec.bench.prompts import Prompt
 from localspec.context import Context
@@ -131,30 +131,26 @@ def run_test(
     session.use(drafter[1], acceptance)
     for prompt in prompts:
         ids = prompt.encode(session.model.tokenizer)
-        for number in range(num_seeds):
-            one = SamplingParams(
-                temperature=params.temperature,
-                seed=params.seed + number,
-                max_tokens=params.max_tokens,
-                ignore_eos=True,
-            )
-            answer = session.generate(ids.tolist(), one)
-            test.num_drafted += answer.stats.num_drafted
-            test.num_accepted += answer.stats.num_accepted
-            _count(test, session, ids, np.array(answer.tokens, np.int32), one, places)
-            on_answer()
+        with Prefix(session.model, ids[:-1]) as prefix:
+            for number in range(num_seeds):
+                one = replace(params, seed=params.seed + number, ignore_eos=True)
+                answer = session.generate(ids.tolist(), one)
+                test.num_drafted += answer.stats.num_drafted
+                test.num_accepted += answer.stats.num_accepted
+                _count(test, prefix, ids, np.array(answer.tokens, np.int32), one, places)
+                on_answer()
     return test
 
 
 def _count(
     test: DistributionTest,
-    session: Session,
+    prefix: Prefix,
     prompt: TokenIds,
     answer: TokenIds,
     params: SamplingParams,
     places: np.random.Generator,
 ) -> None:
-    rows = rows_of(session.model, np.concatenate([prompt, answer[:-1]]), len(prompt) - 1)
+    rows = prefix.rows(np.concatenate([prompt[-1:], answer[:-1]]))
     sampler = Sampler(params, 0)
     context = Context(prompt.tolist())
     context.start_output()

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from localspec.engine.width import pad
-from localspec.protocols import HostTokens, LanguageModel, SequenceState, Step, chain_parents
+from localspec.protocols import HostTokens, LanguageModel, Step, chain_parents
 from localspec.types import Logits, NodeIndices, TokenIds
 
 _WIDTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _LENGTH = 24  # tokens whose rows are compared, per text
+_CONTEXT = 160  # tokens of a text, those included
 _CHUNK = 512
 # Two children of the anchor, each with a line below it and siblings on the way; children in both orders.
 _TREE = np.array([-1, -1, 0, 1, 0, 2, 3, 3, 5, 6, 8, 9], np.int32)
@@ -88,53 +89,58 @@ def measure_rows(model: LanguageModel, texts: Sequence[TokenIds], seed: int = 0)
     if trees:
         report.trees = Comparison("trees")
     rng = np.random.default_rng(seed)
-    for ids in texts:
+    for text in texts:
+        ids = text[-_CONTEXT:]
         start = max(1, len(ids) - _LENGTH)
         if start >= len(ids):
             continue
-        want = rows_of(model, ids, start, low)
-        for width in widths:
-            report.inside.add(rows_of(model, ids, start, width), want)
-        if report.alone is not None:
-            report.alone.add(rows_of(model, ids, start, 1, padded=False), want)
+        with Prefix(model, ids[:start]) as prefix:
+            want = prefix.rows(ids[start:], low)
+            for width in widths:
+                report.inside.add(prefix.rows(ids[start:], width), want)
+            if report.alone is not None:
+                report.alone.add(prefix.rows(ids[start:], 1, padded=False), want)
         if report.trees is not None:
             _compare_tree(model, ids, report.trees, rng)
     return report
 
 
-def rows_of(model: LanguageModel, ids: TokenIds, start: int, width: int = 8, *, padded: bool = True) -> Logits:
-    """[T - start, V] rows after the tokens from `start` on, in passes of `width` tokens from a fresh state.
+class Prefix:
+    """Committed tokens in a state of their own, behind which texts are scored and taken back. Needs one sequence."""
 
-    padded: widen passes that lie below the width class.
-    """
-    state = model.open()
-    try:
-        _commit(model, state, ids[:start])
+    def __init__(self, model: LanguageModel, ids: TokenIds) -> None:
+        self._model, self._length = model, len(ids)
+        self.state = model.open()
+        for place in range(0, len(ids), _CHUNK):
+            piece = ids[place : place + _CHUNK]
+            step = Step(self.state, (HostTokens(piece),), chain_parents(self.state, len(piece)), ())
+            model.forward([pad(step, model.capabilities.width_class)])
+            self.state.keep(range(len(piece)))
+
+    def __enter__(self) -> Prefix:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.state.close()
+
+    def rows(self, ids: TokenIds, width: int = 8, *, padded: bool = True) -> Logits:
+        """[T, V] rows after each token of `ids`, in passes of `width` tokens; they are taken back.
+
+        padded: widen passes that lie below the width class.
+        """
         found = []
-        for place in range(start, len(ids), width):
+        for place in range(0, len(ids), width):
             piece = ids[place : place + width]
-            found.append(_scored(model, state, piece, chain_parents(state, len(piece)), padded=padded))
-            state.keep(range(len(piece)))
+            found.append(self.tree(piece, chain_parents(self.state, len(piece)), padded=padded))
+            self.state.keep(range(len(piece)))
+        self.state.truncate(self._length)
         return np.concatenate(found)
-    finally:
-        state.close()
 
-
-def _commit(model: LanguageModel, state: SequenceState, ids: TokenIds) -> None:
-    for place in range(0, len(ids), _CHUNK):
-        piece = ids[place : place + _CHUNK]
-        step = Step(state, (HostTokens(piece),), chain_parents(state, len(piece)), ())
-        model.forward([pad(step, model.capabilities.width_class)])
-        state.keep(range(len(piece)))
-
-
-def _scored(
-    model: LanguageModel, state: SequenceState, ids: TokenIds, parents: NodeIndices, *, padded: bool = True
-) -> Logits:
-    """[len(ids), V]."""
-    step = Step(state, (HostTokens(ids),), parents)
-    [scores] = model.forward([pad(step, model.capabilities.width_class) if padded else step])
-    return np.array(scores.rows(range(len(ids))))
+    def tree(self, ids: TokenIds, parents: NodeIndices, *, padded: bool = True) -> Logits:
+        """[T, V] rows of one pass, whose nodes are then pending."""
+        step = Step(self.state, (HostTokens(ids),), parents)
+        [scores] = self._model.forward([pad(step, self._model.capabilities.width_class) if padded else step])
+        return np.array(scores.rows(range(len(ids))))
 
 
 def _compare_tree(model: LanguageModel, ids: TokenIds, trees: Comparison, rng: np.random.Generator) -> None:
@@ -142,22 +148,17 @@ def _compare_tree(model: LanguageModel, ids: TokenIds, trees: Comparison, rng: n
     tokens = rng.choice(model.tokenizer.num_tokens, len(_TREE), replace=False).astype(np.int32)
     paths = [_path(node) for node in range(len(_TREE))]
     deepest = max(paths, key=len)
-    state = model.open()
-    try:
-        _commit(model, state, ids[:-1])
-        found = _scored(
-            model, state, np.concatenate([ids[-1:], tokens]), np.concatenate([[-1], _TREE + 1]).astype(np.int32)
-        )
-        state.keep([0, *(node + 1 for node in deepest)])
-        after = _scored(model, state, ids[:2], chain_parents(state, 2))
-    finally:
-        state.close()
-    leaves = [path for path in paths if path[-1] not in _TREE]
-    for path in leaves:
-        want = rows_of(model, np.concatenate([ids, tokens[path]]), len(ids) - 1)
-        trees.add(found[[0, *(node + 1 for node in path)]], want)
-    kept = np.concatenate([ids, tokens[deepest], ids[:2]])
-    trees.add(after, rows_of(model, kept, len(kept) - 2))
+    with Prefix(model, ids[:-1]) as prefix:
+        parents = np.concatenate([[-1], _TREE + 1]).astype(np.int32)
+        found = prefix.tree(np.concatenate([ids[-1:], tokens]), parents)
+        prefix.state.keep([0, *(node + 1 for node in deepest)])
+        after = prefix.tree(ids[:2], chain_parents(prefix.state, 2))
+    with Prefix(model, ids[:-1]) as prefix:
+        for path in (path for path in paths if path[-1] not in _TREE):  # one for each leaf
+            want = prefix.rows(np.concatenate([ids[-1:], tokens[path]]))
+            trees.add(found[[0, *(node + 1 for node in path)]], want)
+        kept = prefix.rows(np.concatenate([ids[-1:], tokens[deepest], ids[:2]]))
+        trees.add(after, kept[-2:])
 
 
 def _path(node: int) -> list[int]:
