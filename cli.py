@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from localspec.commands.audit import audit
 from localspec.commands.bench import bench
 from localspec.commands.convert import convert
 from localspec.commands.fit import fit
@@ -263,7 +264,7 @@ def _report(pair: Pair, result: Generation) -> dict[str, Any]:
     return {**result.as_dict(), **described, "vocabularies": relation}
 
 
-for command in (bench, convert, fit, pairs, pull, tune):
+for command in (audit, bench, convert, fit, pairs, pull, tune):
     main.add_command(command)
 
 

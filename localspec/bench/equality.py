@@ -8,34 +8,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
+from localspec.audit.difference import Difference, explain
+from localspec.audit.rows import RowReport, measure_rows
 from localspec.bench.prompts import Prompt
 from localspec.drafters import make_drafter
 from localspec.engine.session import Generation
-from localspec.engine.width import pad
 from localspec.errors import SettingError
 from localspec.loading import Pair
-from localspec.protocols import HostTokens, Step, chain_parents
-from localspec.ranking import top_ids
 from localspec.sampling import SamplingParams
-from localspec.types import TokenIds
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Where two texts part: the first differing token, and how close the target's decision was.
-
-    margin: difference of the two best raw logits at that place, as decoded plainly.
-    """
-
-    prompt: str
-    drafter: str
-    temperature: float
-    index: int
-    plain_token: int
-    other_token: int
-    margin: float
 
 
 @dataclass(slots=True)
@@ -83,13 +63,21 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self)
+        return {
+            "target": self.target,
+            "width_class": self.width_class,
+            "evidence": self.evidence,
+            "runs": self.runs,
+            "num_done": self.num_done,
+            "rows": [asdict(row) for row in self.rows],
+            "differences": [difference.as_dict() for difference in self.differences],
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """What `as_dict` made."""
-        parts = {"rows": [Row(**row) for row in data["rows"]]}
-        return cls(**{**data, **parts, "differences": [Difference(**item) for item in data["differences"]]})
+        differences = [Difference.from_dict(item) for item in data["differences"]]
+        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]], "differences": differences})
 
 
 def compare(
@@ -100,12 +88,17 @@ def compare(
     max_tokens: int,
     on_prompt: Callable[[Report], None] = lambda report: None,
     begun: Report | None = None,
+    *,
+    num_seeds: int = 1,
+    acceptance: str = "walk",
+    known: RowReport | None = None,
 ) -> Report:
     """Run every prompt plainly and with each drafter, same seed; the seed differs per prompt.
 
     One session serves all, so a prompt is prefilled once. on_prompt: called with the report so far after
     each prompt: a long run that is cut off has not been for nothing.  begun: such a report, to go on from.
-    Raises SettingError where that one is of another run.
+    num_seeds: answers per prompt at temperatures above 0.  known: how rows differ here; None measures it at the first
+    difference. Raises SettingError where `begun` is of another run.
     """
     info = pair.target.info
     classes = pair.target.capabilities.width_class
@@ -123,12 +116,13 @@ def compare(
     with ExitStack() as stack:
         for drafter in makers.values():
             stack.callback(drafter.close)
-        session = stack.enter_context(pair.session("nothing"))
+        session = stack.enter_context(pair.session("nothing", acceptance=acceptance))
         plain = session.drafter
         for number, prompt in list(enumerate(prompts))[report.num_done :]:
             tokens = prompt.encode(pair.target.tokenizer)
-            for temperature in temperatures:
-                params = SamplingParams(temperature=temperature, seed=1000 + number, max_tokens=max_tokens)
+            for temperature, turn in [(t, turn) for t in temperatures for turn in range(num_seeds if t else 1)]:
+                seed = 1000 + number + turn * len(prompts)
+                params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
                 session.use(plain)
                 want = session.generate(tokens.tolist(), params).tokens
                 for name, drafter in makers.items():
@@ -136,7 +130,9 @@ def compare(
                     result = session.generate(tokens.tolist(), params)
                     _row(report, name, temperature, prompt.domain).add(result, want)
                     if result.tokens != want:
-                        report.differences.append(_difference(pair, prompt, tokens, name, temperature, want, result))
+                        known = known or measure_rows(pair.target, [tokens])
+                        places = (prompt.id, tokens), plain, (name, drafter)
+                        report.differences.append(explain(session, *places, params, want, result.tokens, known))
             report.num_done = number + 1
             on_prompt(report)
     report.rows.sort(key=lambda row: (row.drafter, row.temperature))
@@ -150,47 +146,6 @@ def _row(report: Report, drafter: str, temperature: float, domain: str) -> Row:
             return row
     report.rows.append(Row(drafter, temperature, domain))
     return report.rows[-1]
-
-
-def _difference(
-    pair: Pair,
-    prompt: Prompt,
-    tokens: TokenIds,
-    drafter: str,
-    temperature: float,
-    want: Sequence[int],
-    result: Generation,
-) -> Difference:
-    part = _first_difference(want, result.tokens)
-    return Difference(
-        prompt.id,
-        drafter,
-        temperature,
-        part,
-        want[part] if part < len(want) else -1,
-        result.tokens[part] if part < len(result.tokens) else -1,
-        _margin(pair, np.concatenate([tokens, np.array(want[:part], np.int32)])),
-    )
-
-
-def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
-
-
-def _margin(pair: Pair, tokens: TokenIds) -> float:
-    """Best minus second-best raw logit after these tokens."""
-    state = pair.target.open()
-    try:
-        step = Step(state, (HostTokens(tokens),), chain_parents(state, len(tokens)), (len(tokens) - 1,))
-        [scores] = pair.target.forward([pad(step, pair.target.capabilities.width_class)])
-        row = scores.rows((0,))[0]
-        best, second = top_ids(row, 2)
-        return float(row[best] - row[second])
-    finally:
-        state.close()
 
 
 def table(report: Report) -> str:
@@ -210,9 +165,5 @@ def table(report: Report) -> str:
         )
     total, equal_runs = sum(r.num_prompts for r in report.rows), sum(r.num_equal for r in report.rows)
     lines += ["", f"{equal_runs} of {total} runs equal plain decoding token for token."]
-    for d in report.differences:
-        lines.append(
-            f"different: {d.prompt}, {d.drafter}, T = {d.temperature:g}, token {d.index}: plain {d.plain_token}, "
-            f"speculative {d.other_token}, margin of the two best logits {d.margin:.4f}"
-        )
+    lines += [difference.line() for difference in report.differences]
     return "\n".join(lines)

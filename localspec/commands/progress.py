@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+
+
+class Tell(Protocol):
+    """Told how much is done of how much; with a text, of what."""
+
+    def __call__(self, done: int, total: int, label: str | None = None) -> None: ...
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that is told (done, in all) and draws it with the time left."""
+def progress_bar(label: str) -> Iterator[Tell]:
+    """A function that draws what it is told, with the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -19,9 +26,9 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     )
     task = progress.add_task(label, total=None)
 
-    def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int, label: str | None = None) -> None:
         progress.start()  # not before there is something to show: an empty display leaves an empty line
-        progress.update(task, completed=done, total=total)
+        progress.update(task, completed=done, total=total, description=label)
 
     try:
         yield tell

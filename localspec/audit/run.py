@@ -1,0 +1,90 @@
+"""The audit of one opened pair: its rows, its texts, and under rejection its distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from localspec.audit.distribution import DistributionTest, run_test
+from localspec.audit.report import Part, Plan
+from localspec.audit.rows import measure_rows
+from localspec.bench.equality import Report, compare
+from localspec.drafters import make_drafter
+from localspec.loading import Pair
+from localspec.sampling import SamplingParams
+from localspec.verify import make_acceptance
+
+Tell = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and how much there is."""
+
+_NUM_TEXTS = 3  # whose rows are compared
+
+
+def default_drafters(has_draft: bool) -> tuple[str, ...]:
+    """What is audited when nothing is named: chains, lookup, trees and their combination."""
+    lookup = "ngram:min=1"
+    if not has_draft:
+        return (lookup,)
+    return ("draft_model", lookup, "draft_model:num=8,shape=tree", f"draft_model:num=8,shape=tree+{lookup}")
+
+
+def audit_part(pair: Pair, drafters: Sequence[str], plan: Plan, tell: Tell = lambda what, done, total: None) -> Part:
+    """Audit these drafters on the pair as it is loaded. Needs two free sequences of the target beside the sessions'."""
+    model = pair.target
+    texts = [prompt.encode(model.tokenizer) for prompt in plan.prompts]
+    tell("rows", 0, 1)
+    part = Part.of(model, drafters, measure_rows(model, texts[:_NUM_TEXTS]))
+    if "walk" in plan.acceptances:
+        part.walk = _compare(pair, drafters, plan, "walk", plan.temperatures, part, tell)
+    if "rejection" in plan.acceptances:
+        if 0.0 in plan.temperatures:
+            part.rejection = _compare(pair, drafters, plan, "rejection", [0.0], part, tell)
+        part.distributions = _distributions(pair, drafters, plan, tell)
+    return part
+
+
+def _compare(
+    pair: Pair, drafters: Sequence[str], plan: Plan, rule: str, temperatures: Sequence[float], part: Part, tell: Tell
+) -> Report:
+    done = 0
+
+    def count(_: Report) -> None:
+        nonlocal done
+        done += 1
+        tell(f"texts, {rule}", done, len(plan.prompts))
+
+    return compare(
+        pair,
+        plan.prompts,
+        drafters,
+        temperatures,
+        plan.max_tokens,
+        count,
+        num_seeds=plan.num_seeds,
+        acceptance=rule,
+        known=part.rows,
+    )
+
+
+def _distributions(pair: Pair, drafters: Sequence[str], plan: Plan, tell: Tell) -> list[DistributionTest]:
+    rule, tests, done = make_acceptance("rejection"), [], 0
+    warm = [temperature for temperature in plan.temperatures if temperature]
+    total = len(warm) * len(drafters) * len(plan.prompts) * plan.num_seeds
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        tell("distribution, rejection", done, total)
+
+    with pair.session("nothing", acceptance="rejection") as session:
+        plain = session.drafter
+        for name in drafters:
+            drafter = make_drafter(name, pair.drafting)
+            try:
+                for number, temperature in enumerate(warm):
+                    params = SamplingParams(temperature=temperature, seed=50_000 + number, max_tokens=plan.max_tokens)
+                    named = (name, drafter)
+                    tests.append(run_test(session, plan.prompts, named, rule, params, plan.num_seeds, count))
+            finally:
+                session.use(plain)
+                drafter.close()
+    return tests
