@@ -94,7 +94,7 @@ def speed_figure(summary: Summary) -> Figure:
 def time_figure(summary: Summary) -> Figure:
     """Stacked bars: milliseconds per token in draft, verify and host."""
     rows = _named(summary)
-    figure, axes = _panels(summary, rows, "Where does the time of a token go?", _bar_heights)
+    figure, axes = _panels(summary, rows, "Where does the time of a token go? (milliseconds)", _bar_heights)
     end = max(1e3 / row.tokens_per_second.value for row in rows)
     for axis, mine, names in _bars(summary, rows, axes):
         for row in mine:
@@ -119,10 +119,11 @@ def depth_figure(summary: Summary) -> Figure:
     figure, axes = _panels(summary, rows, "How often is a guess taken, by its depth?", lambda _: 1.7)
     deepest = max(len(row.acceptance_by_depth) for row in rows)
     for axis, mine in zip(axes, _by_panel(summary, rows), strict=True):
-        for row in mine:
+        for number, row in enumerate(mine):
             depths = range(1, len(row.acceptance_by_depth) + 1)
             shares = [100 * share for share in row.acceptance_by_depth]
-            axis.plot(depths, shares, marker="o", markersize=3.5, color=colours[row.contender], linewidth=1.6)
+            width = 1.6 + 1.4 * (len(mine) - 1 - number)  # equal lines stay visible below each other
+            axis.plot(depths, shares, marker="o", markersize=3.5, color=colours[row.contender], linewidth=width)
         axis.set_xticks(range(1, deepest + 1))
         axis.set_xlim(0.7, deepest + 0.3)
         axis.set_ylim(-4, 105)
