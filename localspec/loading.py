@@ -22,6 +22,7 @@ from typing import Any, cast
 
 from localspec.compatibility import check_draft, check_whole
 from localspec.drafters import AUTO, Draft, DrafterSpec, DraftModel, Ngram, make_drafter
+from localspec.engine.overhead import round_overhead
 from localspec.engine.session import Session
 from localspec.errors import (
     BackendError,
@@ -247,7 +248,8 @@ class Pair:
         """What the sessions that decide by themselves (drafter "auto") learn together. It starts from what passes cost
         on this machine; if that is not known yet, a few seconds of measuring go before: see `localspec tune`. Needs a
         free sequence then."""
-        return Experience(load_or_measure(self.target, self.draft), self.target.capabilities)
+        costs = load_or_measure(self.target, self.draft, overhead=round_overhead)
+        return Experience(costs, self.target.capabilities)
 
     def drafter(self, spec: str | DrafterSpec) -> Drafter:
         """A drafter for one session, which closes it. "auto" decides every round what pays: prompt lookup, the draft
