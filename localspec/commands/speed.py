@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from localspec.loading import Pair
     from localspec.peers import PeerLibrary, PeerMode
 
-_CONFIGS = ("draft_model", "ngram")
+_CONFIGS = ("auto", "draft_model", "ngram")
 
 
 @click.command()
@@ -31,7 +31,7 @@ _CONFIGS = ("draft_model", "ngram")
     "configs",
     multiple=True,
     metavar="DRAFTER",
-    help="A configuration, written as --drafter is. Repeatable [default: draft_model and ngram; with --grid none].",
+    help="A configuration, written as --drafter is. Repeatable [default: auto, draft_model, ngram; with --grid none].",
 )
 @click.option("--workload", "--domain", "workloads", multiple=True, help="See `bench --list` [default: all].")
 @click.option(
