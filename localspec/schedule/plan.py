@@ -19,7 +19,8 @@ MOST_NODES = 64
 """Nodes a round verifies at most."""
 
 _MEMORY = 200.0  # observations after which older ones count half
-_TRUST = 4.0  # rounds at a width before its own times outweigh the general correction
+_TRUST = 2.0  # rounds at a width before its own times outweigh the general correction
+_TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
 _OPTIMISM = 0.9
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
@@ -46,8 +47,8 @@ class LiveCosts:
     def verify_ms(self, width: int, context: int) -> float:
         """A pass of the target of exactly that width."""
         seen = self._seen.get(width, 0.0)
-        hope = self._optimism if width > self.min_width else 1.0
-        ratio = (seen * self._ratio.get(width, 1.0) + _TRUST * hope * self._general) / (seen + _TRUST)
+        trust, hope = (_TRUST, self._optimism) if width > self.min_width else (_TRUST_PLAIN, 1.0)
+        ratio = (seen * self._ratio.get(width, 1.0) + trust * hope * self._general) / (seen + trust)
         return self.costs.target.at(width, context) * ratio
 
     def draft_ms(self, width: int, context: int) -> float:
@@ -75,10 +76,11 @@ class LiveCosts:
         return ms, widths
 
     def observe_verify(self, width: int, context: int, ms: float) -> None:
-        """What a pass took. A stall (another program, a page fault) counts as at most three times the table."""
+        """What a pass took. A stall (another program, a page fault) counts as at most three times what was usual."""
         if width < 1 or ms <= 0.0:
             return
-        ratio = min(ms / self.costs.target.at(width, context), 3.0)
+        usual = self._ratio.get(width, self._general)
+        ratio = min(ms / self.costs.target.at(width, context), 3.0 * usual)
         seen = min(self._seen.get(width, 0.0), 30.0)
         self._ratio[width] = (seen * self._ratio.get(width, 1.0) + ratio) / (seen + 1.0)
         self._seen[width] = seen + 1.0

@@ -27,6 +27,9 @@ from localspec.tree.token_tree import TokenTree
 _SMOOTHING = 0.1
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
+_FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
+_PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
+_LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
 
 
@@ -51,12 +54,19 @@ class Experience:
         self.by_clock = by_clock
         hope = {} if by_clock else {"optimism": 1.0}
         self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width, **hope)
+        self.rounds_since_plain = 0
+        self.plain_rounds = 0
         self.rate = Rate(1.0 / (self.live.by_nodes(0)[0][0] + costs.overhead_ms))
         self.records: dict[tuple[str, bool], Record] = {}
 
     def record(self, name: str, greedy: bool) -> Record:
         """Of the drafter with that name, at temperature 0 or above."""
         return self.records.setdefault((name, greedy), Record())
+
+    def wants_plain(self) -> bool:
+        """Is it time to see again what plain decoding takes? All gains are judged by it, and a table that was wrong
+        about its width would never be found out."""
+        return self.by_clock and (self.plain_rounds < _FIRST_PLAIN or self.rounds_since_plain >= _PLAIN_EVERY)
 
     def plain_ms(self, context: int) -> float:
         """A plain round."""
@@ -132,6 +142,8 @@ class Scheduled:
         context = len(request.context)
         rate = max(experience.rate.value, 1.0 / experience.plain_ms(context))
         prices = Valuation(experience.live, rate, context, request.max_nodes)
+        if experience.wants_plain():
+            return Proposal(self.name, width=self._plain_width(prices, request), because=_LOOKING)
         if request.needs_law:
             return self._drawn(request, prices)
         best = 0.0
@@ -166,6 +178,10 @@ class Scheduled:
             verify_ms = experience.live.verify_ms(outcome.width, context)
         elif verify_ms > 0.0:
             experience.live.observe_verify(outcome.width, context, verify_ms)
+        experience.rounds_since_plain += 1
+        if not len(outcome.tree):
+            experience.rounds_since_plain = 0
+            experience.plain_rounds += 1
         draft_ms = sum(one.ms for one in asked)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         experience.rate.add(len(outcome.tokens), round_ms)

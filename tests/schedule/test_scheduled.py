@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from localspec.context import Context
 from localspec.drafters import make_drafter
 from localspec.engine.session import Session
 from localspec.engine.stats import Stats
 from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal
-from localspec.sampling import SamplingParams
+from localspec.sampling import Sampler, SamplingParams
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.scheduled import Experience, Scheduled
 from localspec.testing.reference import ReferenceModel
@@ -124,7 +125,7 @@ def test_under_rejection_nothing_that_was_drawn_is_taken_back() -> None:
             seen.append((proposal.num_nodes, 0 if proposal.laws is None else len(proposal.laws)))
             return proposal
 
-    experience = Experience(costs, target.capabilities)
+    experience = Experience(costs, target.capabilities, by_clock=False)
     with Session(target, Watched([], [drafter], experience), acceptance="rejection") as one:
         answer(one, 1.0)
     assert any(nodes for nodes, _ in seen) and all(nodes == laws for nodes, laws in seen)
@@ -132,7 +133,8 @@ def test_under_rejection_nothing_that_was_drawn_is_taken_back() -> None:
 
 def test_sessions_of_a_pair_learn_together() -> None:
     target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=2.0)
-    experience = Experience(Costs(curve(10.0, 1.0), curve(0.5, 0.0), 0.1), target.capabilities)
+    costs = Costs(curve(10.0, 1.0), curve(0.5, 0.0), 0.1)
+    experience = Experience(costs, target.capabilities, by_clock=False)
     for _ in range(2):
         with Session(target, Scheduled([], [make_drafter("draft_model:num=6", draft)], experience)) as one:
             answer(one, 0.0)
@@ -148,3 +150,27 @@ def test_a_pass_is_padded_where_a_wider_one_is_quicker() -> None:
     with session(target, [make_drafter("ngram:num=2", None)], [], Costs(falling, None, 0.0))[0] as one:
         stats = answer(one, 0.0)[1]
     assert set(stats.widths) == {4}
+
+
+def test_a_table_that_is_wrong_about_plain_decoding_is_found_out() -> None:
+    """The table says 50 ms for every width; in truth plain decoding takes 10 and anything wider 45, for which two
+    tokens do not pay. Clocks are played: the rounds' times are given to `observe`."""
+    target = ReferenceModel(48, seed=5)
+    wrong = Curve((1, 2, 64), (0,), ((50.0, 50.0, 50.0),))
+    drafter = Wrong()
+    scheduled = Scheduled([drafter], [], Experience(Costs(wrong, None, 0.0), target.capabilities))
+    context = Context(PROMPT)
+    scheduled.begin(context)
+    sampler = Sampler(SamplingParams(), 0)
+    guessing: list[bool] = []
+    for _ in range(300):
+        request = DraftRequest(context=context, max_nodes=8, max_depth=8, sampler=sampler, stop_tokens=frozenset())
+        tree = scheduled.propose(request).tree()
+        guessing.append(len(tree) > 0)
+        path = (0,) if len(tree) else ()
+        tokens = (*tree.token[list(path)].tolist(), 7)
+        context.extend(tokens)
+        width = 1 + len(tree)
+        scheduled.observe(Outcome(tree, path, tokens, width, 45.0 if width > 1 else 10.0))
+    assert not any(guessing[:3]) and any(guessing)
+    assert sum(guessing[20:]) < 20
