@@ -328,10 +328,15 @@ def open_pair(
     if check_memory:
         settings, said = settle(parts, settings, look())
         found += said
-    if use_tuned:
-        settings, noted = _tuned(target_path, draft_path, backend, settings)
-        found += noted
-    model = load_model(target_path, backend, settings)
+    tuned, noted = _tuned(target_path, draft_path, backend, settings) if use_tuned else (settings, ())
+    try:
+        model = load_model(target_path, backend, tuned)
+        settings, found = tuned, (*found, *noted)
+    except (SettingError, BackendError) as error:
+        if tuned is settings:
+            raise
+        model = load_model(target_path, backend, settings)
+        found = (*found, f"the options that `localspec tune` found do not work any more ({error.what}): run it again")
     try:
         if use_tuned:
             model.capabilities = replace(model.capabilities, width_class=class_for(model))

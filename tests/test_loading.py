@@ -203,3 +203,33 @@ def test_a_target_alone_makes_a_pair_without_a_draft_model(monkeypatch: pytest.M
         assert pair.draft is None and isinstance(session.drafter, Scheduled)
         assert [part.name for part in session.drafter.parts] == ["ngram"]
         assert np.array_equal(session.tokens, [])
+
+
+def test_options_that_tune_found_are_used_unless_one_is_given_and_left_where_they_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "some.gguf")
+    asked: list[LoadSettings] = []
+
+    def load(_: Path, __: str, settings: LoadSettings) -> ReferenceModel:
+        asked.append(settings)
+        if settings.extra_buffers:
+            raise SettingError("extra_buffers cannot be used here")
+        return ReferenceModel(257)
+
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(loading, "options_for", lambda *_: {"threads": 1, "flash_attention": True})
+    with loading.open_pair(str(path), backend="llamacpp") as pair:
+        assert (asked[-1].threads, asked[-1].flash_attention) == (1, True)
+        assert any("found by `localspec tune`" in note for note in pair.notes)
+    with loading.open_pair(str(path), backend="llamacpp", settings=LoadSettings(threads=2)) as pair:
+        assert (asked[-1].threads, asked[-1].flash_attention) == (2, None)
+    with loading.open_pair(str(path), backend="llamacpp", use_tuned=False):
+        assert asked[-1].threads is None
+
+    monkeypatch.setattr(loading, "options_for", lambda *_: {"extra_buffers": True})
+    with loading.open_pair(str(path), backend="llamacpp") as pair:
+        assert asked[-1].extra_buffers is None
+        assert any("do not work any more" in note for note in pair.notes)
+    with pytest.raises(SettingError):
+        loading.open_pair(str(path), backend="llamacpp", settings=LoadSettings(extra_buffers=True))
