@@ -8,7 +8,6 @@ from localspec.audit.distribution import DistributionTest, run_test
 from localspec.audit.report import Part, Plan
 from localspec.audit.rows import measure_rows
 from localspec.bench.equality import Report, compare
-from localspec.drafters import make_drafter
 from localspec.loading import Pair
 from localspec.sampling import SamplingParams
 from localspec.verify import make_acceptance
@@ -78,7 +77,7 @@ def _distributions(pair: Pair, drafters: Sequence[str], plan: Plan, tell: Tell) 
     with pair.session("nothing", acceptance="rejection") as session:
         plain = session.drafter
         for name in drafters:
-            drafter = make_drafter(name, pair.drafting)
+            drafter = pair.drafter(name)
             try:
                 for number, temperature in enumerate(warm):
                     params = SamplingParams(temperature=temperature, seed=50_000 + number, max_tokens=plan.max_tokens)

@@ -11,7 +11,6 @@ from typing import Any
 from localspec.audit.difference import Difference, explain
 from localspec.audit.rows import RowReport, measure_rows
 from localspec.bench.prompts import Prompt
-from localspec.drafters import make_drafter
 from localspec.engine.session import Generation
 from localspec.errors import SettingError
 from localspec.loading import Pair
@@ -112,7 +111,7 @@ def compare(
             got, expected = f"{begun.target}; {begun.runs}", f"{report.target}; {report.runs}"
             raise SettingError("the run to go on with was another one", got=got, expected=expected)
         report = begun
-    makers = {name: make_drafter(name, pair.drafting) for name in drafters}
+    makers = {name: pair.drafter(name) for name in drafters}
     with ExitStack() as stack:
         for drafter in makers.values():
             stack.callback(drafter.close)

@@ -64,6 +64,12 @@ _CONFIGS = ("auto", "draft_model", "ngram")
     metavar="FOLDER",
     help="Write every run as it comes, then a report (JSON, Markdown) and pictures.",
 )
+@click.option(
+    "--expand",
+    "size",
+    metavar="SIZE",
+    help="Measure at the cost of a larger target that says what the named one says: 0.5b, 1b, 8b (`bench expand`).",
+)
 @click.option("--resume", is_flag=True, help="Go on with the benchmark that --output holds.")
 @click.option("--plots/--no-plots", default=None, help="Draw pictures into --output [default: if matplotlib is there].")
 @load_options
@@ -72,6 +78,7 @@ def speed(
     against: Sequence[str],
     with_grid: bool,
     output: Path | None,
+    size: str | None,
     resume: bool,
     plots: bool | None,
     **options: Any,
@@ -91,6 +98,8 @@ def speed(
     load_workloads(options["prompts"], options["workloads"])  # a wrong name is told before the models are read
     notes: list[str] = []
     with ExitStack() as stack:
+        if size is not None:
+            options = _expanded(options, size, stack)
         pair = stack.enter_context(_open(options, specs))
         if not configs and pair.draft is None:
             names = [name for name, spec in zip(names, specs, strict=True) if not spec.needs_draft]
@@ -162,6 +171,28 @@ def _libraries(against: Sequence[str]) -> list[tuple[PeerLibrary, list[PeerMode]
         mode = PeerMode.parse(text)
         modes.setdefault(mode.library, []).append(mode)
     return [(get_peer(name), named) for name, named in modes.items()]
+
+
+def _expanded(options: dict[str, Any], size: str, stack: ExitStack) -> dict[str, Any]:
+    """The options with a target of that size's cost in the place of the one they name: in Q4_0 for a GGUF file, in
+    bfloat16 for a folder. It goes when the stack does."""
+    from localspec.bench.expand import Size, expand
+    from localspec.commands.models import named_models
+    from localspec.commands.progress import progress_bar
+    from localspec.loading import BUNDLED, bundled_names, bundled_path, resolve_model
+
+    wanted = Size.named(size)
+    target, draft, backend = named_models(options)
+    target = target or BUNDLED
+    source = resolve_model(target, "target")
+    if draft is None and target in bundled_names():
+        draft = str(bundled_path(target, "draft"))
+    form, kind = ("gguf", "Q4_0") if source.is_file() else ("safetensors", "bfloat16")
+    name = f"{source.stem}-{size}" + (".gguf" if form == "gguf" else "")
+    output = Path(stack.enter_context(TemporaryDirectory(prefix="localspec-"))) / name
+    with progress_bar(f"writing {name}") as tell:
+        expand(source, output, wanted, form, kind, on_bytes=tell)
+    return {**options, "target": str(output), "draft": draft, "backend": backend, "pair": None, "catalog": None}
 
 
 def _open(options: dict[str, Any], specs: Sequence[DrafterSpec]) -> Pair:

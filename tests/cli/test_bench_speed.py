@@ -40,12 +40,12 @@ def test_a_run_prints_a_row_per_contender_and_writes_everything(tmp_path: Path) 
     output = tmp_path / "out"
     result = run("speed", *SMALL, "--against", "llama-cpp-python:num=4", "--output", str(output))
     assert result.exit_code == 0, result.output
-    for name in ("plain", "plain, width 1", "draft_model", "ngram", "llama-cpp-python plain"):
+    for name in ("plain", "plain, width 1", "auto", "draft_model", "ngram", "llama-cpp-python plain"):
         assert f"| code | {name} |" in result.stdout
     assert "| stranger | draft_model |" in result.stdout and "| stranger | llama" not in result.stdout
     assert "exactly 6 tokens each" in result.stdout, "all write as many tokens where libraries are compared"
     data = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert data["complete"] and len(data["runs"]) == 6 + 4
+    assert data["complete"] and len(data["runs"]) == 7 + 5
     assert {run["num_tokens"] for run in data["runs"]} == {6}
     assert {"llamacpp", "llama-cpp-python"} == set(data["conditions"]["runtime"])
     lines = (output / "runs.jsonl").read_text(encoding="utf-8").splitlines()
@@ -53,7 +53,7 @@ def test_a_run_prints_a_row_per_contender_and_writes_everything(tmp_path: Path) 
     assert {path.name for path in output.iterdir()} >= {"report.md", "speed.png", "time.png", "depth.png"}
     assert "![speed](speed.png)" in (output / "report.md").read_text(encoding="utf-8")
     same = {row["contender"]: row["num_same_text"] for row in data["rows"] if row["workload"] == "code"}
-    assert same["draft_model"] == same["ngram"] == 1
+    assert same["auto"] == same["draft_model"] == same["ngram"] == 1
 
 
 def test_mlx_runs_beside_mlx_lm_on_the_same_folders(tmp_path: Path) -> None:
@@ -201,3 +201,19 @@ def test_the_list_has_a_line_per_workload() -> None:
     result = run("--list")
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == [work.name for work in WORKLOADS]
+
+
+def test_an_unknown_size_to_expand_to_is_refused_before_anything_is_written() -> None:
+    refused("0.5b", "--expand", "3b")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_target_can_be_expanded_for_the_run() -> None:
+    result = run(
+        "speed",
+        *("--expand", "0.5b", "--backend", "llamacpp", "--context", "512", "--workload", "code"),
+        *("--per-workload", "1", "--tokens", "4", "--at", "0", "--repeats", "1", "--config", "draft_model"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "expanded to 0.5B" in result.stdout and "| code | draft_model |" in result.stdout
