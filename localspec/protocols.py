@@ -449,6 +449,8 @@ class DraftRequest:
     needs_law: the acceptance rule needs the distribution that each token was drawn from, so tokens
     must be *drawn* from it (rejection), not chosen.  max_depth: longest path that could be emitted.
     budget: asked before each pass of a drafter that works level by level; None: `max_nodes` decides.
+    begins_early: behind empty proposals the target's next pass begins before the last token is read, so that rounds
+    without guesses are cheaper in a row.
     """
 
     context: Context
@@ -459,6 +461,7 @@ class DraftRequest:
     trees: bool = False
     needs_law: bool = False
     budget: Budget | None = None
+    begins_early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,13 +507,15 @@ class Proposal:
 class Outcome:
     """What became of a proposal. path: accepted nodes of `tree`, root side first.
     tokens: what was emitted: the path's tokens, then the one the target adds.
-    width, verify_ms: tokens in the target's pass (of all lanes) and how long it took, where that is known."""
+    width, verify_ms: tokens in the target's pass (of all lanes) and how long it took, where that is known.
+    begun_early: the pass had begun before the round did."""
 
     tree: TokenTree
     path: tuple[int, ...]
     tokens: tuple[int, ...]
     width: int = 0
     verify_ms: float = 0.0
+    begun_early: bool = False
 
 
 class Drafter(Protocol):

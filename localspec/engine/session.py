@@ -13,6 +13,7 @@ import numpy as np
 from localspec.context import Context, common_prefix
 from localspec.drafters.nothing import Nothing
 from localspec.engine.detokenize import Detokenizer
+from localspec.engine.early import Early
 from localspec.engine.prefix import encode_prompt
 from localspec.engine.round import Lane, Room, RoundResult, TokenLogprob, run_round
 from localspec.engine.stats import Stats
@@ -299,10 +300,12 @@ class Session:
             detokenizer=Detokenizer(tokenizer),
             stops=StopStrings(params.stop),
         )
+        early = Early()
         failure: BaseException | None = None
         try:
             self._prefill(tokens, answer, stream, hooks.on_prefill)
-            lane = Lane(self._state, self._context, self.drafter, answer.sampler, self.acceptance, answer.stop_tokens)
+            sampler, stops = answer.sampler, answer.stop_tokens
+            lane = Lane(self._state, self._context, self.drafter, sampler, self.acceptance, stops, early)
             while answer.finish_reason is None:
                 room = self._room(answer, params, stream)
                 if room is not None:
@@ -317,6 +320,7 @@ class Session:
             failure = error
             raise
         finally:
+            early.drop(self._state)
             generation = self._result(answer)
             stream.finish(generation, failure)
             if failure is None:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from localspec.context import Context
-from localspec.protocols import Proposal, Scores
+from localspec.protocols import Proposal, Scores, Tokens
 from localspec.sampling import Sampler
 from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits
@@ -27,6 +29,18 @@ class Trial:
     stop_tokens: frozenset[int]
     host_scores: bool
     _rows: Logits | None = field(default=None, init=False)
+    _winners: Tokens | None = field(default=None, init=False)
+
+    def winners(self) -> Tokens:
+        """[N + 1] the target's choice behind the anchor and each node, made where the scores are; does not wait. For
+        samplers that are plain: their choice needs no history."""
+        if self._winners is None:
+            if self.sampler.is_greedy:
+                self._winners = self.scores.argmax()
+            else:
+                positions = len(self.context) + np.concatenate([np.zeros(1, np.int32), self.proposal.depth() + 1])
+                self._winners = self.scores.winners(self.sampler.params.temperature, self.sampler.keys(positions))
+        return self._winners
 
     def row_reader(self) -> Callable[[int], Logits]:
         """From row number to logits [V]: views where they lie on the host, else one transfer of all."""
@@ -65,6 +79,10 @@ class Acceptance(Protocol):
     @property
     def needs_law(self) -> bool:
         """Must drafters *draw* from a distribution they know?"""
+        ...
+
+    def chooses_winners(self, sampler: Sampler) -> bool:
+        """Is what it emits behind an accepted node always that node's `Trial.winners`?"""
         ...
 
     def accept(self, trial: Trial) -> Verdict:

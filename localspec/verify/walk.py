@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
+from localspec.sampling import Sampler
 from localspec.verify.trial import Trial, Verdict
 
 
@@ -20,6 +19,10 @@ class Walk:
 
     name = "walk"
     needs_law = False
+
+    def chooses_winners(self, sampler: Sampler) -> bool:
+        """Unless the choice depends on the history."""
+        return sampler.is_plain
 
     def accept(self, trial: Trial) -> Verdict:
         """Follow the target's own tokens down the tree."""
@@ -45,14 +48,9 @@ class Walk:
 
 def _chooser(trial: Trial) -> Callable[[int], int]:
     """From row to the target's token. Asked before the tree is fetched: one wait then serves both."""
-    sampler, scores, context = trial.sampler, trial.scores, trial.context
+    sampler, context = trial.sampler, trial.context
     if sampler.is_plain and not trial.host_scores:
-        if sampler.is_greedy:
-            winners = scores.argmax().numpy()
-        else:
-            depth = trial.proposal.depth()
-            positions = len(context) + np.concatenate([np.zeros(1, np.int32), depth + 1])
-            winners = scores.winners(sampler.params.temperature, sampler.keys(positions)).numpy()
+        winners = trial.winners().numpy()
         return lambda row: int(winners[row])
     read = trial.row_reader()
     return lambda row: sampler.choose(read(row), context)
