@@ -355,7 +355,8 @@ class LoadSettings:
     context: tokens per sequence (None: as trained, at most 4096).  num_sequences: states open at once.
     trees: load so that token trees can be verified exactly, whatever that costs.
     gpu_layers: layers on the GPU (None: all where there is one).  threads: CPU threads.
-    flash_attention, extra_buffers: llama.cpp options of those names.  dtype: MLX compute type.
+    flash_attention, extra_buffers: llama.cpp options of those names.  cache_type: what it keeps keys and values in,
+    f16 or bf16.  dtype: MLX compute type.
     """
 
     context: int | None = None
@@ -365,6 +366,7 @@ class LoadSettings:
     threads: int | None = None
     flash_attention: bool | None = None
     extra_buffers: bool | None = None
+    cache_type: str | None = None
     dtype: str | None = None
 
 

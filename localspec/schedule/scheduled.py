@@ -146,6 +146,8 @@ class Scheduled:
         rate = max(experience.rate.value, 1.0 / experience.plain_ms(context))
         prices = Valuation(experience.live, rate, context, request.max_nodes)
         self._begins_early = request.begins_early
+        if not request.max_nodes or not request.max_depth:
+            return Proposal(self.name)
         if experience.wants_plain(request.begins_early):
             return Proposal(self.name, width=self._plain_width(prices, request), because=_LOOKING)
         if request.needs_law:
