@@ -8,7 +8,7 @@ from typing import Protocol
 
 from localspec.context import Context
 from localspec.protocols import Proposal, Scores
-from localspec.sampling import Sampler
+from localspec.sampling import Sampler, Tolerance
 from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits
 
@@ -18,6 +18,7 @@ class Trial:
     """One verified proposal. scores: row 0 is the anchor's, row i + 1 that of node i.
 
     host_scores: rows are free to read one by one (`Capabilities.host_scores`).
+    tolerance: how far the rows may be from those that decide; None: these rows decide.
     """
 
     proposal: Proposal
@@ -26,6 +27,7 @@ class Trial:
     sampler: Sampler
     stop_tokens: frozenset[int]
     host_scores: bool
+    tolerance: Tolerance | None = None
     _rows: Logits | None = field(default=None, init=False)
 
     def row_reader(self) -> Callable[[int], Logits]:
@@ -44,11 +46,13 @@ class Verdict:
     """path: accepted nodes, root side first.  tokens: theirs, then the one that the target adds.
 
     A stop token ends the walk where it is chosen, so it is always the last token and never a node.
+    doubtful: the last token is chosen so narrowly that another row has to decide (`Trial.tolerance`).
     """
 
     tree: TokenTree
     path: tuple[int, ...]
     tokens: tuple[int, ...]
+    doubtful: bool = False
 
     @property
     def rows(self) -> tuple[int, ...]:
