@@ -19,7 +19,6 @@ from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.loading import Pair
 from localspec.protocols import LanguageModel
 from localspec.sampling import SamplingParams
-from localspec.schedule.bound import BLOCK
 from localspec.schedule.machine import processor
 
 _WARM_UP_TOKENS = 16
@@ -46,7 +45,7 @@ def measure(
         for work in workloads
         for prompt in work.prompts
     }
-    check_room(pair.target, encoded, max_tokens)
+    check_room(pair.target, encoded, max_tokens, conditions.get("padding", 1))
     plan = [
         (work, prompt, temperature, contender, repeat)
         for repeat in range(conditions["repeats"])
@@ -80,9 +79,12 @@ def in_order(contenders: Sequence[Contender], turn: int) -> list[Contender]:
     return rotated[::-1] if turn % 2 else rotated
 
 
-def check_room(target: LanguageModel, encoded: Mapping[tuple[str, str], Sequence[int]], max_tokens: int) -> None:
-    """Raise PromptError for a prompt that leaves no room for its answer."""
-    room = target.info.context_length - max(target.capabilities.width_class.min_width, BLOCK) + 1 - max_tokens
+def check_room(
+    target: LanguageModel, encoded: Mapping[tuple[str, str], Sequence[int]], max_tokens: int, padding: int
+) -> None:
+    """Raise PromptError for a prompt that leaves no room for its answer. padding: tokens that a pass over one may need
+    room for."""
+    room = target.info.context_length - max(target.capabilities.width_class.min_width, padding) + 1 - max_tokens
     for (workload, prompt), tokens in encoded.items():
         if len(tokens) > room:
             raise PromptError(
@@ -116,6 +118,7 @@ def describe(
         "target": _model(pair.target),
         "draft": None if pair.draft is None else _model(pair.draft),
         "exact": exactness.mode.value,
+        "padding": exactness.widest_padding,
         "width_class": str(exactness),
         "width_class_evidence": exactness.widths.evidence,
         "contenders": [{"name": one.name, "kind": one.kind.value} for one in contenders],
