@@ -148,14 +148,14 @@ def test_differences_of_the_size_of_rounding_are_called_ties_and_still_fail() ->
     assert "are not the same bits" in part.findings[0] and not Audit({}, [], [part]).holds
 
 
-def test_guarded_texts_are_equal_where_rows_are_not_and_rows_are_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guarded_texts_are_equal_where_rows_are_not_and_rows_are_no_finding() -> None:
     """The same rounding; a bound that covers it saves the promise, one of nothing does not."""
     prompts = PROMPTS[:2]
 
     def audited_within(difference: float) -> Part:
         bound = Bound(Tolerance(difference, difference), 8, 64)
         with Pair(Rounding(60, seed=2, sharpness=1.5), reference().perturbed(0.5)) as pair:
-            monkeypatch.setattr(pair, "bound", bound, raising=False)
+            pair.bound = bound
             return audit_part(pair, ["draft_model"], Plan(prompts, (0.0, 0.8), 2, 24, ("walk",), "guarded"))
 
     part = audited_within(0.6)
