@@ -134,6 +134,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
             spec,
             params,
             acceptance=options["acceptance"],
+            exact=options["exact"],
             system=system,
             show_drafts=show_drafts,
             colour=_has_colour(),
@@ -191,7 +192,7 @@ def generate(
     with (
         TraceWriter(trace) as writer,
         open_models(options, spec, quiet=as_json) as pair,
-        pair.session(spec, acceptance=options["acceptance"]) as session,
+        pair.session(spec, acceptance=options["acceptance"], exact=options["exact"]) as session,
     ):
         if not raw and pair.target.tokenizer.chat_template is not None:
             messages = [{"role": "system", "content": system}] if system else []

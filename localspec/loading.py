@@ -23,7 +23,7 @@ from typing import Any, cast
 from localspec.compatibility import check_draft, check_whole
 from localspec.drafters import AUTO, Draft, DrafterSpec, DraftModel, Ngram, make_drafter
 from localspec.engine.overhead import round_overhead
-from localspec.engine.session import Session
+from localspec.engine.session import Session, require_guardable
 from localspec.errors import (
     BackendError,
     BackendMissingError,
@@ -34,12 +34,14 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from localspec.exactness import AUTO as AUTO_EXACT
+from localspec.exactness import EXACT_CHOICES, Bound, Exactness, Mode, wants_guarding
 from localspec.formats import summarize
 from localspec.memory import Part, look, settle
 from localspec.peers import PeerLibrary
-from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
+from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, require_rewind
 from localspec.schedule.scheduled import Experience, Scheduled
-from localspec.schedule.store import class_for, load_or_measure, options_for
+from localspec.schedule.store import class_for, knows_bound, load_or_measure, load_or_measure_bound, options_for
 from localspec.verify import make_acceptance
 
 _log = logging.getLogger("localspec.loading")
@@ -228,6 +230,7 @@ class Pair:
         self.target = target
         self.draft = draft
         self._found = tuple(found)
+        self._experiences: dict[tuple[int, int | None], Experience] = {}
 
     @cached_property
     def drafting(self) -> Draft | None:
@@ -243,22 +246,60 @@ class Pair:
             found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
         return tuple(dict.fromkeys(found))
 
-    @cached_property
+    @property
     def experience(self) -> Experience:
-        """What the sessions that decide by themselves (drafter "auto") learn together. It starts from what passes cost
-        on this machine; if that is not known yet, a few seconds of measuring go before: see `localspec tune`. Needs a
-        free sequence then."""
-        costs = load_or_measure(self.target, self.draft, overhead=round_overhead)
-        return Experience(costs, self.target.capabilities)
+        """That of sessions with the default exactness."""
+        return self.experience_with(self.exactness())
 
-    def drafter(self, spec: str | DrafterSpec) -> Drafter:
+    def experience_with(self, exactness: Exactness) -> Experience:
+        """What the sessions that decide by themselves (drafter "auto") learn together, if they may use the same widths.
+        It starts from what passes cost on this machine; if that is not known yet, a few seconds of measuring go
+        before: see `localspec tune`. Needs a free sequence then."""
+        widths = exactness.widths
+        place = (widths.min_width, widths.max_width)
+        if place not in self._experiences:
+            costs = load_or_measure(self.target, self.draft, overhead=round_overhead)
+            self._experiences[place] = Experience(costs, replace(self.target.capabilities, width_class=widths))
+        return self._experiences[place]
+
+    def exactness(self, exact: str = AUTO_EXACT, *, acceptance: str = "walk") -> Exactness:
+        """What a session promises, and the widths it may use (`localspec.exactness`). exact: "class" stays in the
+        width class, "guarded" re-checks close choices, "off" promises nothing; "auto" is the class where a measured one
+        holds more than one width, else guarded.
+
+        The bound of guarded decoding is looked up or measured, which needs a free sequence and a few seconds once.
+        Where measuring is switched off and under a rule that cannot be guarded, "auto" is the class that the
+        backend claims. Raises UnknownNameError, SettingError, UnsupportedModelError.
+        """
+        if exact not in EXACT_CHOICES:
+            raise UnknownNameError.among("exactness", exact, EXACT_CHOICES)
+        rule = make_acceptance(acceptance)
+        if exact == AUTO_EXACT:
+            guarded = wants_guarding(self.target) and not rule.needs_law and knows_bound(self.target)
+            exact = (Mode.GUARDED if guarded else Mode.CLASS).value
+        mode = Mode(exact)
+        if mode is Mode.CLASS:
+            return Exactness.of_class(self.target)
+        if mode is Mode.OFF:
+            return Exactness.off()
+        require_rewind(self.target)
+        require_guardable(rule)
+        return Exactness.guarded(self.bound)
+
+    @cached_property
+    def bound(self) -> Bound:
+        """How far rows of the target lie apart by the width of their passes; looked up, or measured in short."""
+        return load_or_measure_bound(self.target)
+
+    def drafter(self, spec: str | DrafterSpec, *, exact: str = AUTO_EXACT, acceptance: str = "walk") -> Drafter:
         """A drafter for one session, which closes it. "auto" decides every round what pays: prompt lookup, the draft
         model if there is one, how much of either, or nothing; with settings it is the draft model (lookup without
-        one) so set."""
+        one) so set. exact, acceptance: the session's, which say what widths it may plan with."""
         parsed = DrafterSpec.parse(spec) if isinstance(spec, str) else spec
         if not parsed.decides:
             return make_drafter(parsed, self.drafting)
-        experience = self.experience  # first of all: measuring needs a free sequence
+        # first of all: measuring needs a free sequence
+        experience = self.experience_with(self.exactness(exact, acceptance=acceptance))
         capabilities = self.target.capabilities
         # on a device a chain is guessed without waiting for it, a tree waits once per level
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
@@ -272,16 +313,24 @@ class Pair:
         draft = make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting)
         return Scheduled(free, [draft], experience)
 
-    def session(self, drafter: str | DrafterSpec | Drafter = AUTO, *, acceptance: str = "walk") -> Session:
+    def session(
+        self,
+        drafter: str | DrafterSpec | Drafter = AUTO,
+        *,
+        acceptance: str = "walk",
+        exact: str = AUTO_EXACT,
+    ) -> Session:
         """A new conversation. drafter: "auto" decides every round, others do as they are told, e.g. "ngram:max=4"
-        ("nothing" is plain decoding); or a drafter of your own; the session closes it. Sessions that are open at the
-        same time each need a sequence: see `LoadSettings.num_sequences`."""
+        ("nothing" is plain decoding); or a drafter of your own; the session closes it. exact: what is promised of its
+        text, see `exactness`. Sessions that are open at the same time each need a sequence: see
+        `LoadSettings.num_sequences`."""
         rule = make_acceptance(acceptance)
+        exactness = self.exactness(exact, acceptance=acceptance)
         if not isinstance(drafter, str | DrafterSpec):
-            return Session(self.target, drafter, acceptance=rule)
-        own = self.drafter(drafter)
+            return Session(self.target, drafter, acceptance=rule, exactness=exactness)
+        own = self.drafter(drafter, exact=exact, acceptance=acceptance)
         try:
-            return Session(self.target, own, acceptance=rule)
+            return Session(self.target, own, acceptance=rule, exactness=exactness)
         except BaseException:
             own.close()
             raise

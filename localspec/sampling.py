@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from localspec.context import Context
 
 _LEAST_TEMPERATURE = 1e-5
+_FAR = 50.0  # further apart than any two tokens that matter, over temperature; its exponential is still a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,15 @@ class Law:
         return float(self.probs[hits[0]]) if len(hits) else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far another row of the same token may be from this one, in logits. difference: of two logits' difference.
+    shift: of a single logit, which counts where a setting multiplies logits."""
+
+    difference: float
+    shift: float
+
+
 class Sampler:
     """Makes the choices of one request. Pure: the same row and context give the same token.
 
@@ -126,9 +136,28 @@ class Sampler:
         position_key = noise.key(self.seed, Purpose.TOKEN, len(context))
         if not self._truncates:
             return gumbel_argmax(row, self.params.temperature, position_key)
-        ids, logits = self._candidates(row)
-        sums = logits + noise.gumbel(position_key, ids)
-        return int(ids[sums == sums.max()].min())  # the lowest id among equals
+        return self._noisy_best(row, position_key)
+
+    def decide(self, row: Logits, context: Context, tolerance: Tolerance) -> tuple[int, bool]:
+        """(what `choose` says, would it say so for every row within the tolerance of this one?)"""
+        row = self._adjusted(row, context)
+        p = self.params
+        stretch = max(p.repetition_penalty, 1.0 / p.repetition_penalty)
+        bound = stretch * tolerance.difference + 2.0 * (stretch - 1.0) * tolerance.shift
+        position_key = None if self.is_greedy else noise.key(self.seed, Purpose.TOKEN, len(context))
+        if not self._truncates or position_key is None:
+            ids, values = row_top(row, min(2, len(row)), p.temperature, position_key)
+            return int(ids[0]), is_clear(values, p.temperature, bound)
+        token = self._noisy_best(row, position_key)
+        loose, tight = (self._shifted(sign * bound / p.temperature) for sign in (1.0, -1.0))
+        # whatever could be among the candidates, and how many certainly are
+        rivals = np.flatnonzero(row >= row[loose._candidates(row)[0][-1]] - bound).astype(np.int32)
+        num_certain = len(tight._candidates(row)[0])
+        worst_rank = np.count_nonzero(row > row[token] - bound) - 1
+        sums = row[rivals] / np.float32(p.temperature) + noise.gumbel(position_key, rivals)
+        values = np.sort(sums)[::-1][:2]
+        is_best = int(rivals[int(sums.argmax())]) == token
+        return token, is_best and int(worst_rank) < num_certain and is_clear(values, p.temperature, bound)
 
     def guesses(self, row: Logits, context: Context, k: int) -> tuple[TokenIds, Probabilities]:
         """([k'] ids, [k'] `chances`) of the at most k tokens that this row makes likeliest to be chosen at
@@ -182,6 +211,21 @@ class Sampler:
             produced, counts = context.output_counts.seen()
             row[produced] -= p.presence_penalty + p.frequency_penalty * counts.astype(np.float32)
         return row
+
+    def _noisy_best(self, row: Logits, position_key: tuple[int, int]) -> int:
+        """The candidate with the best noisy sum."""
+        ids, logits = self._candidates(row)
+        sums = logits + noise.gumbel(position_key, ids)
+        return int(ids[sums == sums.max()].min())  # the lowest id among equals
+
+    def _shifted(self, amount: float) -> Sampler:
+        """With room for rows whose differences, over temperature, are off by `amount`: more candidates if it is
+        positive, fewer if negative. A mass m has odds m / (1 - m), which change by a factor of at most exp(amount)."""
+        p, least = self.params, 1e-12
+        amount = max(-_FAR, min(amount, _FAR))
+        top_p = p.top_p if p.top_p >= 1.0 else p.top_p / (p.top_p + (1.0 - p.top_p) * math.exp(-amount))
+        min_p = min(1.0, p.min_p * math.exp(-amount))
+        return Sampler(replace(p, top_p=max(top_p, least), min_p=min_p), self.seed)
 
     def _candidates(self, row: Logits) -> tuple[TokenIds, Logits]:
         """Tokens that survive truncation, best first, and how far below the best they are, over temperature."""
@@ -240,6 +284,12 @@ def chances(values: NDArray[np.floating], temperature: float) -> Probabilities:
     scaled = values.astype(np.float64) * (temperature or 1.0)
     scaled -= scaled.max(axis=-1, keepdims=True)
     return np.asarray(scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True)))
+
+
+def is_clear(values: NDArray[np.floating], temperature: float, bound: float) -> bool:
+    """Do the best and the second of these (logits, or with a temperature logits / temperature + noise) lie further
+    apart than `bound` logits? Values best first."""
+    return len(values) < 2 or float(values[0] - values[1]) * (temperature or 1.0) > bound
 
 
 def log_softmax_at(row: Logits, tokens: Sequence[int]) -> list[float]:

@@ -23,6 +23,8 @@ from localspec.engine.chat import Chat
 from localspec.engine.session import Generation, Progress, Stream
 from localspec.engine.stats import Stats
 from localspec.errors import LocalspecError, ModelNotFoundError, PromptError, SettingError
+from localspec.exactness import AUTO as AUTO_EXACT
+from localspec.exactness import Mode
 from localspec.highlight import Highlight
 from localspec.sampling import SamplingParams
 
@@ -198,6 +200,10 @@ def summary(result: Generation) -> str:
         parts.append(f"{stats.num_reused} prompt tokens reused")
     if stats.num_replayed:
         parts.append(f"{stats.num_replayed} tokens run again to take guesses back")
+    if result.exact == Mode.GUARDED.value:
+        parts.append(f"guarded: {stats.num_rechecked} re-checked, {stats.num_changed} changed")
+    elif result.exact == Mode.OFF.value:
+        parts.append("exactness off: near-ties may fall otherwise than in plain decoding")
     parts.append(f"seed {result.seed}")
     if result.finish_reason == "length":
         parts.append("stopped at --max-tokens")
@@ -238,6 +244,7 @@ class ChatProgram:
         params: SamplingParams,
         *,
         acceptance: str = "walk",
+        exact: str = AUTO_EXACT,
         system: str | None = None,
         show_drafts: bool = False,
         colour: bool = True,
@@ -249,13 +256,13 @@ class ChatProgram:
         self.show_drafts = show_drafts
         self.colour = colour
         self.pair = pair
-        self.session = pair.session(spec, acceptance=acceptance)
+        self.session = pair.session(spec, acceptance=acceptance, exact=exact)
         self.chat = Chat(self.session, system)
         self.trace = trace
         self.hint = hint
         trace.begin(pair, self.session, spec, params)
         fallback = "auto" if isinstance(self.session.drafter, Nothing) else "nothing"
-        self._other_drafter = pair.drafter(fallback)  # what /plain switches to
+        self._other_drafter = pair.drafter(fallback, exact=exact, acceptance=acceptance)  # what /plain switches to
         self._results: list[Generation] = []
 
     def run(self) -> None:
@@ -402,18 +409,27 @@ def stats_table(results: list[Generation]) -> Table:
             sum(s.host_ms for s in group),
             sum(s.prefill_ms for s in group),
             sum(s.num_replayed for s in group),
+            sum(s.recheck_ms for s in group),
+            sum(s.num_rechecked for s in group),
         )
         for group in stats
     ]
+
+    def decode(total: tuple[float, ...]) -> float:
+        return total[4] + total[5] + total[6] + total[9]
+
     row("answers", [str(len(group)) for group in groups.values()])
     row("tokens", [str(t[0]) for t in totals])
-    row("tokens/s", [_ratio(1e3 * t[0], t[4] + t[5] + t[6], 1) for t in totals])
+    row("tokens/s", [_ratio(1e3 * t[0], decode(t), 1) for t in totals])
     row("tokens per round (bonus counted)", [_ratio(t[0], t[1], 2) for t in totals])
     row("guesses accepted", [_ratio(100 * t[3], t[2], 0, "%") for t in totals])
-    row("time drafting", [_ratio(100 * t[4], t[4] + t[5] + t[6], 0, "%") for t in totals])
-    row("time verifying", [_ratio(100 * t[5], t[4] + t[5] + t[6], 0, "%") for t in totals])
-    row("time on the host", [_ratio(100 * t[6], t[4] + t[5] + t[6], 1, "%") for t in totals])
+    row("time drafting", [_ratio(100 * t[4], decode(t), 0, "%") for t in totals])
+    row("time verifying", [_ratio(100 * t[5], decode(t), 0, "%") for t in totals])
+    row("time on the host", [_ratio(100 * t[6], decode(t), 1, "%") for t in totals])
     row("prefill", [f"{t[7]:.0f} ms" for t in totals])
+    if any(t[9] for t in totals):
+        row("time re-checking", [_ratio(100 * t[9], decode(t), 0, "%") for t in totals])
+        row("choices re-checked", [str(t[10]) for t in totals])
     if totals[1][8]:
         row("tokens run again", [str(t[8]) for t in totals])
     depths = results[-1].stats.acceptance_by_depth

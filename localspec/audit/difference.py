@@ -177,11 +177,15 @@ def explain(
         seen.append((witness, session.generate(ids.tolist(), params).tokens))
     session.use(drafter[1], rule)
     (first, want_again), (second, got_again) = seen
+    bound = session.exactness.bound
     tokens = first.token, second.token
-    facts = (name, drafter[0], rule.name, params.temperature, params.seed, index, *tokens)
     again = want_again == tuple(want) and got_again == tuple(got)
+    if bound is not None and again and index < min(len(want), len(got)):  # other rows may have decided
+        tokens = want[index], got[index]
+    rounding = max(rows.rounding, 0.0 if bound is None else bound.tolerance.difference)
+    facts = (name, drafter[0], rule.name, params.temperature, params.seed, index, *tokens)
     if not again or first.row is None or second.row is None:
-        return Difference(*facts, Cause.GONE, 0.0, 0.0, rows.rounding, None, None)
+        return Difference(*facts, Cause.GONE, 0.0, 0.0, rounding, None, None)
     history = np.concatenate([ids, np.array(want[:index], np.int32)])
     with Prefix(session.model, history[:-1]) as prefix:
         [fresh] = prefix.rows(history[-1:])
@@ -190,13 +194,14 @@ def explain(
     context.extend(want[:index])
     choice = Sampler(params, params.seed).choose(second.row, context)
     apart = float(np.abs(first.row - second.row).max())
-    if _margin(second.row, (choice, tokens[1]), params, position) > _DEVICE:
+    allowed = _DEVICE if bound is None else bound.tolerance.difference
+    if _margin(second.row, (choice, tokens[1]), params, position) > allowed:
         cause = Cause.RULE
     else:
-        cause = Cause.TIE if apart <= rows.rounding else Cause.ROWS
+        cause = Cause.TIE if apart <= rounding else Cause.ROWS
     views = [_view(witness, tokens, fresh) for witness in (first, second)]
     margin = _margin(first.row, tokens, params, position)
-    return Difference(*facts, cause, margin, apart, rows.rounding, views[0], views[1])
+    return Difference(*facts, cause, margin, apart, rounding, views[0], views[1])
 
 
 def _view(witness: Witness, tokens: tuple[int, int], fresh: Logits) -> View:

@@ -12,6 +12,8 @@ from localspec.audit.distribution import LEVEL, DistributionTest
 from localspec.audit.rows import RowReport
 from localspec.bench.equality import Report, table
 from localspec.bench.prompts import Prompt
+from localspec.exactness import AUTO as AUTO_EXACT
+from localspec.exactness import Exactness, Mode
 from localspec.protocols import LanguageModel
 
 _PIECE = 1 << 22
@@ -26,13 +28,15 @@ class Plan:
     num_seeds: int
     max_tokens: int
     acceptances: Sequence[str] = ("walk", "rejection")
+    exact: str = AUTO_EXACT
 
 
 @dataclass(slots=True)
 class Part:
     """The audit of a target as it was loaded for some drafters.
 
-    walk: texts at all temperatures.  rejection: texts at temperature 0.  distributions: above it.
+    exact: what keeps texts equal; only in the class must rows be the same bits.  walk: texts at all temperatures.
+    rejection: texts at temperature 0.  distributions: above it.
     """
 
     drafters: tuple[str, ...]
@@ -40,27 +44,29 @@ class Part:
     width_class: str
     evidence: str
     rows: RowReport
+    exact: Mode = Mode.CLASS
     walk: Report | None = None
     rejection: Report | None = None
     distributions: list[DistributionTest] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: LanguageModel, drafters: Sequence[str], rows: RowReport) -> Part:
+    def of(cls, model: LanguageModel, drafters: Sequence[str], rows: RowReport, exactness: Exactness) -> Part:
         """Nothing but the rows audited yet."""
         info, able = model.info, model.capabilities
         trees = "trees are exact" if able.trees and able.exact_trees else "chains only"
         loaded = f"{info.backend}, {info.device}, context {info.context_length}, {trees}"
-        return cls(tuple(drafters), loaded, str(able.width_class), able.width_class.evidence, rows)
+        return cls(tuple(drafters), loaded, str(exactness), exactness.widths.evidence, rows, exactness.mode)
 
     @property
     def findings(self) -> list[str]:
         """Everything that speaks against the promise, in words."""
         found = []
-        if self.rows.inside.worst:
+        same_bits = self.exact is Mode.CLASS
+        if same_bits and self.rows.inside.worst:
             inside = self.rows.inside
             found.append(f"rows of the width class {self.width_class} are not the same bits: {inside.line()}")
         trees = self.rows.trees
-        if trees is not None and trees.worst:
+        if trees is not None and trees.worst and (same_bits or self._beyond):
             kind = "more than width alone makes: a node sees what it must not see" if self._beyond else "as width makes"
             found.append(f"rows of trees are not those of chains: {trees.line()} ({kind})")
         for report in (self.walk, self.rejection):
@@ -82,6 +88,7 @@ class Part:
         return {
             "drafters": list(self.drafters),
             "loaded": self.loaded,
+            "exact": self.exact.value,
             "width_class": self.width_class,
             "evidence": self.evidence,
             "row_comparisons": self.rows.as_dict(),
@@ -97,7 +104,7 @@ class Part:
         lines = [
             f"## {', '.join(f'`{name}`' for name in self.drafters)}",
             "",
-            f"Loaded: {self.loaded}. Width class: {self.width_class}.",
+            f"Loaded: {self.loaded}. Exactness: {self.exact.value}; widths: {self.width_class}.",
             *([f"Evidence for the class: {self.evidence}."] if self.evidence else []),
             "",
             "### Rows",
@@ -108,6 +115,10 @@ class Part:
         for part in self.rows.comparisons:
             way = f"{part.way} ({', '.join(map(str, self.rows.widths))})" if part is self.rows.inside else part.way
             lines.append(f"| {way} | {part.num_rows} | {part.num_equal} | {part.worst:.3g} | {part.num_other_best} |")
+        alone = self.rows.alone
+        if alone is not None and alone.num_rows:
+            share = alone.num_other_best / alone.num_rows
+            lines += ["", f"Width 1 would have said something else in {share:.1%} of these rows."]
         for title, report in (("Walk", self.walk), ("Rejection at temperature 0", self.rejection)):
             if report is not None:
                 lines += ["", f"### {title}: equal text", "", table(report)]

@@ -8,6 +8,8 @@ from localspec.audit.distribution import DistributionTest, run_test
 from localspec.audit.report import Part, Plan
 from localspec.audit.rows import measure_rows
 from localspec.bench.equality import Report, compare
+from localspec.exactness import AUTO as AUTO_EXACT
+from localspec.exactness import Mode
 from localspec.loading import Pair
 from localspec.sampling import SamplingParams
 from localspec.verify import make_acceptance
@@ -31,7 +33,7 @@ def audit_part(pair: Pair, drafters: Sequence[str], plan: Plan, tell: Tell = lam
     model = pair.target
     texts = [prompt.encode(model.tokenizer) for prompt in plan.prompts]
     tell("rows", 0, 1)
-    part = Part.of(model, drafters, measure_rows(model, texts[:_NUM_TEXTS]))
+    part = Part.of(model, drafters, measure_rows(model, texts[:_NUM_TEXTS]), pair.exactness(plan.exact))
     if "walk" in plan.acceptances:
         part.walk = _compare(pair, drafters, plan, "walk", plan.temperatures, part, tell)
     if "rejection" in plan.acceptances:
@@ -60,8 +62,15 @@ def _compare(
         count,
         num_seeds=plan.num_seeds,
         acceptance=rule,
+        exact=_exact(plan, rule),
         known=part.rows,
     )
+
+
+def _exact(plan: Plan, rule: str) -> str:
+    """What sessions under a rule promise: there is nothing to guard in one that is equal in distribution only."""
+    guarded = plan.exact == Mode.GUARDED.value and make_acceptance(rule).needs_law
+    return AUTO_EXACT if guarded else plan.exact
 
 
 def _distributions(pair: Pair, drafters: Sequence[str], plan: Plan, tell: Tell) -> list[DistributionTest]:
@@ -74,10 +83,11 @@ def _distributions(pair: Pair, drafters: Sequence[str], plan: Plan, tell: Tell) 
         done += 1
         tell("distribution, rejection", done, total)
 
-    with pair.session("nothing", acceptance="rejection") as session:
+    exact = _exact(plan, rule.name)
+    with pair.session("nothing", acceptance=rule.name, exact=exact) as session:
         plain = session.drafter
         for name in drafters:
-            drafter = pair.drafter(name)
+            drafter = pair.drafter(name, exact=exact, acceptance=rule.name)
             try:
                 for number, temperature in enumerate(warm):
                     params = SamplingParams(temperature=temperature, seed=50_000 + number, max_tokens=plan.max_tokens)

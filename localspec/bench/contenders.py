@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from enum import Enum
 from time import perf_counter
 from typing import Protocol
@@ -13,18 +12,10 @@ from localspec.bench.runs import Answer
 from localspec.bench.workloads import Workload
 from localspec.drafters import Nothing
 from localspec.engine.session import Session
+from localspec.exactness import AUTO as AUTO_EXACT
+from localspec.exactness import Mode
 from localspec.loading import Pair
 from localspec.peers import Peer, PeerRequest
-from localspec.protocols import (
-    Capabilities,
-    LanguageModel,
-    ModelInfo,
-    Scores,
-    SequenceState,
-    Step,
-    Tokenizer,
-    WidthClass,
-)
 from localspec.sampling import SamplingParams
 
 PLAIN = "plain"
@@ -68,6 +59,7 @@ class Own:
 
     keep: hold its sessions open, so that it may learn from one answer for the next, as it would for a user. The
     static configurations of a grid have nothing to learn, and would need a cache of the target each.
+    exact: what its sessions promise (`localspec.exactness`).
     """
 
     def __init__(
@@ -79,8 +71,9 @@ class Own:
         strangers: Callable[[], Pair],
         *,
         keep: bool = True,
+        exact: str = AUTO_EXACT,
     ) -> None:
-        self.name, self.kind = name, kind
+        self.name, self.kind, self._exact = name, kind, exact
         self._drafter, self._pair, self._strangers, self._keep = drafter, pair, strangers, keep
         self._sessions: dict[bool, Session] = {}
 
@@ -93,7 +86,7 @@ class Own:
         foreign = workload.foreign_draft and self._drafter != Nothing.name
         session = self._sessions.get(foreign)
         if session is None:
-            session = (self._strangers() if foreign else self._pair).session(self._drafter)
+            session = (self._strangers() if foreign else self._pair).session(self._drafter, exact=self._exact)
         if self._keep:
             self._sessions[foreign] = session
         try:
@@ -119,6 +112,8 @@ class Own:
             host_ms=decode_ms - stats.draft_ms - stats.verify_ms,
             drafted_by_depth=stats.drafted_by_depth,
             accepted_by_depth=stats.accepted_by_depth,
+            num_rechecked=stats.num_rechecked,
+            recheck_ms=stats.recheck_ms,
         )
 
     def close(self) -> None:
@@ -160,52 +155,16 @@ class Rival:
         self._peer.close()
 
 
-class AnyWidth:
-    """A model without its width class: passes are as narrow as their tokens. Plain decoding then runs at width 1,
-    whose text may differ from that of the class."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self.capabilities: Capabilities = replace(
-            model.capabilities, width_class=WidthClass(1, None, "given up for speed", measured=False)
-        )
-
-    @property
-    def info(self) -> ModelInfo:
-        """The model's."""
-        return self._model.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's."""
-        return self._model.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """The model's."""
-        return self._model.vocab_size
-
-    def open(self) -> SequenceState:
-        """The model's."""
-        return self._model.open()
-
-    def forward(self, steps: Sequence[Step]) -> list[Scores]:
-        """The model's."""
-        return self._model.forward(steps)
-
-    def close(self) -> None:
-        """Nothing: the model belongs to its pair."""
-
-
-def plain_contenders(pair: Pair) -> list[Contender]:
-    """Plain decoding in the width class and, where that does not hold width 1, at width 1, too."""
+def plain_contenders(pair: Pair, exact: str = AUTO_EXACT) -> list[Contender]:
+    """Plain decoding that keeps the promise and, where that is not width 1 alone, width 1 without it, too."""
 
     def nobody() -> Pair:
         raise AssertionError("plain decoding has no draft model")
 
-    found: list[Contender] = [Own(PLAIN, Kind.PLAIN, Nothing.name, pair, nobody)]
-    if pair.target.capabilities.width_class.min_width > 1:
-        found.append(Own(PLAIN_ONE, Kind.PLAIN, Nothing.name, Pair(AnyWidth(pair.target), None), nobody))
+    found: list[Contender] = [Own(PLAIN, Kind.PLAIN, Nothing.name, pair, nobody, exact=exact)]
+    exactness = pair.exactness(exact)
+    if exactness.widths.min_width > 1 or exactness.bound is not None:
+        found.append(Own(PLAIN_ONE, Kind.PLAIN, Nothing.name, pair, nobody, exact=Mode.OFF.value))
     return found
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from localspec.audit.difference import Difference, explain
 from localspec.audit.rows import RowReport, measure_rows
 from localspec.bench.prompts import Prompt
+from localspec.drafters import Nothing
 from localspec.engine.session import Generation
 from localspec.errors import SettingError
+from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.loading import Pair
 from localspec.sampling import SamplingParams
 
@@ -28,6 +30,8 @@ class Row:
     num_equal: int = 0
     num_tokens: int = 0
     num_rounds: int = 0
+    num_rechecked: int = 0
+    num_changed: int = 0
 
     def add(self, result: Generation, want: Sequence[int]) -> None:
         """Count one run; want: what plain decoding said."""
@@ -35,6 +39,8 @@ class Row:
         self.num_equal += result.tokens == want
         self.num_tokens += result.stats.num_tokens
         self.num_rounds += result.stats.num_rounds
+        self.num_rechecked += result.stats.num_rechecked
+        self.num_changed += result.stats.num_changed
 
 
 @dataclass(slots=True)
@@ -90,19 +96,21 @@ def compare(
     *,
     num_seeds: int = 1,
     acceptance: str = "walk",
+    exact: str = AUTO_EXACT,
     known: RowReport | None = None,
 ) -> Report:
     """Run every prompt plainly and with each drafter, same seed; the seed differs per prompt.
 
     One session serves all, so a prompt is prefilled once. on_prompt: called with the report so far after
     each prompt: a long run that is cut off has not been for nothing.  begun: such a report, to go on from.
-    num_seeds: answers per prompt at temperatures above 0.  known: how rows differ here; None measures it at the first
-    difference. Raises SettingError where `begun` is of another run.
+    num_seeds: answers per prompt at temperatures above 0.  exact: what sessions promise, plain decoding's, too.
+    known: how rows differ here; None measures it at the first difference.
+    Raises SettingError where `begun` is of another run.
     """
     info = pair.target.info
-    classes = pair.target.capabilities.width_class
+    exactness = pair.exactness(exact, acceptance=acceptance)
     target = f"{info.name} {info.quantization} on {info.backend}, {info.device}"
-    report = Report(target, str(classes), classes.evidence)
+    report = Report(target, str(exactness), exactness.widths.evidence)
     draft = "no draft model" if pair.draft is None else f"{pair.draft.info.name} {pair.draft.info.quantization}"
     named = hashlib.sha256(" ".join(prompt.id for prompt in prompts).encode()).hexdigest()[:8]
     report.runs = f"{draft}; {', '.join(drafters)}; T {list(temperatures)}; {max_tokens} tokens; prompts {named}"
@@ -111,11 +119,11 @@ def compare(
             got, expected = f"{begun.target}; {begun.runs}", f"{report.target}; {report.runs}"
             raise SettingError("the run to go on with was another one", got=got, expected=expected)
         report = begun
-    makers = {name: pair.drafter(name) for name in drafters}
+    makers = {name: pair.drafter(name, exact=exact, acceptance=acceptance) for name in drafters}
     with ExitStack() as stack:
         for drafter in makers.values():
             stack.callback(drafter.close)
-        session = stack.enter_context(pair.session("nothing", acceptance=acceptance))
+        session = stack.enter_context(pair.session("nothing", acceptance=acceptance, exact=exact))
         plain = session.drafter
         for number, prompt in list(enumerate(prompts))[report.num_done :]:
             tokens = prompt.encode(pair.target.tokenizer)
@@ -123,7 +131,10 @@ def compare(
                 seed = 1000 + number + turn * len(prompts)
                 params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens)
                 session.use(plain)
-                want = session.generate(tokens.tolist(), params).tokens
+                plainly = session.generate(tokens.tolist(), params)
+                want = plainly.tokens
+                if exactness.bound is not None:
+                    _row(report, plain.name, temperature, prompt.domain).add(plainly, want)
                 for name, drafter in makers.items():
                     session.use(drafter)
                     result = session.generate(tokens.tolist(), params)
@@ -149,20 +160,24 @@ def _row(report: Report, drafter: str, temperature: float, domain: str) -> Row:
 
 def table(report: Report) -> str:
     """Markdown."""
+    guarded = " re-checks per 100 tokens (changed) |" if any(row.num_rechecked for row in report.rows) else ""
     lines = [
         f"target: {report.target}; width class: {report.width_class}",
         *([f"evidence for the width class: {report.evidence}"] if report.evidence else []),
         "",
-        "| drafter | T | domain | prompts | text equals plain | tokens per round (bonus counted) |",
-        "|---|---|---|---|---|---|",
+        "| drafter | T | domain | prompts | text equals plain | tokens per round (bonus counted) |" + guarded,
+        "|---|---|---|---|---|---|" + ("---|" if guarded else ""),
     ]
     for row in report.rows:
         length = row.num_tokens / row.num_rounds if row.num_rounds else 0.0
         equal = f"{row.num_equal} of {row.num_prompts}"
-        lines.append(
-            f"| {row.drafter} | {row.temperature:g} | {row.domain} | {row.num_prompts} | {equal} | {length:.2f} |"
-        )
-    total, equal_runs = sum(r.num_prompts for r in report.rows), sum(r.num_equal for r in report.rows)
+        cells = [row.drafter, f"{row.temperature:g}", row.domain, str(row.num_prompts), equal, f"{length:.2f}"]
+        if guarded:
+            rate = 100.0 * row.num_rechecked / max(row.num_tokens, 1)
+            cells.append(f"{rate:.1f} ({row.num_changed} of {row.num_rechecked})")
+        lines.append(f"| {' | '.join(cells)} |")
+    compared = [row for row in report.rows if row.drafter != Nothing.name]
+    total, equal_runs = sum(r.num_prompts for r in compared), sum(r.num_equal for r in compared)
     lines += ["", f"{equal_runs} of {total} runs equal plain decoding token for token."]
     lines += [difference.line() for difference in report.differences]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ class Answer:
     num_timed: the tokens that `decode_ms` covers; reading the prompt is never part of it.  num_rounds and what
     follows: None where a library does not say.  draft_ms, verify_ms, host_ms: the parts of `decode_ms`.
     drafted_by_depth, accepted_by_depth: rounds that guessed so deep, and in which that guess was taken.
-    digest: of the tokens.
+    digest: of the tokens.  num_rechecked, recheck_ms: of guarded decoding; the time is part of `host_ms` too.
     """
 
     num_tokens: int
@@ -43,6 +43,8 @@ class Answer:
     host_ms: float | None = None
     drafted_by_depth: Sequence[int] | None = None
     accepted_by_depth: Sequence[int] | None = None
+    num_rechecked: int | None = None
+    recheck_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

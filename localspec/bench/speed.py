@@ -15,6 +15,7 @@ from localspec.bench.prompts import Prompt
 from localspec.bench.runs import Run, RunLog
 from localspec.bench.workloads import Workload
 from localspec.errors import PromptError
+from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.loading import Pair
 from localspec.protocols import LanguageModel
 from localspec.sampling import SamplingParams
@@ -44,7 +45,7 @@ def measure(
         for work in workloads
         for prompt in work.prompts
     }
-    check_room(pair.target, encoded, max_tokens)
+    check_room(pair.target, encoded, max_tokens, conditions.get("padding", 1))
     plan = [
         (work, prompt, temperature, contender, repeat)
         for repeat in range(conditions["repeats"])
@@ -78,9 +79,12 @@ def in_order(contenders: Sequence[Contender], turn: int) -> list[Contender]:
     return rotated[::-1] if turn % 2 else rotated
 
 
-def check_room(target: LanguageModel, encoded: Mapping[tuple[str, str], Sequence[int]], max_tokens: int) -> None:
-    """Raise PromptError for a prompt that leaves no room for its answer."""
-    room = target.info.context_length - target.capabilities.width_class.min_width + 1 - max_tokens
+def check_room(
+    target: LanguageModel, encoded: Mapping[tuple[str, str], Sequence[int]], max_tokens: int, padding: int
+) -> None:
+    """Raise PromptError for a prompt that leaves no room for its answer. padding: tokens that a pass over one may need
+    room for."""
+    room = target.info.context_length - max(target.capabilities.width_class.min_width, padding) + 1 - max_tokens
     for (workload, prompt), tokens in encoded.items():
         if len(tokens) > room:
             raise PromptError(
@@ -97,11 +101,12 @@ def describe(
     contenders: Sequence[Contender],
     *,
     runtime: Mapping[str, str],
+    exact: str = AUTO_EXACT,
     **settings: Any,
 ) -> dict[str, Any]:
     """The conditions: what was measured on what. settings: max_tokens, ignore_eos, repeats, temperatures, and how
     the models were loaded.  runtime: versions of the backend's runtime and of other libraries that take part."""
-    width_class = pair.target.capabilities.width_class
+    exactness = pair.exactness(exact)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "localspec": __version__,
@@ -112,8 +117,10 @@ def describe(
         "runtime": dict(runtime),
         "target": _model(pair.target),
         "draft": None if pair.draft is None else _model(pair.draft),
-        "width_class": str(width_class),
-        "width_class_evidence": width_class.evidence,
+        "exact": exactness.mode.value,
+        "padding": exactness.widest_padding,
+        "width_class": str(exactness),
+        "width_class_evidence": exactness.widths.evidence,
         "contenders": [{"name": one.name, "kind": one.kind.value} for one in contenders],
         "workloads": [
             {"name": work.name, "about": work.about, "prompts": [prompt.id for prompt in work.prompts]}

@@ -80,7 +80,17 @@ def _model_text(model: Mapping[str, Any]) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
-    return "\n".join(lines + [_line(row) for row in rows])
+    return "\n".join(lines + [_line(row) for row in rows]) + _rechecked(rows)
+
+
+def _rechecked(rows: Sequence[Row]) -> str:
+    """Guarded decoding's re-checks, where there were any."""
+    shares = [
+        f"{row.workload}, {row.contender} {100.0 * row.num_rechecked / row.num_tokens:.1f}"
+        for row in rows
+        if row.num_rechecked
+    ]
+    return f"\n\nRe-checked choices per 100 tokens: {'; '.join(shares)}." if shares else ""
 
 
 def _line(row: Row) -> str:
@@ -136,7 +146,7 @@ def _legend(summary: Summary) -> str:
     ]
     if PLAIN_ONE in names:
         lines.append(
-            f'"{PLAIN}" is padded into the width class, where text is reproducible; "{PLAIN_ONE}" gives that up. '
+            f'"{PLAIN}" keeps the promise (padded into the width class, or guarded); "{PLAIN_ONE}" gives that up. '
             "Speed is against the faster of the two."
         )
     if summary.oracles:

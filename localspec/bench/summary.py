@@ -22,7 +22,8 @@ class Row:
     accepted_length: tokens per round, the bonus counted.  acceptance_by_depth: share of the rounds that guessed so
     deep in which that guess was taken.  split_ms: milliseconds per token spent in draft, verify and host.
     num_same_text: of the answers that plain decoding in the width class gave as well (`num_compared`), those with
-    the same tokens.  of_best: speed as a share of the grid's best static configuration.
+    the same tokens.  of_best: speed as a share of the grid's best static configuration.  num_rechecked: choices that
+    guarded decoding looked at again.
     """
 
     workload: str
@@ -42,6 +43,7 @@ class Row:
     num_same_text: int
     num_compared: int
     of_best: Interval | None = None
+    num_rechecked: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -142,6 +144,7 @@ def _rows(
                 num_same_text=sum(compared),
                 num_compared=len(compared),
                 of_best=ratio(times[name], times[best]) if best is not None else None,
+                num_rechecked=sum(run.answer.num_rechecked or 0 for run in runs),
             )
         )
     if best is None:

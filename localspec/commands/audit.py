@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from localspec.commands.models import open_models
-from localspec.commands.options import load_options
+from localspec.commands.options import exact_option, load_options
 
 if TYPE_CHECKING:
     from localspec.audit.report import Audit, Plan
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The report; a .json of the same name lies beside it.",
 )
+@exact_option
 @load_options
 def audit(target_argument: str | None, output: Path, **options: Any) -> None:
     """Audit TARGET with its draft model (default: the bundled pair): is speculative text that of plain decoding?
@@ -75,6 +77,7 @@ def audit(target_argument: str | None, output: Path, **options: Any) -> None:
         raise SettingError("--output names the Markdown report", got=output.name, expected="a name ending in .md")
     prompts = load_prompts(options["prompts"], options["domains"], options["per_domain"])
     plan = Plan(prompts, options["temperatures"], options["seeds"], options["tokens"], options["acceptances"])
+    plan = replace(plan, exact=options["exact"])
     found = Audit(_about(options, plan), [])
     with _bar() as tell:
         _fill(found, plan, options, tell)
@@ -136,6 +139,7 @@ def _about(options: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "seeds": plan.num_seeds,
         "tokens": plan.max_tokens,
         "acceptance": ", ".join(plan.acceptances),
+        "exact": plan.exact,
     }
 
 

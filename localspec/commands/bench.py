@@ -12,7 +12,7 @@ import click
 
 from localspec.commands.expand import expand
 from localspec.commands.models import open_models
-from localspec.commands.options import F, apply_options, in_a_folder, load_options
+from localspec.commands.options import F, apply_options, exact_option, in_a_folder, load_options
 from localspec.commands.speed import speed
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def drafters_option(*drafters: str, note: str = "") -> Callable[[F], F]:
 @workload_options()
 @drafters_option("draft_model", "ngram")
 @click.option("--resume", is_flag=True, help="Go on with the run that --output has a part of.")
+@exact_option
 @load_options
 def equality(output: Path | None, resume: bool, **options: Any) -> None:
     """Compare text under speculation with plain decoding, token for token."""
@@ -108,7 +109,8 @@ def equality(output: Path | None, resume: bool, **options: Any) -> None:
 
     prompts = _workload(options)
     with _open_for(options, options["drafters"]) as pair:
-        report = compare(pair, prompts, options["drafters"], options["temperatures"], options["tokens"], save, begun)
+        asked = (options["drafters"], options["temperatures"], options["tokens"])
+        report = compare(pair, prompts, *asked, save, begun, exact=options["exact"])
     _finish_bench(table(report), report.as_dict(), output)
     sys.exit(0 if report.all_equal else 1)
 

@@ -27,22 +27,25 @@ def open_models(
     offer_pull: bool = False,
 ) -> Pair:
     """Load the pair that the options name, fit for these drafters, with a sign of life on the terminal."""
+    from localspec.exactness import AUTO
     from localspec.loading import open_pair
     from localspec.terminal import loading
+    from localspec.verify import WALK
 
     trees = any(spec.asks_for_trees for spec in specs)
     settings = load_settings(options, num_sequences=num_sequences, trees=trees)
     target, draft, backend = named_models(options, offer_pull=offer_pull)
     with loading(quiet=quiet) as status:
         pair = open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
-        if any(spec.decides for spec in specs):
-            if status is not None:
-                status.update("measuring what passes cost here (once) ...")
-            try:
-                _ = pair.experience
-            except BaseException:
-                pair.close()
-                raise
+        if status is not None:
+            status.update("measuring what is not known here (once) ...")
+        try:  # before a session takes the sequence that measuring needs
+            exactness = pair.exactness(options.get("exact", AUTO), acceptance=options.get("acceptance", WALK))
+            if any(spec.decides for spec in specs):
+                _ = pair.experience_with(exactness)
+        except BaseException:
+            pair.close()
+            raise
         return pair
 
 

@@ -117,7 +117,7 @@ def draft_options(command: F) -> F:
             metavar="P",
             help="Stop a guess below this probability (the draft model's `min_prob`).",
         ),
-        click.option("--plain", is_flag=True, help="Decode without speculation, in the same width class."),
+        click.option("--plain", is_flag=True, help="Decode without speculation, otherwise alike."),
         click.option(
             "--acceptance",
             default="walk",
@@ -125,8 +125,21 @@ def draft_options(command: F) -> F:
             metavar="RULE",
             help="walk (text equals --plain) or rejection (equal in distribution).",
         ),
+        exact_option,
     ]
     return apply_options(options, command)
+
+
+def exact_option(command: F) -> F:
+    """What is promised of the text. Names as in `localspec.exactness`, which is not imported for `--help`."""
+    return click.option(
+        "--exact",
+        type=click.Choice(["auto", "class", "guarded", "off"]),
+        default="auto",
+        show_default=True,
+        help="How text is kept that of plain decoding: class (padded passes), guarded (close choices are re-checked), "
+        "off (not at all); auto keeps the promise.",
+    )(command)
 
 
 def sampling_options(command: F) -> F:

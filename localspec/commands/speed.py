@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localspec.commands.models import load_settings, open_models
-from localspec.commands.options import in_a_folder, load_options
+from localspec.commands.options import exact_option, in_a_folder, load_options
 
 if TYPE_CHECKING:
     from localspec.bench.contenders import Contender
@@ -72,6 +72,7 @@ _CONFIGS = ("auto", "draft_model", "ngram")
 )
 @click.option("--resume", is_flag=True, help="Go on with the benchmark that --output holds.")
 @click.option("--plots/--no-plots", default=None, help="Draw pictures into --output [default: if matplotlib is there].")
+@exact_option
 @load_options
 def speed(
     configs: Sequence[str],
@@ -105,7 +106,7 @@ def speed(
             names = [name for name, spec in zip(names, specs, strict=True) if not spec.needs_draft]
         strangers = _Strangers(pair, options, stack)
         workloads = _workloads(options, pair, strangers, notes)
-        contenders, static = _ours(pair, names, with_grid, strangers, stack, notes)
+        contenders, static = _ours(pair, names, with_grid, strangers, stack, notes, options["exact"])
         for rival in _rivals(pair, options, libraries, notes):
             stack.callback(rival.close)
             contenders.append(rival)
@@ -122,6 +123,7 @@ def speed(
             temperatures=list(dict.fromkeys(options["temperatures"])),
             grid=static,
             notes=notes,
+            exact=options["exact"],
         )
         if output is not None:
             output.mkdir(exist_ok=True)
@@ -221,7 +223,13 @@ def _workloads(options: dict[str, Any], pair: Pair, strangers: _Strangers, notes
 
 
 def _ours(
-    pair: Pair, names: Sequence[str], with_grid: bool, strangers: _Strangers, stack: ExitStack, notes: list[str]
+    pair: Pair,
+    names: Sequence[str],
+    with_grid: bool,
+    strangers: _Strangers,
+    stack: ExitStack,
+    notes: list[str],
+    exact: str,
 ) -> tuple[list[Contender], list[str]]:
     """(plain decoding, the configurations named, the grid's others; the names of the grid's)."""
     from localspec.bench.contenders import Kind, Own, plain_contenders
@@ -232,9 +240,10 @@ def _ours(
         make_drafter(name, pair.drafting).close()  # a setting out of range is told now
     static, left_out = grid(pair) if with_grid else ([], [])
     notes += left_out
-    contenders = plain_contenders(pair)
-    contenders += (Own(name, Kind.CONFIG, name, pair, strangers.pair) for name in names)
-    contenders += (Own(name, Kind.GRID, name, pair, strangers.pair, keep=False) for name in static if name not in names)
+    contenders = plain_contenders(pair, exact)
+    contenders += (Own(name, Kind.CONFIG, name, pair, strangers.pair, exact=exact) for name in names)
+    others = (name for name in static if name not in names)
+    contenders += (Own(name, Kind.GRID, name, pair, strangers.pair, keep=False, exact=exact) for name in others)
     for contender in contenders:
         stack.callback(contender.close)
     return contenders, static

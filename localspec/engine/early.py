@@ -65,6 +65,6 @@ def begin(model: LanguageModel, lanes: Sequence[Lane], winners: Sequence[Tokens]
     for lane, token, width in zip(lanes, winners, widths, strict=True):
         lane.state.keep([0])
         step = Step(lane.state, (token,), np.array([-1], np.int32))
-        steps.append(pad(step, model.capabilities.width_class, width))
+        steps.append(pad(step, lane.widths or model.capabilities.width_class, width))
     for lane, step, scores in zip(lanes, steps, model.forward(steps), strict=True):
         lane.early.scores, lane.early.width = scores, step.num_tokens

@@ -14,7 +14,8 @@ import numpy as np
 
 from localspec.context import Context
 from localspec.engine import early
-from localspec.engine.stats import RoundRecord, count_sources, sibling_ranks
+from localspec.engine.recheck import Recheck
+from localspec.engine.stats import NOT_RECHECKED, RecheckRecord, RoundRecord, count_sources, sibling_ranks
 from localspec.engine.width import pad
 from localspec.protocols import (
     Drafter,
@@ -26,9 +27,10 @@ from localspec.protocols import (
     Scores,
     SequenceState,
     Step,
+    WidthClass,
 )
 from localspec.ranking import top_ids
-from localspec.sampling import Sampler, log_softmax_at
+from localspec.sampling import Sampler, Tolerance, log_softmax_at
 from localspec.tree.mask import is_chain
 from localspec.types import Logits
 from localspec.verify import Acceptance, Trial, Verdict
@@ -38,7 +40,9 @@ from localspec.verify import Acceptance, Trial, Verdict
 class Lane:
     """One sequence's part in its rounds. `state` holds the context but for its last token, the anchor.
 
-    early: the next pass, where it has begun. Whoever ends a lane, or touches its state between rounds, drops it.
+    widths: what its passes are padded into [default: the model's class].  recheck: decides what is too close to call
+    (guarded decoding); None: every row decides.  early: the next pass, where it has begun. Whoever ends a lane, or
+    touches its state between rounds, drops it.
     """
 
     state: SequenceState
@@ -47,6 +51,8 @@ class Lane:
     sampler: Sampler
     acceptance: Acceptance
     stop_tokens: frozenset[int]
+    widths: WidthClass | None = None
+    recheck: Recheck | None = None
     early: early.Early = field(default_factory=early.Early)
 
 
@@ -81,7 +87,8 @@ class RoundResult:
 def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]) -> list[RoundResult]:
     """One round of all lanes. rooms: per lane, how much may be proposed at most.
 
-    If a pass or a rule raises, every lane is left as it was before the round.
+    If a pass or a rule raises, every lane is left as it was before the round; if a re-check does, no lane's context has
+    changed, but their states may be shorter than before, or longer by what was accepted.
     """
     started = perf_counter()
     anchors = [lane.context.anchor for lane in lanes]
@@ -99,13 +106,13 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
         verified = perf_counter()
         on_host = model.capabilities.host_scores
         trials = [
-            Trial(proposal, scores, lane.context, lane.sampler, lane.stop_tokens, on_host)
+            Trial(proposal, scores, lane.context, lane.sampler, lane.stop_tokens, on_host, _tolerance(lane))
             for lane, proposal, (scores, _) in zip(lanes, proposals, passes, strict=True)
         ]
         begun = all(may_begin) and _foreseen(lanes, proposals, rooms)
         if begun:
             widths = [min(proposal.width, room.nodes) for proposal, room in zip(proposals, rooms, strict=True)]
-            early.begin(model, lanes, [trial.winners() for trial in trials], widths)
+            early.begin(model, lanes, [trial.choose_early() for trial in trials], widths)
         verdicts = [lane.acceptance.accept(trial) for lane, trial in zip(lanes, trials, strict=True)]
         if not on_host:  # a lazy device is waited for in `accept`
             verified = perf_counter()
@@ -122,15 +129,18 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
         if not begun:
             lane.state.keep([0, *(node + 1 for node in verdict.path)])
         lane.early.quiet = 0 if len(verdict.tree) else lane.early.quiet + 1
+    rechecks = [_rechecked(lane, index, verdicts, logprobs) for index, lane in enumerate(lanes)]
+    for lane, verdict in zip(lanes, verdicts, strict=True):
         lane.context.extend(verdict.tokens)
         outcome = Outcome(verdict.tree, verdict.path, verdict.tokens, width, verify_ms, taken is not None)
         lane.drafter.observe(outcome)
-    times = ((drafted - started) * 1e3, verify_ms, (perf_counter() - verified) * 1e3)
+    host_ms = (perf_counter() - verified) * 1e3 - sum(recheck.ms for recheck in rechecks)
+    times = ((drafted - started) * 1e3, verify_ms, host_ms)
     results = []
     for index, (lane, proposal, verdict) in enumerate(zip(lanes, proposals, verdicts, strict=True)):
         sources = proposal.sources or (proposal.source,) * proposal.num_nodes
         num_replayed = lane.state.num_replayed - replayed[index]
-        record = _record(proposal, sources, verdict, width, times, num_replayed)
+        record = _record(proposal, sources, verdict, width, times, num_replayed, rechecks[index])
         results.append(RoundResult(verdict, record, logprobs[index], anchors[index], sources))
     return results
 
@@ -187,8 +197,28 @@ def _steps(model: LanguageModel, lanes: Sequence[Lane], proposals: Sequence[Prop
         anchor = HostTokens(np.array([lane.context.anchor], np.int32))
         parents = np.concatenate([np.array([-1], np.int32), proposal.parents + 1])
         step = Step(lane.state, (anchor, *proposal.tokens), parents)
-        steps.append(pad(step, model.capabilities.width_class, proposal.width))
+        steps.append(pad(step, lane.widths or model.capabilities.width_class, proposal.width))
     return steps
+
+
+def _tolerance(lane: Lane) -> Tolerance | None:
+    return None if lane.recheck is None else lane.recheck.tolerance
+
+
+def _rechecked(
+    lane: Lane, index: int, verdicts: list[Verdict], logprobs: list[tuple[TokenLogprob, ...] | None]
+) -> RecheckRecord:
+    """Have a lane's last token decided, in `verdicts` and `logprobs`, where its own row could not."""
+    if lane.recheck is None:
+        return NOT_RECHECKED
+    if lane.recheck.is_due(lane.context, verdicts[index]):
+        lane.early.drop(lane.state)
+    decided = lane.recheck.finish(lane.context, lane.sampler, verdicts[index])
+    verdicts[index] = decided.verdict
+    known, count = logprobs[index], lane.sampler.params.logprobs
+    if decided.row is not None and known is not None and count is not None:
+        logprobs[index] = (*known[:-1], _token_logprob(decided.row, decided.verdict.tokens[-1], count))
+    return decided.record
 
 
 def _logprobs(trial: Trial, verdict: Verdict) -> tuple[TokenLogprob, ...] | None:
@@ -214,6 +244,7 @@ def _record(
     width: int,
     times: tuple[float, float, float],
     num_replayed: int,
+    recheck: RecheckRecord,
 ) -> RoundRecord:
     return RoundRecord(
         source=proposal.source,
@@ -231,4 +262,5 @@ def _record(
         num_replayed=num_replayed,
         drafter_counts=proposal.counts,
         plain_because=proposal.because,
+        recheck=recheck,
     )

@@ -15,11 +15,13 @@ from localspec.drafters.nothing import Nothing
 from localspec.engine.detokenize import Detokenizer
 from localspec.engine.early import Early
 from localspec.engine.prefix import encode_prompt
+from localspec.engine.recheck import Recheck
 from localspec.engine.round import Lane, Room, RoundResult, TokenLogprob, run_round
 from localspec.engine.stats import Stats
 from localspec.engine.stop import StopStrings
 from localspec.engine.width import pad
-from localspec.errors import PromptError, UnsupportedModelError
+from localspec.errors import PromptError, SettingError, UnsupportedModelError
+from localspec.exactness import Exactness
 from localspec.protocols import Drafter, HostTokens, LanguageModel, Rewind, Step, chain_parents, require_rewind
 from localspec.sampling import Sampler, SamplingParams
 from localspec.types import TokenIds
@@ -51,7 +53,8 @@ class Generation:
 
     finish_reason: "stop" (stop token or string), "length" (max_tokens), "context" (no room left) or
     "cancelled".  note: what a person should know about how it ended.  plain_because: why nothing was
-    speculated, if so.  width_class: the class every target pass ran in.
+    speculated, if so.  width_class: the widths every target pass ran in.  exact: "class", "guarded" or "off", what
+    is promised of the text (`engine.exactness`).  bound: how near a choice had to be to be re-checked, in logits.
     """
 
     text: str
@@ -68,6 +71,8 @@ class Generation:
     width_class: str
     acceptance: str
     drafter: str
+    exact: str
+    bound: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -89,6 +94,8 @@ class Generation:
             "acceptance": self.acceptance,
             "plain_because": self.plain_because,
             "width_class": self.width_class,
+            "exact": self.exact,
+            "bound": self.bound,
             "logprobs": logprobs,
             "stats": self.stats.as_dict(),
         }
@@ -188,22 +195,35 @@ class Session:
     """A target's state, a drafter, and the tokens that both have seen.
 
     acceptance: "walk" (text equals plain decoding) or "rejection" (equal in distribution).
+    exactness: what keeps the walk's text equal [default: the model's width class].
     """
 
-    def __init__(self, model: LanguageModel, drafter: Drafter, *, acceptance: str | Acceptance = "walk") -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        drafter: Drafter,
+        *,
+        acceptance: str | Acceptance = "walk",
+        exactness: Exactness | None = None,
+    ) -> None:
         self.model = model
+        self.exactness = exactness or Exactness.of_class(model)
         self.acceptance = make_acceptance(acceptance) if isinstance(acceptance, str) else acceptance
         self.use(drafter)
         self._context = Context()
         self._live: Stream | None = None
+        self._num_written = 0  # tokens in the state as the prefill wrote them
         self._state = model.open()
 
     def use(self, drafter: Drafter, acceptance: Acceptance | None = None) -> None:
         """Draft with another drafter, and accept by another rule, from the next answer on; the former drafter
-        is not closed. Raises UnsupportedModelError if the model cannot serve it."""
-        if not isinstance(drafter, Nothing):
+        is not closed. Raises UnsupportedModelError if the model cannot serve it, SettingError for a rule that
+        cannot be guarded."""
+        if not isinstance(drafter, Nothing) or self.exactness.bound is not None:
             require_rewind(self.model)
         _require_trees(self.model, drafter)
+        if self.exactness.bound is not None:
+            require_guardable(acceptance or self.acceptance)
         self.drafter = drafter
         if acceptance is not None:
             self.acceptance = acceptance
@@ -272,7 +292,7 @@ class Session:
     def _check(self, tokens: TokenIds) -> None:
         if not len(tokens):
             raise PromptError("the prompt is empty", expected="at least one token")
-        limit = self.model.info.context_length - self.model.capabilities.width_class.min_width + 1
+        limit = self.model.info.context_length - self.exactness.widest_padding + 1
         if len(tokens) > limit:
             raise PromptError(
                 "prompt is too long for the context",
@@ -304,8 +324,7 @@ class Session:
         failure: BaseException | None = None
         try:
             self._prefill(tokens, answer, stream, hooks.on_prefill)
-            sampler, stops = answer.sampler, answer.stop_tokens
-            lane = Lane(self._state, self._context, self.drafter, sampler, self.acceptance, stops, early)
+            lane = self._lane(answer, early)
             while answer.finish_reason is None:
                 room = self._room(answer, params, stream)
                 if room is not None:
@@ -326,6 +345,20 @@ class Session:
             if failure is None:
                 hooks.on_result(generation)
 
+    def _lane(self, answer: _Answer, early: Early) -> Lane:
+        bound = self.exactness.bound
+        return Lane(
+            self._state,
+            self._context,
+            self.drafter,
+            answer.sampler,
+            self.acceptance,
+            answer.stop_tokens,
+            self.exactness.widths,
+            None if bound is None else Recheck(self.model, self._state, bound),
+            early,
+        )
+
     def _prefill(self, tokens: TokenIds, answer: _Answer, stream: Stream, on_prefill: Progress | None) -> None:
         """Bring the state to all of the prompt but its last token, the anchor."""
         started = perf_counter()
@@ -333,13 +366,17 @@ class Session:
         same = min(common_prefix(self.tokens, tokens), last, self._state.length)
         if same < self._state.length and self.model.capabilities.rewind is Rewind.NEVER:
             same = 0
+        if self.exactness.bound is not None:  # what an answer left in the state depends on how it was guessed
+            same = min(same, self._num_written)
         self._state.truncate(same)
+        self._num_written = same
         self._context = Context(tokens)
         while self._state.length < last and not stream.cancelled:
             chunk = tokens[self._state.length : min(last, self._state.length + _PREFILL_CHUNK)]
             step = Step(self._state, (HostTokens(chunk),), chain_parents(self._state, len(chunk)), ())
-            self.model.forward([pad(step, self.model.capabilities.width_class)])
+            self.model.forward([pad(step, self.exactness.widths)])
             self._state.keep(range(len(chunk)))
+            self._num_written = self._state.length
             if on_prefill is not None:
                 on_prefill(self._state.length - same, last - same)
         self.drafter.begin(self._context)
@@ -350,7 +387,7 @@ class Session:
         """How much may be proposed; None, and a finish reason, where no token may be emitted any more."""
         capabilities = self.model.capabilities
         length = self.model.info.context_length
-        in_context = length - capabilities.width_class.min_width + 2 - len(self._context)
+        in_context = length - self.exactness.widest_padding + 2 - len(self._context)
         in_answer = in_context if params.max_tokens is None else params.max_tokens - len(answer.tokens)
         if stream.cancelled:
             answer.finish_reason = "cancelled"
@@ -361,7 +398,7 @@ class Session:
             answer.note = f"the context of {length} tokens is full: start over, or load with a larger --context"
         if answer.finish_reason:
             return None
-        widest = min(capabilities.max_width, capabilities.width_class.max_width or capabilities.max_width)
+        widest = min(capabilities.max_width, self.exactness.widths.max_width or capabilities.max_width)
         # the anchor needs a place in the pass, and the round emits a token more than it accepts
         return Room(min(in_context, widest) - 1, min(in_context, in_answer) - 1)
 
@@ -404,9 +441,11 @@ class Session:
             stats=answer.stats,
             logprobs=tuple(answer.logprobs) if answer.sampler.params.logprobs is not None else None,
             plain_because=answer.plain_because(self.drafter.name),
-            width_class=str(self.model.capabilities.width_class),
+            width_class=str(self.exactness),
             acceptance=self.acceptance.name,
             drafter=self.drafter.name,
+            exact=self.exactness.mode.value,
+            bound=None if self.exactness.bound is None else self.exactness.bound.tolerance.difference,
         )
 
 
@@ -427,6 +466,16 @@ def _require_trees(model: LanguageModel, drafter: Drafter) -> None:
             f"the drafter {drafter.name!r} guesses trees, and {model.info.name} verifies chains only as it was loaded",
             got="; ".join(capabilities.limits) or None,
             fix="Guess chains (draft_model:shape=chain), or load the model with trees (LoadSettings.trees).",
+        )
+
+
+def require_guardable(rule: Acceptance) -> None:
+    """Raise SettingError for a rule that draws: there is no one token that another row could decide."""
+    if rule.needs_law:
+        raise SettingError(
+            f"acceptance {rule.name!r} cannot be guarded: it is equal in distribution only",
+            got="exact guarded",
+            expected="exact class or off with it, or the acceptance rule walk",
         )
 
 

@@ -10,6 +10,19 @@ from localspec.types import NodeIndices
 
 
 @dataclass(frozen=True, slots=True)
+class RecheckRecord:
+    """What guarded decoding did in a round. num: choices that were looked at again.  num_changed: that became others.
+    ms: what it took, passes that write the cache again included."""
+
+    num: int = 0
+    num_changed: int = 0
+    ms: float = 0.0
+
+
+NOT_RECHECKED = RecheckRecord()
+
+
+@dataclass(frozen=True, slots=True)
 class RoundRecord:
     """One round. Times in milliseconds; on a device that works lazily, waiting is counted as verify.
 
@@ -34,6 +47,7 @@ class RoundRecord:
     num_replayed: int = 0
     drafter_counts: Mapping[str, int] = field(default_factory=dict)
     plain_because: str = ""
+    recheck: RecheckRecord = NOT_RECHECKED
 
 
 def count_sources(sources: Iterable[str]) -> dict[str, int]:
@@ -71,6 +85,9 @@ class Stats:
     num_prefilled: int = 0
     num_reused: int = 0
     num_replayed: int = 0
+    num_rechecked: int = 0
+    num_changed: int = 0
+    recheck_ms: float = 0.0
     drafted_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     drafted_by_source: dict[str, int] = field(default_factory=dict)
@@ -90,6 +107,9 @@ class Stats:
         self.verify_ms += record.verify_ms
         self.host_ms += record.host_ms
         self.num_replayed += record.num_replayed
+        self.num_rechecked += record.recheck.num
+        self.num_changed += record.recheck.num_changed
+        self.recheck_ms += record.recheck.ms
         self.widths[record.width] = self.widths.get(record.width, 0) + 1
         for counts, depth in (
             (self.drafted_by_depth, record.drafted_depth),
@@ -128,7 +148,7 @@ class Stats:
     @property
     def decode_ms(self) -> float:
         """Time spent in rounds."""
-        return self.draft_ms + self.verify_ms + self.host_ms
+        return self.draft_ms + self.verify_ms + self.host_ms + self.recheck_ms
 
     @property
     def tokens_per_second(self) -> float:
@@ -161,8 +181,11 @@ class Stats:
             "num_prefilled": self.num_prefilled,
             "num_reused": self.num_reused,
             "num_replayed": self.num_replayed,
+            "num_rechecked": self.num_rechecked,
+            "num_changed_by_recheck": self.num_changed,
             "draft_ms": round(self.draft_ms, 3),
             "verify_ms": round(self.verify_ms, 3),
             "host_ms": round(self.host_ms, 3),
+            "recheck_ms": round(self.recheck_ms, 3),
             "widths": {str(width): count for width, count in sorted(self.widths.items())},
         }

@@ -259,6 +259,10 @@ def _inside_claim(
     ]
     if len(runs) == 1:
         return (claimed if claimed.measured else candidates[0]), ""
+    if not claimed.measured:  # a width that is equal to itself alone is no class to promise anything by
+        candidates = [one for one, run in zip(candidates, runs, strict=True) if len(run) > 1]
+        if not candidates:
+            return claimed, ""
     worth = value or (lambda one: float(sum(is_inside(width, one) for width in inside if width <= 16)))
     best = max(candidates, key=worth)
     contradiction = (

@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from localspec.protocols import HostTokens, LanguageModel, Rewind, Scores, Step, chain_parents
-from localspec.types import TokenIds
+from localspec.types import Logits, TokenIds
 
 _FIRST_CHUNK, _CHUNK = 64, 256  # the first one tells what the others will take
 
@@ -64,6 +64,35 @@ class Passes:
             look(place, scores)
             self._state.keep(range(width))
         self._state.truncate(start)
+
+    def walk_trees(self, ids: TokenIds, width: int, look: Callable[[int, Scores], None]) -> None:
+        """As `walk`, in passes of which every second node is a guess that is dropped again: half as many tokens each.
+        The rows shown are those of `ids`."""
+        start, step = self.length, width // 2
+        for place in range(0, len(ids) - step + 1, step):
+            nodes = np.stack([ids[place : place + step], self.random(step)], axis=1).reshape(-1)
+            above = np.arange(-2, 2 * step - 2, 2, dtype=np.int32)
+            parents = np.maximum(np.repeat(above, 2), -1)
+            chosen = tuple(range(0, 2 * step, 2))
+            [scores] = self.model.forward([Step(self._state, (HostTokens(nodes),), parents, chosen)])
+            look(place, scores)
+            self._state.keep(chosen)
+        self._state.truncate(start)
+
+    def write(self, count: int, rng: np.random.Generator) -> tuple[TokenIds, Logits]:
+        """([count] tokens, [count, V] the rows behind them) of a text that the model writes at width 1 and temperature
+        1, the first token a random one; taken back."""
+        start, token = self.length, self.random(1)
+        ids, rows = [], []
+        for _ in range(count):
+            scores = self._forward(token, None)
+            rows.append(np.array(scores.rows((0,))[0]))
+            self._state.keep((0,))
+            ids.append(token)
+            best = int((rows[-1] + rng.gumbel(size=len(rows[-1])))[: self.model.tokenizer.num_tokens].argmax())
+            token = np.array([best], np.int32)
+        self._state.truncate(start)
+        return np.concatenate(ids), np.stack(rows)
 
     def truncate(self, length: int) -> None:
         """Drop committed tokens from `length` on."""

@@ -19,7 +19,10 @@ from typing import Any, TypeVar
 
 import platformdirs
 
+from localspec.errors import SettingError
+from localspec.exactness import Bound
 from localspec.protocols import LanguageModel, WidthClass
+from localspec.schedule.bound import measure as measure_bound
 from localspec.schedule.cost import Costs
 from localspec.schedule.machine import describe_files, describe_machine, describe_model
 from localspec.schedule.measure import Overhead, Progress, assumed, quick
@@ -28,6 +31,7 @@ FORMAT = 1
 T = TypeVar("T")
 
 _TUNED, _QUICK, _CLASS, _OPTIONS = "tuned", "quick", "class", "options"
+_BOUND, _QUICK_BOUND = "bound", "quick-bound"
 
 _log = logging.getLogger("localspec.schedule")
 _automatic = True
@@ -86,6 +90,40 @@ def keep_class(target: LanguageModel, width_class: WidthClass, folder: Path | No
     """Store the class that was found for a loaded target under the options in force."""
     key = _class_key(target)
     _write(_file(folder, _CLASS, key), key, asdict(width_class))
+
+
+def load_or_measure_bound(
+    target: LanguageModel, on_progress: Progress | None = None, folder: Path | None = None
+) -> Bound:
+    """The bound of guarded decoding for a loaded target: as `localspec tune` found it with the options in force, else
+    as measured in short before, else measured in short now and stored. One sequence must be free for that.
+    Raises SettingError where measuring is not allowed (`set_automatic`)."""
+    key = _target_key(target)
+    for kind in (_BOUND, _QUICK_BOUND):
+        stored = _find(_file(folder, kind, key), key, Bound.from_dict)
+        if stored is not None:
+            return stored
+    if not _automatic:
+        raise SettingError(
+            "guarded decoding needs a bound that is measured, and measuring is switched off",
+            got="LOCALSPEC_MEASURE=0",
+            expected="`localspec tune` run before, or exact class or off",
+        )
+    found = measure_bound(target, on_progress=on_progress)
+    _write(_file(folder, _QUICK_BOUND, key), key, found.as_dict())
+    return found
+
+
+def knows_bound(target: LanguageModel, folder: Path | None = None) -> bool:
+    """Can `load_or_measure_bound` answer?"""
+    key = _target_key(target)
+    return _automatic or any(_file(folder, kind, key).exists() for kind in (_BOUND, _QUICK_BOUND))
+
+
+def keep_bound(target: LanguageModel, bound: Bound, folder: Path | None = None) -> None:
+    """Store the bound that was found for a loaded target under the options in force."""
+    key = _target_key(target)
+    _write(_file(folder, _BOUND, key), key, bound.as_dict())
 
 
 # ---------------------------------------------------------------- options and the report

@@ -57,7 +57,8 @@ def _overview(console: Console, trace: Trace) -> None:
     temperature = header.sampling.get("temperature")
     console.print(f"{pair} on {header.backend}, {header.device}")
     seed = f"seed {header.seed}" if header.seed is not None else "a new seed for each answer"
-    console.print(f"drafter {header.drafter} · {header.acceptance} · temperature {temperature!r} · {seed}\n")
+    rules = f"{header.acceptance} · exact {header.exact}"
+    console.print(f"drafter {header.drafter} · {rules} · temperature {temperature!r} · {seed}\n")
     if not trace.rounds:
         console.print("no rounds")
         return
@@ -75,7 +76,7 @@ def rounds_table(trace: Trace, num_cells: int | None) -> str:
     """The first rounds, one a line of at most so many cells."""
     lines = ["round  nodes  depth  accepted      ms  emitted"]
     for entry in trace.rounds[:_MOST_ROUNDS]:
-        milliseconds = entry.draft_ms + entry.verify_ms + entry.host_ms
+        milliseconds = entry.draft_ms + entry.verify_ms + entry.host_ms + entry.recheck.ms
         numbers = f"{entry.number:5}  {len(entry.nodes):5}  {entry.depth:5}  {len(entry.path):8}  {milliseconds:6.1f}  "
         text = quoted(b"".join(token.raw for token in entry.emitted))
         lines.append(numbers + (text if num_cells is None else head(text, num_cells - len(numbers))))

@@ -104,7 +104,8 @@ def header(pair: Pair, session: Session, spec: DrafterSpec, params: SamplingPara
         device=pair.target.info.device,
         drafter=_written(spec if spec.decides else spec.resolved(pair.draft)),
         acceptance=session.acceptance.name,
-        width_class=str(pair.target.capabilities.width_class),
+        width_class=str(session.exactness),
+        exact=session.exactness.mode.value,
         sampling={name: value for name, value in sampling.items() if name != "seed"},
         seed=params.seed,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from localspec.engine.round import RoundResult
 from localspec.engine.session import Generation
-from localspec.engine.stats import RoundRecord, count_sources, sibling_ranks
+from localspec.engine.stats import NOT_RECHECKED, RecheckRecord, RoundRecord, count_sources, sibling_ranks
 from localspec.protocols import Tokenizer
 from localspec.trace.text import printable
 from localspec.tree.mask import check_path, depths
@@ -25,7 +25,8 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What was run. drafter: as on the command line.  seed: None where each answer drew its own."""
+    """What was run. drafter: as on the command line.  seed: None where each answer drew its own.  exact: what was
+    promised of the text."""
 
     localspec: str
     target: str
@@ -37,6 +38,7 @@ class Header:
     width_class: str
     sampling: Mapping[str, Any]
     seed: int | None
+    exact: str = "class"
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -51,6 +53,7 @@ class Header:
             draft=None if data.get("draft") is None else _name(data, "draft"),
             sampling=_get(data, "sampling", dict),
             seed=_optional(data, "seed", int),
+            exact="class" if data.get("exact") is None else _name(data, "exact"),
         )
 
 
@@ -99,7 +102,7 @@ class Node:
 @dataclass(frozen=True, slots=True)
 class Round:
     """One round. number: from 1, over the whole file.  answer: which one it belongs to, from 1.
-    emitted: the path's tokens, then the target's own (the bonus)."""
+    emitted: the path's tokens, then the target's own (the bonus).  recheck: whether another row decided that one."""
 
     number: int
     answer: int
@@ -113,6 +116,7 @@ class Round:
     verify_ms: float
     host_ms: float
     num_replayed: int
+    recheck: RecheckRecord = NOT_RECHECKED
 
     @classmethod
     def of(cls, result: RoundResult, number: int, answer: int, tokenizer: Tokenizer) -> Round:
@@ -133,6 +137,7 @@ class Round:
             verify_ms=record.verify_ms,
             host_ms=record.host_ms,
             num_replayed=record.num_replayed,
+            recheck=record.recheck,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -154,6 +159,7 @@ class Round:
             "verify_ms": round(self.verify_ms, 6),
             "host_ms": round(self.host_ms, 6),
             "num_replayed": self.num_replayed,
+            "recheck": {**asdict(self.recheck), "ms": round(self.recheck.ms, 6)},
         }
 
     @classmethod
@@ -180,6 +186,7 @@ class Round:
             verify_ms=_time(data, "verify_ms"),
             host_ms=_time(data, "host_ms"),
             num_replayed=_get(data, "num_replayed", int),
+            recheck=_recheck(_optional(data, "recheck", dict)),
         )
 
     @property
@@ -219,6 +226,7 @@ class Round:
             accepted_by_source=count_sources(sources[node] for node in self.path),
             accepted_ranks=sibling_ranks(self.parents, self.path),
             num_replayed=self.num_replayed,
+            recheck=self.recheck,
         )
 
 
@@ -262,6 +270,13 @@ def _node(index: int, data: dict[str, Any]) -> Node:
     if log_q is not None and (isinstance(log_q, bool) or not isinstance(log_q, int | float) or log_q != log_q):
         raise ValueError(f"node {index} has the log_q {log_q!r}")
     return Node(TokenText.from_dict(data), parent, _finite(log_q and float(log_q)), _name(data, "source"))
+
+
+def _recheck(data: Mapping[str, Any] | None) -> RecheckRecord:
+    """None: written before there were any."""
+    if data is None:
+        return NOT_RECHECKED
+    return RecheckRecord(_get(data, "num", int), _get(data, "num_changed", int), _time(data, "ms"))
 
 
 def _finite(value: float | None) -> float | None:

@@ -14,6 +14,9 @@ def round_line(entry: Round) -> str:
     parts += [times, f"{entry.width} wide"]
     if entry.num_replayed:
         parts.append(f"{_count(entry.num_replayed, 'token')} run again")
+    if entry.recheck.num:
+        outcome = "changed" if entry.recheck.num_changed else "confirmed"
+        parts.append(f"last token re-checked and {outcome}, {entry.recheck.ms:.1f} ms")
     return " · ".join(parts)
 
 
@@ -34,9 +37,12 @@ def stats_lines(stats: Stats) -> list[tuple[str, str]]:
     if stats.num_from_branches:
         lines.append(("by guess", branches(stats)))
     if stats.decode_ms:
-        shares = ((stats.draft_ms, "draft"), (stats.verify_ms, "verify"), (stats.host_ms, "host"))
+        shares = [(stats.draft_ms, "draft"), (stats.verify_ms, "verify"), (stats.host_ms, "host")]
+        shares += [(stats.recheck_ms, "re-check")] if stats.recheck_ms else []
         times = ", ".join(f"{name} {time:.0f} ms ({time / stats.decode_ms:.0%})" for time, name in shares)
         lines.append(("time", times))
+    if stats.num_rechecked:
+        lines.append(("re-checked", f"{_count(stats.num_rechecked, 'choice')}, {stats.num_changed} changed"))
     if stats.num_replayed:
         lines.append(
             ("run again", f"{_count(stats.num_replayed, 'token')} (the model's state cannot take tokens back)")

@@ -65,8 +65,29 @@ def _words(one: Candidate) -> list[str]:
             )
     if one.plain_ratio is not None:
         lines.append(f"a plain pass in this class takes {one.plain_ratio:.2f} times as long as one of width 1")
+    lines += _free(one) + _guarded(one)
     lines.append(f"the host's own time: {one.costs.overhead_ms:.2f} ms a round; {'; '.join(one.costs.notes)}")
     return lines
+
+
+def _free(one: Candidate) -> list[str]:
+    """What the class costs, against passes of any width."""
+    if one.free is None or one.best is None:
+        return []
+    free, own = one.free, one.best
+    line = f"with passes of any width (--exact off): {free.tokens_per_second:.0f} tokens/s by {free}, plain "
+    line += f"{free.plain_tokens_per_second:.0f}; the class has {own.tokens_per_second / free.tokens_per_second:.0%}"
+    return [line + f" of that, plain {own.plain_tokens_per_second / free.plain_tokens_per_second:.0%}"]
+
+
+def _guarded(one: Candidate) -> list[str]:
+    """What guarded decoding would re-check."""
+    if one.bound is None:
+        return []
+    bound, (rows, other) = one.bound, one.bound.width_one
+    line = f"guarded decoding (--exact guarded) re-checks choices nearer than {bound.tolerance.difference:.2g}: about "
+    line += f"{bound.share_close:.0%} in the model's own text, temperatures 0 and 1; there width 1 would have said "
+    return [line + f"something else than the reference in {other} of {rows} rows"]
 
 
 def _groups(found: Classes) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from localspec.exactness import Bound
 from localspec.protocols import WidthClass
 from localspec.schedule.classes import Classes
 from localspec.schedule.cost import Costs
@@ -22,7 +23,8 @@ _BETTER = 1.03  # less is noise
 class Candidate:
     """A set of options and what was found with it. failed: why it could not be loaded, empty if it could.
     width_class, classes, contradiction: where the classes were looked for.  plain_ratio: what a plain pass of the class
-    costs against one of width 1."""
+    costs against one of width 1.  free: the best round if passes may have any width (exactness off).  bound: of guarded
+    decoding; None where tokens cannot be taken back."""
 
     options: Options
     device: str = ""
@@ -32,6 +34,8 @@ class Candidate:
     classes: Classes | None = None
     contradiction: str = ""
     failed: str = ""
+    free: Best | None = None
+    bound: Bound | None = None
 
     @property
     def speed(self) -> float:
@@ -62,6 +66,8 @@ class Candidate:
             "classes": self.classes and self.classes.as_dict(),
             "contradiction": self.contradiction,
             "failed": self.failed,
+            "free": self.free and asdict(self.free),
+            "bound": self.bound and self.bound.as_dict(),
         }
 
     @classmethod
@@ -76,6 +82,8 @@ class Candidate:
             data["classes"] and Classes.from_dict(data["classes"]),
             str(data["contradiction"]),
             str(data["failed"]),
+            data["free"] and Best(**data["free"]),
+            data["bound"] and Bound.from_dict(data["bound"]),
         )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from localspec.engine.overhead import round_overhead
 from localspec.errors import BackendError, SettingError
+from localspec.exactness import Exactness
 from localspec.loading import Pair, get_backend, open_pair
-from localspec.protocols import Capabilities, LanguageModel, LoadSettings, WidthClass
-from localspec.schedule import classes, measure, store
+from localspec.protocols import Capabilities, LanguageModel, LoadSettings, Rewind, WidthClass
+from localspec.schedule import bound, classes, measure, store
 from localspec.schedule.classes import Classes
 from localspec.schedule.cost import Costs
 from localspec.schedule.measure import Progress
@@ -27,7 +28,8 @@ _log = logging.getLogger("localspec.tune")
 
 _FINALISTS = 2
 _FIRST_LOOK = 0.35  # of the time: every set of options in short
-_COMPARING = 0.3  # of what a finalist has: its width classes
+_COMPARING = 0.25  # of what a finalist has: its width classes
+_BOUNDING = 0.15  # and how far rows lie apart
 _DEEPER = 4.0  # seconds that one more trial may take to get deep into the context
 _LEAST = 0.2  # seconds, where loading took the time that there was
 _FIRST_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
@@ -157,15 +159,22 @@ def _examine(load: _Loader, candidate: Candidate, until: float, tell: Progress) 
             costs = measure.costs(
                 pair.target,
                 pair.draft,
-                seconds=(1.0 - _COMPARING) * seconds,
+                seconds=(1.0 - _COMPARING - _BOUNDING) * seconds,
                 overhead=round_overhead,
-                on_progress=_part(tell, 0.0, 1.0 - _COMPARING, ""),
+                on_progress=_part(tell, 0.0, 1.0 - _COMPARING - _BOUNDING, ""),
             )
             found = classes.find(
                 pair.target,
-                seconds=max(until - perf_counter(), _LEAST),
-                on_progress=_part(tell, 1.0 - _COMPARING, _COMPARING, ""),
+                seconds=max(until - _BOUNDING * seconds - perf_counter(), _LEAST),
+                on_progress=_part(tell, 1.0 - _COMPARING - _BOUNDING, _COMPARING, ""),
             )
+            if known.rewind is not Rewind.NEVER:
+                candidate.bound = bound.measure(
+                    pair.target,
+                    seconds=max(until - perf_counter(), _LEAST),
+                    on_progress=_part(tell, 1.0 - _BOUNDING, _BOUNDING, ""),
+                )
+                store.keep_bound(pair.target, candidate.bound)
 
             found = _deeper(pair.target, found, costs)
 
@@ -175,6 +184,7 @@ def _examine(load: _Loader, candidate: Candidate, until: float, tell: Progress) 
             serving, candidate.contradiction = classes.class_to_use(known.width_class, found, value)
             candidate.costs, candidate.classes, candidate.width_class = costs, found, serving
             candidate.best = best(costs, _inside(known, serving))
+            candidate.free = best(costs, _inside(known, Exactness.off().widths))
             if candidate.contradiction:
                 _log.warning("%s (%s)", candidate.contradiction, described(candidate.options))
                 candidate.costs = replace(costs, notes=(*costs.notes, candidate.contradiction))

@@ -7,9 +7,12 @@ from localspec.verify.rejection import Rejection
 from localspec.verify.trial import Acceptance, Trial, Verdict
 from localspec.verify.walk import Walk
 
-__all__ = ["ACCEPTANCES", "Acceptance", "Rejection", "Trial", "Verdict", "Walk", "make_acceptance"]
+__all__ = ["ACCEPTANCES", "WALK", "Acceptance", "Rejection", "Trial", "Verdict", "Walk", "make_acceptance"]
 
 ACCEPTANCES: dict[str, Acceptance] = {rule.name: rule for rule in (Walk(), Rejection())}
+
+WALK = Walk.name
+"""Name of the default rule."""
 
 
 def make_acceptance(name: str) -> Acceptance:

@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from localspec.context import Context
-from localspec.protocols import Proposal, Scores, Tokens
-from localspec.sampling import Sampler
+from localspec.protocols import Proposal, Scores, Tokens, Top
+from localspec.sampling import Sampler, Tolerance
 from localspec.tree.token_tree import TokenTree
-from localspec.types import Logits
+from localspec.types import Logits, NoiseKeys
 
 
 @dataclass(slots=True)
@@ -20,6 +20,7 @@ class Trial:
     """One verified proposal. scores: row 0 is the anchor's, row i + 1 that of node i.
 
     host_scores: rows are free to read one by one (`Capabilities.host_scores`).
+    tolerance: how far the rows may be from those that decide; None: these rows decide.
     """
 
     proposal: Proposal
@@ -28,19 +29,37 @@ class Trial:
     sampler: Sampler
     stop_tokens: frozenset[int]
     host_scores: bool
+    tolerance: Tolerance | None = None
     _rows: Logits | None = field(default=None, init=False)
     _winners: Tokens | None = field(default=None, init=False)
+    _leaders: Top | None = field(default=None, init=False)
 
     def winners(self) -> Tokens:
         """[N + 1] the target's choice behind the anchor and each node, made where the scores are; does not wait. For
         samplers that are plain: their choice needs no history."""
         if self._winners is None:
-            if self.sampler.is_greedy:
-                self._winners = self.scores.argmax()
-            else:
-                positions = len(self.context) + np.concatenate([np.zeros(1, np.int32), self.proposal.depth() + 1])
-                self._winners = self.scores.winners(self.sampler.params.temperature, self.sampler.keys(positions))
+            keys = self._keys()
+            temperature = self.sampler.params.temperature
+            self._winners = self.scores.argmax() if keys is None else self.scores.winners(temperature, keys)
         return self._winners
+
+    def leaders(self) -> Top:
+        """The same with each choice's runner-up."""
+        if self._leaders is None:
+            self._leaders = self.scores.top(2, self.sampler.params.temperature, self._keys())
+        return self._leaders
+
+    def choose_early(self) -> Tokens:
+        """`winners`; what else will be read of the scores, which the next pass may overwrite, is asked, too."""
+        if self.tolerance is not None:
+            self.leaders()
+        return self.winners()
+
+    def _keys(self) -> NoiseKeys | None:
+        """[N + 1, 2] of the tokens behind the anchor and each node; None where there is no noise."""
+        if self.sampler.is_greedy:
+            return None
+        return self.sampler.keys(len(self.context) + np.concatenate([np.zeros(1, np.int32), self.proposal.depth() + 1]))
 
     def row_reader(self) -> Callable[[int], Logits]:
         """From row number to logits [V]: views where they lie on the host, else one transfer of all."""
@@ -58,11 +77,13 @@ class Verdict:
     """path: accepted nodes, root side first.  tokens: theirs, then the one that the target adds.
 
     A stop token ends the walk where it is chosen, so it is always the last token and never a node.
+    doubtful: the last token is chosen so narrowly that another row has to decide (`Trial.tolerance`).
     """
 
     tree: TokenTree
     path: tuple[int, ...]
     tokens: tuple[int, ...]
+    doubtful: bool = False
 
     @property
     def rows(self) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 At each node the target's own token is x = argmax_v [log p(v) + g(seed, position, v)], which depends on
 nothing a drafter did; the walk steps into the child that carries x, if there is one. So the emitted
-text is that of plain decoding with the same seed for every tree. Source: ours, from the Gumbel-max
+text is that of plain decoding with the same seed for every tree. Where rows are only near those that decide
+(guarded decoding) it ends at the first x that is not certain. Source: ours, from the Gumbel-max
 trick; the coupling of guesses is that of Daliri, Musco and Suresh (2024).
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from localspec.sampling import Sampler
+from localspec.sampling import Sampler, is_clear
 from localspec.verify.trial import Trial, Verdict
 
 
@@ -32,25 +33,40 @@ class Walk:
         mark = len(context)
         path: list[int] = []
         tokens: list[int] = []
+        is_certain = True
         node: int | None = -1
         try:
             while node is not None:
-                token = choose(node + 1)
+                token, is_certain = choose(node + 1)
                 tokens.append(token)
-                node = None if token in trial.stop_tokens else steps.get((node, token))
+                ends = token in trial.stop_tokens or not is_certain
+                node = None if ends else steps.get((node, token))
                 if node is not None:
                     path.append(node)
                     context.append(token)
         finally:
             context.truncate(mark)
-        return Verdict(tree, tuple(path), tuple(tokens))
+        return Verdict(tree, tuple(path), tuple(tokens), doubtful=not is_certain)
 
 
-def _chooser(trial: Trial) -> Callable[[int], int]:
-    """From row to the target's token. Asked before the tree is fetched: one wait then serves both."""
-    sampler, context = trial.sampler, trial.context
+def _chooser(trial: Trial) -> Callable[[int], tuple[int, bool]]:
+    """From row to the target's token, and whether it is certain. Asked before the tree is fetched: one wait then
+    serves both."""
+    sampler, context, tolerance = trial.sampler, trial.context, trial.tolerance
     if sampler.is_plain and not trial.host_scores:
-        winners = trial.winners().numpy()
-        return lambda row: int(winners[row])
+        return _device_chooser(trial)
     read = trial.row_reader()
-    return lambda row: sampler.choose(read(row), context)
+    if tolerance is None:
+        return lambda row: (sampler.choose(read(row), context), True)
+    return lambda row: sampler.decide(read(row), context, tolerance)
+
+
+def _device_chooser(trial: Trial) -> Callable[[int], tuple[int, bool]]:
+    """All rows are decided where they lie; only the tokens cross, and with a tolerance the two best of each."""
+    temperature, tolerance = trial.sampler.params.temperature, trial.tolerance
+    if tolerance is None:
+        winners = trial.winners().numpy()
+        return lambda row: (int(winners[row]), True)
+    ids, values = trial.leaders().numpy()
+    bound = tolerance.difference
+    return lambda row: (int(ids[row, 0]), is_clear(values[row], temperature, bound))

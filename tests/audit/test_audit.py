@@ -21,9 +21,10 @@ from localspec.audit.report import Audit, Part, Plan
 from localspec.audit.run import audit_part
 from localspec.bench import equality
 from localspec.bench.prompts import Prompt, load_prompts
+from localspec.exactness import Bound
 from localspec.loading import Pair, get_backend, open_pair
 from localspec.protocols import LanguageModel, LoadSettings, Scores, Step
-from localspec.sampling import HostScores
+from localspec.sampling import HostScores, Tolerance
 from localspec.testing.files import write_gguf, write_safetensors
 from localspec.testing.reference import Cell, ReferenceModel, ReferenceState
 from localspec.tree.mask import ancestor_mask
@@ -145,6 +146,26 @@ def test_differences_of_the_size_of_rounding_are_called_ties_and_still_fail() ->
     assert all(abs(difference.margin) <= 2 * part.rows.rounding for difference in part.walk.differences)
     assert "a tie" in part.walk.differences[0].explanation
     assert "are not the same bits" in part.findings[0] and not Audit({}, [], [part]).holds
+
+
+def test_guarded_texts_are_equal_where_rows_are_not_and_rows_are_no_finding() -> None:
+    """The same rounding; a bound that covers it saves the promise, one of nothing does not."""
+    prompts = PROMPTS[:2]
+
+    def audited_within(difference: float) -> Part:
+        bound = Bound(Tolerance(difference, difference), 8, 64)
+        with Pair(Rounding(60, seed=2, sharpness=1.5), reference().perturbed(0.5)) as pair:
+            pair.bound = bound
+            return audit_part(pair, ["draft_model"], Plan(prompts, (0.0, 0.8), 2, 24, ("walk",), "guarded"))
+
+    part = audited_within(0.6)
+    assert part.rows.inside.worst > 0.0 and part.findings == []
+    assert part.walk is not None and part.walk.all_equal
+    assert "Exactness: guarded" in part.markdown() and part.as_dict()["exact"] == "guarded"
+    assert "re-checks per 100 tokens" in part.markdown()
+    part = audited_within(0.0)
+    assert part.walk is not None and part.walk.differences
+    assert {difference.cause for difference in part.walk.differences} == {Cause.TIE}
 
 
 # ---------------------------------------------------------------- planted rules

@@ -19,9 +19,10 @@ from localspec.bench.speed_report import markdown, write_report
 from localspec.bench.summary import Summary, summarize
 from localspec.bench.workloads import Workload
 from localspec.errors import PromptError
+from localspec.exactness import Bound
 from localspec.loading import Pair, open_pair
 from localspec.protocols import LoadSettings, WidthClass
-from localspec.sampling import SamplingParams
+from localspec.sampling import SamplingParams, Tolerance
 from localspec.testing.reference import ReferenceModel
 
 SETTINGS: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "repeats": 2, "temperatures": [0.0, 0.8]}
@@ -262,6 +263,26 @@ def test_only_plain_at_width_one_leaves_the_width_class(pair: Pair, monkeypatch:
 def test_where_the_class_holds_width_one_there_is_one_plain() -> None:
     with Pair(ReferenceModel(257), None) as pair:
         assert [one.name for one in plain_contenders(pair)] == [PLAIN]
+
+
+def test_guarded_plain_stands_beside_plain_at_width_one_and_rechecks_are_reported() -> None:
+    with Pair(ReferenceModel(257, sharpness=1.0), None) as guarded:
+        guarded.bound = Bound(Tolerance(1.0, 1.0), 8, 64)
+        lookup = Own("ngram", Kind.CONFIG, "ngram", guarded, lambda: guarded, exact="guarded")
+        contenders = [*plain_contenders(guarded, "guarded"), lookup]
+        assert [one.name for one in contenders] == [PLAIN, PLAIN_ONE, "ngram"]
+        works = workloads("chat")
+        settings = {"max_tokens": 12, "ignore_eos": True, "repeats": 1, "temperatures": [0.0], "grid": [], "notes": []}
+        conditions = speed.describe(guarded, works, contenders, runtime={}, exact="guarded", **settings)
+        assert conditions["exact"] == "guarded" and conditions["padding"] == 8
+        with RunLog(conditions) as log:
+            speed.measure(log, guarded, works, contenders)
+        summary = summarize(log, complete=True)
+        rechecked = {row.contender: row.num_rechecked for row in summary.rows}
+        assert rechecked[PLAIN] > 0 == rechecked[PLAIN_ONE]
+        assert "Re-checked choices per 100 tokens: chat, plain" in markdown(summary)
+        for one in contenders:
+            one.close()
 
 
 def test_digests_tell_texts_apart() -> None:

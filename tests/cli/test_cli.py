@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
+from localspec.schedule import store
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--max-tokens", "8", "--context", "256", "--backend", "llamacpp", "--seed", "1"]
@@ -55,6 +56,21 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     for command in ("chat", "generate", "pairs", "trace", "doctor", "bench"):
         assert command in done.stdout
+
+
+@pytest.mark.real
+def test_exactness_is_chosen_reported_and_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report("Hello")["exact"] == "class"
+    off = report("Hello", "--exact", "off", "--plain")
+    assert (off["exact"], off["stats"]["widths"], off["bound"]) == ("off", {"1": off["stats"]["num_rounds"]}, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_automatic", True)
+        patch.setenv("LOCALSPEC_MEASURE", "1")
+        guarded = [report("Hello", "--exact", "guarded", *more) for more in (["--plain"], ["--drafter", "draft_model"])]
+    assert guarded[0]["text"] == guarded[1]["text"] and guarded[0]["bound"] > 0.0
+    assert {one["exact"] for one in guarded} == {"guarded"}
+    assert_one_line(run("generate", "Hello", "--exact", "guarded", "--acceptance", "rejection", *QUICK), 2, "guarded")
+    assert run("generate", "Hello", "--exact", "sometimes").exit_code == 2
 
 
 @pytest.mark.parametrize(

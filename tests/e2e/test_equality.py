@@ -16,6 +16,7 @@ from localspec.engine.chat import Chat
 from localspec.loading import Pair, get_backend, open_pair
 from localspec.protocols import LoadSettings
 from localspec.sampling import SamplingParams
+from localspec.schedule import store
 
 pytestmark = pytest.mark.real
 
@@ -40,6 +41,20 @@ def test_text_equals_plain_decoding_on_held_out_prompts(backend: str, per_domain
     assert sum(row.num_prompts for row in report.rows) == 4 * len(prompts)
     guessed = [row for row in report.rows if row.drafter == "draft_model"]
     assert sum(row.num_tokens for row in guessed) > 1.3 * sum(row.num_rounds for row in guessed)
+
+
+@pytest.mark.slow
+def test_guarded_text_equals_plain_decoding_where_plain_runs_at_width_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Width 1 has rows of its own here, so this is a trial; the bound is the one of a first load."""
+    monkeypatch.setattr(store, "_automatic", True)
+    prompts = load_prompts(per_domain=2)
+    pair = pair_on("llamacpp")
+    report = compare(pair, prompts, ["draft_model", "ngram:min=1"], [0.0, 0.8], 32, exact="guarded")
+    assert report.differences == []
+    for name in ("nothing", "draft_model"):
+        rows = [row for row in report.rows if row.drafter == name]
+        assert 0 < sum(row.num_rechecked for row in rows) < 0.5 * sum(row.num_tokens for row in rows)
+    assert pair.exactness("guarded").widths.min_width == 1
 
 
 @pytest.mark.slow

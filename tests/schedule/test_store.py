@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from localspec.errors import SettingError
 from localspec.protocols import Scores, Step, WidthClass
-from localspec.schedule import measure, store
+from localspec.schedule import bound, measure, store
 from localspec.schedule.cost import Costs, Curve
 from localspec.testing.reference import ReferenceModel
 
@@ -40,6 +41,7 @@ class Counting(ReferenceModel):
 def _measuring_is_allowed_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_automatic", True)
     monkeypatch.setattr(store, "quick", lambda *pair, **hooks: measure.quick(*pair, seconds=0.0, **hooks))
+    monkeypatch.setattr(store, "measure_bound", lambda target, **hooks: bound.measure(target, seconds=0.0, **hooks))
 
 
 @pytest.fixture
@@ -209,3 +211,33 @@ def test_a_measured_class_holds_until_the_backend_says_something_else(model: Cou
     assert store.class_for(model, folder) == narrower
     model.capabilities = replace(model.capabilities, width_class=WidthClass(4))
     assert store.class_for(model, folder) == WidthClass(4)
+
+
+def test_a_bound_is_measured_once_and_that_of_tune_counts_more(model: Counting, folder: Path) -> None:
+    first = store.load_or_measure_bound(model, folder=folder)
+    assert model.num_passes > 0 and store.knows_bound(model, folder)
+    model.num_passes = 0
+    assert store.load_or_measure_bound(model, folder=folder) == first and model.num_passes == 0
+    better = replace(first, num_rows=first.num_rows + 1)
+    store.keep_bound(model, better, folder)
+    assert store.load_or_measure_bound(model, folder=folder) == better
+
+
+def test_a_damaged_bound_is_measured_anew_with_one_warning(
+    model: Counting, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = store.load_or_measure_bound(model, folder=folder)
+    [file] = folder.iterdir()
+    data = json.loads(file.read_text())
+    data["found"]["block"] = 0
+    file.write_text(json.dumps(data))
+    with caplog.at_level(logging.WARNING, logger="localspec.schedule"):
+        assert store.load_or_measure_bound(model, folder=folder).block == first.block
+    assert len(caplog.records) == 1
+
+
+def test_a_bound_is_not_guessed(model: Counting, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_automatic", False)
+    assert not store.knows_bound(model, folder)
+    with pytest.raises(SettingError, match="measuring is switched off"):
+        store.load_or_measure_bound(model, folder=folder)
