@@ -118,5 +118,6 @@ class Exactness:
 def wants_guarding(model: LanguageModel) -> bool:
     """Does no measured width class hold the widths worth using, though tokens can be taken back?"""
     known = model.capabilities
-    is_wide = known.width_class.max_width is None or known.width_class.max_width > known.width_class.min_width
-    return known.rewind is not Rewind.NEVER and not (known.width_class.measured and is_wide)
+    serving = known.width_class
+    is_wide = serving.max_width is None or serving.max_width > serving.min_width
+    return known.rewind is not Rewind.NEVER and not (serving.measured and (is_wide or serving.plain_only))

@@ -134,12 +134,14 @@ class WidthClass:
     Text is reproducible across schedules only while every step of a target pass stays inside one
     class; the engine pads narrower ones. `max_width` None: no upper end was found. measured: False where
     nobody has looked on such a device; then near-ties may fall otherwise, and every result says so.
+    plain_only: wider passes were found to cost more than guesses bring, so there is nothing to guard outside the class.
     """
 
     min_width: int = 1
     max_width: int | None = None
     evidence: str = ""
     measured: bool = True
+    plain_only: bool = False
 
     def __str__(self) -> str:
         text = f"{self.min_width} to {self.max_width or 'any'}"
@@ -355,7 +357,8 @@ class LoadSettings:
     context: tokens per sequence (None: as trained, at most 4096).  num_sequences: states open at once.
     trees: load so that token trees can be verified exactly, whatever that costs.
     gpu_layers: layers on the GPU (None: all where there is one).  threads: CPU threads.
-    flash_attention, extra_buffers: llama.cpp options of those names.  dtype: MLX compute type.
+    flash_attention, extra_buffers: llama.cpp options of those names.  cache_type: what it keeps keys and values in,
+    f16 or bf16.  dtype: MLX compute type.
     """
 
     context: int | None = None
@@ -365,6 +368,7 @@ class LoadSettings:
     threads: int | None = None
     flash_attention: bool | None = None
     extra_buffers: bool | None = None
+    cache_type: str | None = None
     dtype: str | None = None
 
 
@@ -449,6 +453,8 @@ class DraftRequest:
     needs_law: the acceptance rule needs the distribution that each token was drawn from, so tokens
     must be *drawn* from it (rejection), not chosen.  max_depth: longest path that could be emitted.
     budget: asked before each pass of a drafter that works level by level; None: `max_nodes` decides.
+    begins_early: behind empty proposals the target's next pass begins before the last token is read, so that rounds
+    without guesses are cheaper in a row.
     """
 
     context: Context
@@ -459,6 +465,7 @@ class DraftRequest:
     trees: bool = False
     needs_law: bool = False
     budget: Budget | None = None
+    begins_early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,13 +511,15 @@ class Proposal:
 class Outcome:
     """What became of a proposal. path: accepted nodes of `tree`, root side first.
     tokens: what was emitted: the path's tokens, then the one the target adds.
-    width, verify_ms: tokens in the target's pass (of all lanes) and how long it took, where that is known."""
+    width, verify_ms: tokens in the target's pass (of all lanes) and how long it took, where that is known.
+    begun_early: the pass had begun before the round did."""
 
     tree: TokenTree
     path: tuple[int, ...]
     tokens: tuple[int, ...]
     width: int = 0
     verify_ms: float = 0.0
+    begun_early: bool = False
 
 
 class Drafter(Protocol):

@@ -35,7 +35,7 @@ from .tokenizer import LlamaTokenizer
 from .weights import Weights
 
 NAME = "llamacpp"
-OWN_SETTINGS = frozenset({"gpu_layers", "threads", "flash_attention", "extra_buffers"})
+OWN_SETTINGS = frozenset({"gpu_layers", "threads", "flash_attention", "extra_buffers", "cache_type"})
 
 _MAGIC = b"GGUF"
 _DEFAULT_CONTEXT = 4096
@@ -53,6 +53,8 @@ PLANNER = LlamaPlanner(
     num_states=recurrent.NUM_IDS,
 )
 _FLASH_AUTO, _FLASH_OFF, _FLASH_ON = -1, 0, 1
+CACHE_TYPES = {"f16": 1, "bf16": 30}
+"""ggml's numbers of the types that keys and values may be kept in: two bytes each."""
 
 _CPU_CLASS = WidthClass(
     2,
@@ -156,6 +158,8 @@ def check_settings(settings: LoadSettings) -> None:
         value = getattr(settings, name)
         if value is not None and not least <= value <= most:
             raise SettingError(f"{name} out of range", got=value, expected=f"{least} to {most}")
+    if settings.cache_type not in (None, *CACHE_TYPES):
+        raise SettingError("unknown cache_type", got=settings.cache_type, expected=" or ".join(CACHE_TYPES))
 
 
 def check_supported(weights: Weights) -> None:
@@ -254,8 +258,11 @@ def _with_context(
     max_width = _MAX_TREE_WIDTH if settings.trees else _MAX_WIDTH
     if settings.trees and not on_gpu and settings.flash_attention is None:
         notes += ("flash attention is on because token trees need it; on a CPU that makes each pass slower",)
+    cache_type = settings.cache_type or "f16"
     params = _parameters(context_length, threads, flash)
-    params.n_batch = params.n_ubatch = _MAX_FLASH_BATCH if flash == _FLASH_ON and not on_gpu else _MAX_BATCH
+    params.type_k = params.type_v = CACHE_TYPES[cache_type]
+    tiled = flash == _FLASH_ON and not on_gpu and cache_type == "f16"
+    params.n_batch = params.n_ubatch = _MAX_FLASH_BATCH if tiled else _MAX_BATCH
     params.n_seq_max = recurrent.NUM_IDS if replays else max_width + 2
     params.n_outputs_max = max_width + 2  # llama.cpp aborts if it is below n_seq_max; room for so many rows is made
 
@@ -297,6 +304,7 @@ def _with_context(
             ("flash_attention", "auto" if flash == _FLASH_AUTO else flash == _FLASH_ON),
             ("extra_buffers", weights.extra_buffers),
             ("gpu_layers", gpu_layers),
+            ("cache_type", cache_type),
         ),
     )
     return LlamaModel(weights, memory, info, capabilities)

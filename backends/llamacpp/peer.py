@@ -72,6 +72,8 @@ class LlamaPeer:
                     n_threads=threads,
                     n_threads_batch=threads,
                     n_gpu_layers=gpu_layers,
+                    type_k=loading.CACHE_TYPES[settings.cache_type or "f16"],
+                    type_v=loading.CACHE_TYPES[settings.cache_type or "f16"],
                     flash_attn=settings.flash_attention if settings.flash_attention is not None else gpu_layers > 0,
                     draft_model=self._draft,
                     verbose=False,

@@ -39,7 +39,8 @@ class LlamaPlanner:
         cells = -(-context // _STEP) * _STEP
         num_rows = (self._tree_width if settings.trees else self._width) + 2
         flash = settings.trees or bool(settings.flash_attention)
-        batch = self._flash_batch if flash else self._batch
+        tiled = flash and settings.cache_type in {None, "f16"}
+        batch = self._flash_batch if tiled else self._batch
         num_ids = self._num_states if model.is_recurrent else num_rows
         repacked = ", repacked" if not share and self._repacks(settings) else ""
         tables = _GRAPHS + _TOKEN * model.vocab_size
@@ -51,7 +52,11 @@ class LlamaPlanner:
             MemoryItem("Python and llama.cpp", _PROGRAM, MemoryScope.PROCESS),
             item(f"weights ({model.quantization}{repacked})", model.file_bytes, MemoryScope.MODEL),
             item("vocabulary and graphs", tables, MemoryScope.MODEL, movable=False),
-            item("keys and values (F16)", cells * model.kv_values * _F16, MemoryScope.SEQUENCE),
+            item(
+                f"keys and values ({(settings.cache_type or 'f16').upper()})",
+                cells * model.kv_values * _F16,
+                MemoryScope.SEQUENCE,
+            ),
             item("cells", cells * _CELL, MemoryScope.SEQUENCE, movable=False),
             item("compute buffer", _compute(model, cells, batch, num_rows, num_ids, flash), MemoryScope.SEQUENCE),
             item("rows of logits", num_rows * model.vocab_size * _F32, MemoryScope.SEQUENCE, movable=False),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .scores import Ledger
 
 _PACKAGES = ("mlx", "mlx-lm", "tokenizers")
-_FOREIGN_SETTINGS = ("gpu_layers", "threads", "flash_attention", "extra_buffers")
+_FOREIGN_SETTINGS = ("gpu_layers", "threads", "flash_attention", "extra_buffers", "cache_type")
 
 
 def install_command() -> str:

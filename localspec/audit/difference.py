@@ -127,6 +127,10 @@ class Witness:
         self.token = -1
         self.nodes, self.branched = 0, False
 
+    def chooses_winners(self, sampler: Sampler) -> bool:
+        """No: it reads rows, which a pass begun early may overwrite."""
+        return False
+
     def accept(self, trial: Trial) -> Verdict:
         """As the rule does."""
         start, read = len(trial.context), trial.row_reader()

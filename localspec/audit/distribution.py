@@ -162,6 +162,10 @@ class Ledger:
         self.rule, self.name, self.needs_law = rule, rule.name, rule.needs_law
         self.laws: dict[int, Law] = {}
 
+    def chooses_winners(self, sampler: Sampler) -> bool:
+        """No: it reads rows, which a pass begun early may overwrite."""
+        return False
+
     def accept(self, trial: Trial) -> Verdict:
         """As the rule does."""
         start, laws = len(trial.context), trial.proposal.laws

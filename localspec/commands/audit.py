@@ -127,7 +127,7 @@ def _about(options: dict[str, Any], plan: Plan) -> dict[str, Any]:
     from localspec.doctor import examine
 
     report = examine()
-    loads = ("backend", "context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
+    loads = ("backend", "context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "cache_type", "dtype")
     return {
         "localspec": report.version,
         "Python": report.python,

@@ -53,7 +53,7 @@ def load_settings(options: dict[str, Any], **more: Any) -> LoadSettings:
     """How to load, as the options say. more: other fields of `LoadSettings`."""
     from localspec.protocols import LoadSettings
 
-    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
+    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "cache_type", "dtype")
     return LoadSettings(**({name: options[name] for name in names} | more))
 
 

@@ -74,6 +74,9 @@ def load_options(command: F) -> F:
             "--flash-attention/--no-flash-attention", "-fa", default=None, help="Flash attention (llama.cpp)."
         ),
         click.option("--extra-buffers/--no-extra-buffers", default=None, help="Repacked CPU weights (llama.cpp)."),
+        click.option(
+            "--cache-type", "-ctk", metavar="TYPE", help="Keys and values are kept as f16 or bf16 (llama.cpp) [f16]."
+        ),
         click.option("--dtype", metavar="TYPE", help="Compute type (MLX): float32, float16 or bfloat16."),
         click.option(
             "--check-memory/--no-check-memory", default=True, help="Refuse what memory does not allow; see `fit`."

@@ -60,7 +60,7 @@ def tune(
     if plot is not None:
         check_plot(plot)
     target, draft, backend = named_models(options)
-    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "dtype")
+    names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "cache_type", "dtype")
     settings = LoadSettings(num_sequences=1, **{name: options[name] for name in names})
     plan = Plan(seconds or (_QUICK_SECONDS if quick else Plan().seconds), search=not quick, fresh=fresh)
     with progress_bar() as on_progress:

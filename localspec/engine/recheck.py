@@ -46,6 +46,10 @@ class Recheck:
         self._loose = bound.loose
         self._settled = state.length
 
+    def needs_state(self, context: Context, verdict: Verdict) -> bool:
+        """Will `finish` write the end of the sequence again? Nothing may be pending then."""
+        return verdict.doubtful or len(context) + len(verdict.path) - self._settled > self._loose
+
     def finish(self, context: Context, sampler: Sampler, verdict: Verdict) -> Decided:
         """The verdict with its last token decided.
 
@@ -53,14 +57,14 @@ class Recheck:
         pass fails it may be shorter.
         """
         started = perf_counter()
-        mark = len(context)
+        writes, mark = self.needs_state(context, verdict), len(context)
         context.extend(verdict.tokens[:-1])
         row, token = None, verdict.tokens[-1]
         try:
             if verdict.doubtful:
                 row = self._run(context.tokens, scored=True)
                 token = sampler.choose(row, context)
-            elif len(context) - self._settled > self._loose:
+            elif writes:
                 self._run(context.tokens, scored=False)
         finally:
             context.truncate(mark)

@@ -7,12 +7,13 @@ are q; whatever the drafters do, the acceptance rule alone decides what is emitt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 
 from localspec.context import Context
+from localspec.engine import early
 from localspec.engine.recheck import Recheck
 from localspec.engine.stats import NOT_RECHECKED, RecheckRecord, RoundRecord, count_sources, sibling_ranks
 from localspec.engine.width import pad
@@ -23,6 +24,7 @@ from localspec.protocols import (
     LanguageModel,
     Outcome,
     Proposal,
+    Scores,
     SequenceState,
     Step,
     WidthClass,
@@ -36,8 +38,9 @@ from localspec.verify import Acceptance, Trial, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One sequence's part in a round. `state` holds the context but for its last token, the anchor.
+    """One sequence's part in its rounds. `state` holds the context but for its last token, the anchor.
 
+    early: the next pass, where it has begun. Whoever ends a lane, or touches its state between rounds, drops it.
     widths: what its passes are padded into [default: the model's class].  recheck: decides what is too close to call
     (guarded decoding); None: every row decides.
     """
@@ -48,6 +51,7 @@ class Lane:
     sampler: Sampler
     acceptance: Acceptance
     stop_tokens: frozenset[int]
+    early: early.Early = field(default_factory=early.Early)
     widths: WidthClass | None = None
     recheck: Recheck | None = None
 
@@ -89,33 +93,47 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
     started = perf_counter()
     anchors = [lane.context.anchor for lane in lanes]
     replayed = [lane.state.num_replayed for lane in lanes]
+    lengths = [lane.state.length for lane in lanes]
     try:
         trees = model.capabilities.trees and model.capabilities.exact_trees
-        proposals = [_propose(lane, room, trees) for lane, room in zip(lanes, rooms, strict=True)]
+        may_begin = [early.may_begin(model.capabilities, lane) for lane in lanes]
+        proposals = [
+            _propose(lane, room, trees, begins) for lane, room, begins in zip(lanes, rooms, may_begin, strict=True)
+        ]
         drafted = perf_counter()
-        steps = _steps(model, lanes, proposals)
-        scores = model.forward(steps)
+        taken = early.take(lanes, proposals)
+        passes = taken or _verified(model, _steps(model, lanes, proposals))
         verified = perf_counter()
         on_host = model.capabilities.host_scores
         trials = [
-            Trial(proposal, rows, lane.context, lane.sampler, lane.stop_tokens, on_host, _tolerance(lane))
-            for lane, proposal, rows in zip(lanes, proposals, scores, strict=True)
+            Trial(proposal, scores, lane.context, lane.sampler, lane.stop_tokens, on_host, _tolerance(lane))
+            for lane, proposal, (scores, _) in zip(lanes, proposals, passes, strict=True)
         ]
+        begun = all(may_begin) and _foreseen(lanes, proposals, rooms)
+        if begun:
+            widths = [min(proposal.width, room.nodes) for proposal, room in zip(proposals, rooms, strict=True)]
+            early.begin(model, lanes, [trial.winners() for trial in trials], widths)
         verdicts = [lane.acceptance.accept(trial) for lane, trial in zip(lanes, trials, strict=True)]
         if not on_host:  # a lazy device is waited for in `accept`
             verified = perf_counter()
         logprobs = [_logprobs(trial, verdict) for trial, verdict in zip(trials, verdicts, strict=True)]
     except BaseException:
-        for lane in lanes:
+        for lane, length in zip(lanes, lengths, strict=True):
+            lane.early.scores = None
             lane.state.keep(())
+            if lane.state.length > length:  # the anchor, if the next pass had begun
+                lane.state.truncate(length)
         raise
-    width, verify_ms = sum(step.num_tokens for step in steps), (verified - drafted) * 1e3
+    width, verify_ms = sum(width for _, width in passes), (verified - drafted) * 1e3
     for lane, verdict in zip(lanes, verdicts, strict=True):
-        lane.state.keep([0, *(node + 1 for node in verdict.path)])
+        if not begun:
+            lane.state.keep([0, *(node + 1 for node in verdict.path)])
     rechecks = [_rechecked(lane, index, verdicts, logprobs) for index, lane in enumerate(lanes)]
     for lane, verdict in zip(lanes, verdicts, strict=True):
+        lane.early.quiet = 0 if len(verdict.tree) else lane.early.quiet + 1
         lane.context.extend(verdict.tokens)
-        lane.drafter.observe(Outcome(verdict.tree, verdict.path, verdict.tokens, width, verify_ms))
+        outcome = Outcome(verdict.tree, verdict.path, verdict.tokens, width, verify_ms, taken is not None)
+        lane.drafter.observe(outcome)
     host_ms = (perf_counter() - verified) * 1e3 - sum(recheck.ms for recheck in rechecks)
     times = ((drafted - started) * 1e3, verify_ms, host_ms)
     results = []
@@ -127,7 +145,20 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
     return results
 
 
-def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
+def _verified(model: LanguageModel, steps: Sequence[Step]) -> list[tuple[Scores, int]]:
+    """(scores, width) of each step."""
+    return [(scores, step.num_tokens) for scores, step in zip(model.forward(steps), steps, strict=True)]
+
+
+def _foreseen(lanes: Sequence[Lane], proposals: Sequence[Proposal], rooms: Sequence[Room]) -> bool:
+    """Is another round to come, and will it most likely guess nothing in any lane, as this one and the last?"""
+    return all(
+        room.depth > 0 and lane.early.quiet > 0 and not proposal.num_nodes
+        for lane, proposal, room in zip(lanes, proposals, rooms, strict=True)
+    )
+
+
+def _propose(lane: Lane, room: Room, trees: bool, begins_early: bool) -> Proposal:
     """The drafter's proposal, held to the request: no drafter may widen a pass or draw in secret."""
     request = DraftRequest(
         context=lane.context,
@@ -137,6 +168,7 @@ def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
         stop_tokens=lane.stop_tokens,
         trees=trees,
         needs_law=lane.acceptance.needs_law,
+        begins_early=begins_early,
     )
     proposal = lane.drafter.propose(request)
     if proposal.num_nodes > room.nodes:
@@ -179,6 +211,8 @@ def _rechecked(
     """Have a lane's last token decided, in `verdicts` and `logprobs`, where its own row could not."""
     if lane.recheck is None:
         return NOT_RECHECKED
+    if lane.recheck.needs_state(lane.context, verdicts[index]):
+        lane.early.drop(lane.state)
     decided = lane.recheck.finish(lane.context, lane.sampler, verdicts[index])
     verdicts[index] = decided.verdict
     known, count = logprobs[index], lane.sampler.params.logprobs

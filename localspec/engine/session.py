@@ -13,6 +13,7 @@ import numpy as np
 from localspec.context import Context, common_prefix
 from localspec.drafters.nothing import Nothing
 from localspec.engine.detokenize import Detokenizer
+from localspec.engine.early import Early
 from localspec.engine.prefix import encode_prompt
 from localspec.engine.recheck import Recheck
 from localspec.engine.round import Lane, Room, RoundResult, TokenLogprob, run_round
@@ -319,10 +320,11 @@ class Session:
             detokenizer=Detokenizer(tokenizer),
             stops=StopStrings(params.stop),
         )
+        early = Early()
         failure: BaseException | None = None
         try:
             self._prefill(tokens, answer, stream, hooks.on_prefill)
-            lane = self._lane(answer)
+            lane = self._lane(answer, early)
             while answer.finish_reason is None:
                 room = self._room(answer, params, stream)
                 if room is not None:
@@ -337,12 +339,13 @@ class Session:
             failure = error
             raise
         finally:
+            early.drop(self._state)
             generation = self._result(answer)
             stream.finish(generation, failure)
             if failure is None:
                 hooks.on_result(generation)
 
-    def _lane(self, answer: _Answer) -> Lane:
+    def _lane(self, answer: _Answer, early: Early) -> Lane:
         bound = self.exactness.bound
         return Lane(
             self._state,
@@ -351,6 +354,7 @@ class Session:
             answer.sampler,
             self.acceptance,
             answer.stop_tokens,
+            early,
             self.exactness.widths,
             None if bound is None else Recheck(self.model, self._state, bound),
         )

@@ -3,7 +3,7 @@
 The same random tokens behind the same context are decoded in passes of every width, each pass committed, so a row is
 computed at every place of a pass and on keys and values that passes of the same width wrote. Two widths are of one
 group while no bit of any row differed. Also counted: how often another group's best token is another one, and how far
-logits differ, which bounds what guarded decoding has to look at again.
+logits differ. (What guarded decoding looks at again is measured in `schedule.bound`.)
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from localspec.schedule.passes import Clock, Passes
 from localspec.types import Logits, TokenIds
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
-CONTEXTS = (20, 133, 300, 701)
+CONTEXTS = (20, 300, 701, 133)
+"""Tokens before the compared ones, trial by trial. Kernels change with the context, too: llama.cpp on a CPU splits a
+lone token's attention among threads from 512 cells on, and allots cells by 256."""
 
 _MOST_TRIALS = 12
 _LEAST_WIDTHS = 4  # 1, 2, 4, 8
 _NARROW = (8, 32)  # tokens that passes narrower than this are run over: at least, at most
+DEEP = 600
+"""Tokens of context behind which width 1 must have been compared before it may join a class."""
+_MANY = 32  # rows over which it must have been equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +78,26 @@ class Classes:
         outside = [width for width in self.widths if not is_inside(width, serving)]
         return {width: self.between(width, inside[0]) for width in outside} if inside else {}
 
+    def plus(self, other: Classes) -> Classes:
+        """The evidence of both: widths are of one group if they are in each that tested them."""
+        widths = tuple(sorted({*self.widths, *other.widths}))
+        marks = {width: tuple(_group_of(width, one.groups) for one in (self, other)) for width in widths}
+        groups: list[list[int]] = []
+        for width in widths:
+            for group in groups:
+                if all(None in pair or pair[0] == pair[1] for pair in zip(marks[width], marks[group[0]], strict=True)):
+                    group.append(width)
+                    break
+            else:
+                groups.append([width])
+        differences = dict(self.differences)
+        for pair, found in other.differences.items():
+            differences[pair] = differences.get(pair, Difference()).plus(found)
+        return Classes(widths, tuple(map(tuple, groups)), (*self.contexts, *other.contexts), differences)
+
     @property
     def largest(self) -> float:
-        """The largest difference of a logit between any two widths: the bound for guarded decoding."""
+        """The largest difference of a logit between any two widths."""
         return max((found.largest for found in self.differences.values()), default=0.0)
 
     @property
@@ -107,6 +129,11 @@ class Classes:
 
     def __str__(self) -> str:
         return " | ".join(_range(group) for group in self.groups)
+
+
+def _group_of(width: int, groups: Sequence[Sequence[int]]) -> int | None:
+    """Number of the group that a width is in; None if it was not tested."""
+    return next((number for number, group in enumerate(groups) if width in group), None)
 
 
 def is_inside(width: int, known: WidthClass) -> bool:
@@ -166,6 +193,17 @@ def find(
     return Classes(tuple(tested), tuple(map(tuple, groups.values())), tuple(used), differences)
 
 
+def worth_a_deeper_look(claimed: WidthClass, found: Classes) -> tuple[int, ...]:
+    """The widths to compare behind `DEEP` tokens, where that is all that is missing for width 1 to join a measured
+    class; else none."""
+    narrowest = claimed.min_width
+    if not claimed.measured or narrowest == 1 or not found.contexts or max(found.contexts) >= DEEP:
+        return ()
+    if not {1, narrowest} <= set(found.widths) or found.between(1, narrowest).num_unequal:
+        return ()
+    return tuple(width for width in found.widths if width <= max(narrowest, 4))
+
+
 def class_to_use(
     claimed: WidthClass, found: Classes, value: Callable[[WidthClass], float] | None = None
 ) -> tuple[WidthClass, str]:
@@ -173,8 +211,37 @@ def class_to_use(
 
     The claimed class stands while its tested widths are of one group; a class that nobody had measured becomes a
     measured one as far as was tested. Otherwise it is cut to the best run of neighbouring tested widths of one group.
+    Narrower widths than a measured claim has join it where they were found equal, deep into the context as well. Where
+    they were not, and passes of the class are so dear that width 1 alone is worth more, it is the class.
     value: of a class, the larger the better [default: the number of tested widths up to 16].
     """
+    serving, contradiction = _inside_claim(claimed, found, value)
+    if not found.contexts or not claimed.measured or serving.min_width == 1:
+        return serving, contradiction
+    if _reaches(found, serving.min_width):
+        run = [width for width in found.widths if is_inside(width, replace(serving, min_width=1))]
+        return replace(serving, min_width=1, evidence=_evidence(run, found)), contradiction
+    said = "by `localspec tune`: wider passes cost more here than guesses are expected to bring"
+    alone = WidthClass(1, 1, said, plain_only=True)
+    if value is not None and 1 in found.widths and value(alone) > value(serving):
+        return alone, contradiction
+    return serving, contradiction
+
+
+def _reaches(found: Classes, width: int) -> bool:
+    """Were rows of width 1, and of all between, those of `width`, in enough trials to say so?"""
+    below = [narrower for narrower in found.widths if narrower < width]
+    return (
+        1 in below
+        and max(found.contexts) >= DEEP
+        and all(found.between(one, width).num_rows >= _MANY for one in below)
+        and not any(found.between(one, width).num_unequal for one in below)
+    )
+
+
+def _inside_claim(
+    claimed: WidthClass, found: Classes, value: Callable[[WidthClass], float] | None
+) -> tuple[WidthClass, str]:
     inside = [width for width in found.widths if is_inside(width, claimed)]
     if len(inside) < 2 or not found.contexts:
         return claimed, ""

@@ -22,6 +22,7 @@ _MEMORY = 200.0  # observations after which older ones count half
 _TRUST = 2.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
 _OPTIMISM = 0.9
+_FORGETTING = 0.98  # of what was seen of a width, per round at another one
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
 
@@ -30,7 +31,9 @@ class LiveCosts:
     """The measured table, corrected by what rounds really took here and now.
 
     optimism: share of its table time that a width is taken to cost until it was tried, so that it is tried: what is
-    never used would never be corrected. Plain decoding's own width is not flattered.
+    never used would never be corrected. What was seen of a width is forgotten while others are used, for the same
+    reason: a few rounds in which the machine was busy would shut it out. Plain decoding's own width is not flattered,
+    and not forgotten.
     """
 
     def __init__(self, costs: Costs, width_class: WidthClass, max_width: int, *, optimism: float = _OPTIMISM) -> None:
@@ -83,6 +86,9 @@ class LiveCosts:
         ratio = min(ms / self.costs.target.at(width, context), 3.0 * usual)
         seen = min(self._seen.get(width, 0.0), 30.0)
         self._ratio[width] = (seen * self._ratio.get(width, 1.0) + ratio) / (seen + 1.0)
+        for other in self._seen:
+            if other != width and other > self.min_width:
+                self._seen[other] *= _FORGETTING
         self._seen[width] = seen + 1.0
         self._general += 0.03 * (ratio - self._general)
         self._cache = None

@@ -29,6 +29,7 @@ _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
+_EARLY_ROUNDS = 3  # until passes begin before the last token is read
 _LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
 
@@ -63,10 +64,11 @@ class Experience:
         """Of the drafter with that name, at temperature 0 or above."""
         return self.records.setdefault((name, greedy), Record())
 
-    def wants_plain(self) -> bool:
+    def wants_plain(self, begins_early: bool) -> bool:
         """Is it time to see again what plain decoding takes? All gains are judged by it, and a table that was wrong
-        about its width would never be found out."""
-        return self.by_clock and (self.plain_rounds < _FIRST_PLAIN or self.rounds_since_plain >= _PLAIN_EVERY)
+        about its width would never be found out. begins_early: it takes some rounds in a row to see, so less often."""
+        every = _PLAIN_EVERY * (_EARLY_ROUNDS if begins_early else 1)
+        return self.by_clock and (self.plain_rounds < _FIRST_PLAIN or self.rounds_since_plain >= every)
 
     def plain_ms(self, context: int) -> float:
         """A plain round."""
@@ -108,6 +110,7 @@ class Scheduled:
         self.experience = experience
         self._asked: list[_Asked] = []
         self._greedy = True
+        self._begins_early = False
         self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
         self._context = Context()
         self._read: dict[str, int] = {}  # how much of the context each drafter has seen
@@ -142,7 +145,10 @@ class Scheduled:
         context = len(request.context)
         rate = max(experience.rate.value, 1.0 / experience.plain_ms(context))
         prices = Valuation(experience.live, rate, context, request.max_nodes)
-        if experience.wants_plain():
+        self._begins_early = request.begins_early
+        if not request.max_nodes or not request.max_depth:
+            return Proposal(self.name)
+        if experience.wants_plain(request.begins_early):
             return Proposal(self.name, width=self._plain_width(prices, request), because=_LOOKING)
         if request.needs_law:
             return self._drawn(request, prices)
@@ -174,12 +180,14 @@ class Scheduled:
         context = len(self._context) - len(outcome.tokens)
         plain_ms = experience.plain_ms(context)
         verify_ms = outcome.verify_ms
+        plain = not len(outcome.tree)
+        usual = outcome.begun_early or not (plain and self._begins_early)  # plain decoding is quicker in a row
         if not experience.by_clock:
             verify_ms = experience.live.verify_ms(outcome.width, context)
-        elif verify_ms > 0.0:
+        elif verify_ms > 0.0 and usual:
             experience.live.observe_verify(outcome.width, context, verify_ms)
         experience.rounds_since_plain += 1
-        if not len(outcome.tree):
+        if plain and usual:
             experience.rounds_since_plain = 0
             experience.plain_rounds += 1
         draft_ms = sum(one.ms for one in asked)

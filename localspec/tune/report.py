@@ -55,7 +55,8 @@ def _words(one: Candidate) -> list[str]:
     assert one.costs is not None and one.width_class is not None and one.classes is not None
     lines = [f"NOTE: {one.contradiction}"] if one.contradiction else []
     lines.append(f"widths of bit-identical rows: {_groups(one.classes)}; the target stays in {one.width_class}")
-    for width, found in one.classes.against(one.width_class).items():
+    outside = one.classes.against(one.width_class)
+    for width, found in list(outside.items())[:1]:  # width 1, or of a class that is width 1 alone the next one
         if found.num_rows:
             lines.append(
                 f"width {width} would have said something else in {found.other_best:.1%} of rows "

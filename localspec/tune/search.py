@@ -15,8 +15,10 @@ from localspec.engine.overhead import round_overhead
 from localspec.errors import BackendError, SettingError
 from localspec.exactness import Exactness
 from localspec.loading import Pair, get_backend, open_pair
-from localspec.protocols import Capabilities, LoadSettings, Rewind, WidthClass
+from localspec.protocols import Capabilities, LanguageModel, LoadSettings, Rewind, WidthClass
 from localspec.schedule import bound, classes, measure, store
+from localspec.schedule.classes import Classes
+from localspec.schedule.cost import Costs
 from localspec.schedule.measure import Progress
 from localspec.schedule.score import best
 from localspec.tune.options import Options, choices, combinations, described
@@ -28,6 +30,7 @@ _FINALISTS = 2
 _FIRST_LOOK = 0.35  # of the time: every set of options in short
 _COMPARING = 0.25  # of what a finalist has: its width classes
 _BOUNDING = 0.15  # and how far rows lie apart
+_DEEPER = 4.0  # seconds that one more trial may take to get deep into the context
 _LEAST = 0.2  # seconds, where loading took the time that there was
 _FIRST_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
 
@@ -173,6 +176,8 @@ def _examine(load: _Loader, candidate: Candidate, until: float, tell: Progress) 
                 )
                 store.keep_bound(pair.target, candidate.bound)
 
+            found = _deeper(pair.target, found, costs)
+
             def value(one: WidthClass) -> float:
                 return best(costs, _inside(known, one)).tokens_per_second
 
@@ -187,6 +192,17 @@ def _examine(load: _Loader, candidate: Candidate, until: float, tell: Progress) 
             store.keep_class(pair.target, serving)
     except (SettingError, BackendError) as error:
         candidate.failed = str(error)
+
+
+def _deeper(target: LanguageModel, found: Classes, costs: Costs) -> Classes:
+    """The same with one more trial deep in the context, if that decides whether width 1 joins the class and reading up
+    to there takes no more than a few seconds."""
+    widths = classes.worth_a_deeper_look(target.capabilities.width_class, found)
+    widest = costs.target.widths[-1]
+    reading_seconds = costs.target.at(widest, classes.DEEP) / widest * classes.DEEP / 1e3
+    if not widths or reading_seconds > _DEEPER or target.info.context_length < classes.DEEP + 64:
+        return found
+    return found.plus(classes.find(target, widths, contexts=(classes.DEEP,), seconds=0.5 * _DEEPER))
 
 
 def _inside(known: Capabilities, width_class: WidthClass) -> Capabilities:

@@ -26,6 +26,10 @@ class Rejection:
     name = "rejection"
     needs_law = True
 
+    def chooses_winners(self, sampler: Sampler) -> bool:
+        """It draws from laws on the host."""
+        return False
+
     def accept(self, trial: Trial) -> Verdict:
         """Test the drafted tokens one by one, then draw one from what is left."""
         read, sampler, context = trial.row_reader(), trial.sampler, trial.context

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from localspec.context import Context
-from localspec.protocols import Proposal, Scores
+from localspec.protocols import Proposal, Scores, Tokens, Top
 from localspec.sampling import Sampler, Tolerance
 from localspec.tree.token_tree import TokenTree
-from localspec.types import Logits
+from localspec.types import Logits, NoiseKeys
 
 
 @dataclass(slots=True)
@@ -29,6 +31,32 @@ class Trial:
     host_scores: bool
     tolerance: Tolerance | None = None
     _rows: Logits | None = field(default=None, init=False)
+    _winners: Tokens | None = field(default=None, init=False)
+    _best_two: Top | None = field(default=None, init=False)
+
+    def winners(self) -> Tokens:
+        """[N + 1] the target's choice behind the anchor and each node, made where the scores are; does not wait. For
+        samplers that are plain: their choice needs no history."""
+        if self._winners is None:
+            keys, temperature = self._keys(), self.sampler.params.temperature
+            self._winners = self.scores.argmax() if keys is None else self.scores.winners(temperature, keys)
+            if self.tolerance is not None:  # asked for now, as another pass may run before it is read
+                self.best_two()
+        return self._winners
+
+    def best_two(self) -> Top:
+        """The two best tokens of each row and what they were ranked by, noise included; does not wait. For plain
+        samplers, too."""
+        if self._best_two is None:
+            self._best_two = self.scores.top(2, self.sampler.params.temperature, self._keys())
+        return self._best_two
+
+    def _keys(self) -> NoiseKeys | None:
+        """[N + 1, 2] the noise of anchor and nodes; None at temperature 0."""
+        if self.sampler.is_greedy:
+            return None
+        positions = len(self.context) + np.concatenate([np.zeros(1, np.int32), self.proposal.depth() + 1])
+        return self.sampler.keys(positions)
 
     def row_reader(self) -> Callable[[int], Logits]:
         """From row number to logits [V]: views where they lie on the host, else one transfer of all."""
@@ -69,6 +97,10 @@ class Acceptance(Protocol):
     @property
     def needs_law(self) -> bool:
         """Must drafters *draw* from a distribution they know?"""
+        ...
+
+    def chooses_winners(self, sampler: Sampler) -> bool:
+        """Is what it emits behind an accepted node always that node's `Trial.winners`?"""
         ...
 
     def accept(self, trial: Trial) -> Verdict:

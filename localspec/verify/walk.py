@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
-from localspec.sampling import is_clear
+from localspec.sampling import Sampler, is_clear
 from localspec.verify.trial import Trial, Verdict
 
 
@@ -22,6 +20,10 @@ class Walk:
 
     name = "walk"
     needs_law = False
+
+    def chooses_winners(self, sampler: Sampler) -> bool:
+        """Unless the choice depends on the history."""
+        return sampler.is_plain
 
     def accept(self, trial: Trial) -> Verdict:
         """Follow the target's own tokens down the tree."""
@@ -61,15 +63,9 @@ def _chooser(trial: Trial) -> Callable[[int], tuple[int, bool]]:
 
 def _device_chooser(trial: Trial) -> Callable[[int], tuple[int, bool]]:
     """All rows are decided where they lie; only the tokens cross, and with a tolerance the two best of each."""
-    sampler, scores, tolerance = trial.sampler, trial.scores, trial.tolerance
-    temperature = sampler.params.temperature
-    keys = None
-    if not sampler.is_greedy:
-        positions = len(trial.context) + np.concatenate([np.zeros(1, np.int32), trial.proposal.depth() + 1])
-        keys = sampler.keys(positions)
-    if tolerance is None:
-        winners = (scores.argmax() if keys is None else scores.winners(temperature, keys)).numpy()
+    if trial.tolerance is None:
+        winners = trial.winners().numpy()
         return lambda row: (int(winners[row]), True)
-    ids, values = scores.top(2, temperature, keys).numpy()
-    bound = tolerance.difference
+    temperature, bound = trial.sampler.params.temperature, trial.tolerance.difference
+    ids, values = trial.best_two().numpy()
     return lambda row: (int(ids[row, 0]), is_clear(values[row], temperature, bound))

@@ -45,9 +45,9 @@ def module(name: str) -> Any:
 
 
 @cache
-def opened(name: str, flash_attention: bool = False) -> LanguageModel:
+def opened(name: str, flash_attention: bool = False, cache_type: str | None = None) -> LanguageModel:
     path = ROOT / "models" / "tiny" / f"{name}.gguf"
-    return BACKEND.load(path, LoadSettings(context=768, flash_attention=flash_attention))
+    return BACKEND.load(path, LoadSettings(context=768, flash_attention=flash_attention, cache_type=cache_type))
 
 
 def step(state: SequenceState, ids: list[int], rows: tuple[int, ...] | None = None) -> Step:
@@ -112,6 +112,24 @@ def test_chains_of_every_width_from_two_up_have_the_same_rows(name: str, length:
     plain = rows_after(model, prefix, ids, 1)
     for width in (2, 3, 4, 5, 8, 16):
         assert np.array_equal(rows_after(model, prefix, ids, width), plain), f"width {width}"
+
+
+@pytest.mark.slow
+def test_keys_and_values_in_bfloat16_keep_the_width_class_and_change_the_rows() -> None:
+    """Flash attention takes no lone token apart then, so passes need not be cut, and tune may widen the class."""
+    rng = np.random.default_rng(0)
+    prefix, ids = rng.integers(16, 8192, 600).tolist(), rng.integers(16, 8192, 16).tolist()
+    rows = {}
+    for cache_type in ("f16", "bf16"):
+        model = opened("target", True, cache_type)
+        assert dict(model.info.options)["cache_type"] == cache_type
+        rows[cache_type] = rows_after(model, prefix, ids, 2)
+        for width in (4, 16):
+            assert np.array_equal(rows_after(model, prefix, ids, width), rows[cache_type])
+    difference = np.abs(rows["f16"] - rows["bf16"])
+    assert 0.0 < float(difference.max()) < 3.0 and float((rows["f16"].argmax(1) == rows["bf16"].argmax(1)).mean()) > 0.8
+    with pytest.raises(SettingError, match="unknown cache_type"):
+        opened("draft", True, "q3")
 
 
 def test_one_scored_row_of_many_stays_in_the_width_class() -> None:

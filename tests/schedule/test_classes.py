@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from localspec.protocols import LoadSettings, Scores, Step, WidthClass
 from localspec.sampling import HostScores
 from localspec.schedule import classes
-from localspec.schedule.classes import Classes, class_to_use, is_inside
+from localspec.schedule.classes import Classes, class_to_use, is_inside, worth_a_deeper_look
 from localspec.testing.reference import ReferenceModel
 
 WIDTHS = (1, 2, 3, 4, 8, 16)
@@ -138,6 +139,53 @@ def test_neighbours_of_another_group_are_not_bridged() -> None:
     assert result.groups == ((1, 2, 4, 8, 16), (3,))
     best, _ = class_to_use(WidthClass(1), result)
     assert (best.min_width, best.max_width) == (4, None)
+
+
+def deep(error: Callable[[int, int, int], float], contexts: Sequence[int] = (300, 600)) -> Classes:
+    """Found with an error that depends on the context as well: error(width, place, context)."""
+
+    class Deep(Rounding):
+        def forward(self, steps: Sequence[Step]) -> list[Scores]:
+            context = steps[0].state.length
+            self.error = lambda width, place: error(width, place, context)
+            return super().forward(steps)
+
+    model = Deep(lambda width, place: 0.0, context_length=700)
+    return classes.find(model, (1, 2, 4), contexts=contexts, seconds=600.0, clock=ticking(1.0))
+
+
+def test_width_one_joins_a_class_where_it_was_found_equal_deep_into_the_context() -> None:
+    claimed = WidthClass(2, None, "read in the source")
+    best, words = class_to_use(claimed, deep(lambda width, place, context: 0.0))
+    assert (best.min_width, best.max_width, best.measured, words) == (1, None, True, "")
+    assert "contexts of 300 to 600" in best.evidence
+    shallow = deep(lambda width, place, context: 0.0, (20, 300))
+    assert class_to_use(claimed, shallow) == (claimed, "")
+    late = deep(lambda width, place, context: float(width == 1 and context > 500))
+    assert class_to_use(claimed, late) == (claimed, "")
+
+
+def test_width_one_alone_is_the_class_where_wider_passes_cost_more_than_they_bring() -> None:
+    claimed = WidthClass(2, None, "read in the source")
+    result = deep(lambda width, place, context: float(width == 1))
+    narrow, words = class_to_use(claimed, result, lambda one: float(one.max_width == 1))
+    assert (narrow.min_width, narrow.max_width, words) == (1, 1, "") and "cost more" in narrow.evidence
+    assert class_to_use(claimed, result, lambda one: float(one.max_width is None)) == (claimed, "")
+
+
+def test_a_deeper_look_is_taken_only_where_it_decides() -> None:
+    claimed = WidthClass(2, None, "read in the source")
+    shallow = deep(lambda width, place, context: 0.0, (20, 300))
+    assert worth_a_deeper_look(claimed, shallow) == (1, 2, 4)
+    assert worth_a_deeper_look(WidthClass(1), shallow) == ()
+    assert worth_a_deeper_look(replace(claimed, measured=False), shallow) == ()
+    assert worth_a_deeper_look(claimed, deep(lambda width, place, context: 0.0)) == ()
+    assert worth_a_deeper_look(claimed, deep(lambda width, place, context: float(width == 1), (20,))) == ()
+    both = shallow.plus(deep(lambda width, place, context: 0.0, (600,)))
+    assert class_to_use(claimed, both)[0].min_width == 1 and set(both.contexts) == {20, 300, 600}
+    other = shallow.plus(deep(lambda width, place, context: float(width == 1), (600,)))
+    assert other.groups == ((1,), (2, 4)) and class_to_use(claimed, other) == (claimed, "")
+    assert other.between(2, 4).num_rows > shallow.between(2, 4).num_rows
 
 
 @pytest.mark.real

@@ -71,6 +71,20 @@ def test_a_width_looks_a_little_cheaper_until_it_was_tried() -> None:
     assert hopeful.verify_ms(5, 0) == pytest.approx(16.0, rel=0.02)
 
 
+def test_a_width_that_looked_dear_in_busy_rounds_is_tried_again() -> None:
+    costs = LiveCosts(Costs(STAIRS, None, 0.0), WidthClass(2), 16)
+    for _ in range(6):
+        costs.observe_verify(4, 0, 25.0)
+    assert costs.verify_ms(4, 0) > costs.verify_ms(5, 0) + 2.0
+    for _ in range(300):
+        costs.observe_verify(5, 0, 16.0)
+    assert costs.verify_ms(4, 0) < 12.0 and costs.verify_ms(5, 0) == pytest.approx(16.0, rel=0.02)
+    costs.observe_verify(2, 0, 7.0)  # plain decoding's own width is remembered
+    for _ in range(300):
+        costs.observe_verify(5, 0, 16.0)
+    assert costs.verify_ms(2, 0) == pytest.approx(7.0, rel=0.12)
+
+
 def test_a_wider_pass_is_taken_where_it_is_quicker() -> None:
     falling = Curve((1, 2, 3, 4), (0,), ((27.0, 38.0, 46.0, 33.0),))
     ms, widths = live(falling).by_nodes(0)

@@ -174,3 +174,27 @@ def test_a_table_that_is_wrong_about_plain_decoding_is_found_out() -> None:
         scheduled.observe(Outcome(tree, path, tokens, width, 45.0 if width > 1 else 10.0))
     assert not any(guessing[:3]) and any(guessing)
     assert sum(guessing[20:]) < 20
+
+
+def test_plain_decoding_is_judged_by_rounds_that_did_not_wait() -> None:
+    """On a device whose passes begin early a plain round takes 6 ms, but 10 when it stands alone: guesses that bring
+    a token for 8 ms more are worth it against the second and not against the first."""
+    target = ReferenceModel(48, seed=5)
+    table = Curve((1, 2, 64), (0,), ((10.0, 18.0, 100.0),))
+    experience = Experience(Costs(table, None, 0.0), target.capabilities)
+    scheduled = Scheduled([Wrong()], [], experience)
+    context = Context(PROMPT)
+    scheduled.begin(context)
+    sampler = Sampler(SamplingParams(), 0)
+    quiet = 0
+    for _ in range(200):
+        request = DraftRequest(
+            context=context, max_nodes=8, max_depth=8, sampler=sampler, stop_tokens=frozenset(), begins_early=True
+        )
+        tree = scheduled.propose(request).tree()
+        early = not len(tree) and quiet >= 2
+        quiet = 0 if len(tree) else quiet + 1
+        context.extend((7,))
+        ms = 18.0 + len(tree) if len(tree) else 6.0 if early else 10.0
+        scheduled.observe(Outcome(tree, (), (7,), 1 + len(tree), ms, early))
+    assert experience.plain_ms(256) == pytest.approx(6.0, rel=0.05)
