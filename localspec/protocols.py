@@ -134,12 +134,14 @@ class WidthClass:
     Text is reproducible across schedules only while every step of a target pass stays inside one
     class; the engine pads narrower ones. `max_width` None: no upper end was found. measured: False where
     nobody has looked on such a device; then near-ties may fall otherwise, and every result says so.
+    plain_only: wider passes were found to cost more than guesses bring, so there is nothing to guard outside the class.
     """
 
     min_width: int = 1
     max_width: int | None = None
     evidence: str = ""
     measured: bool = True
+    plain_only: bool = False
 
     def __str__(self) -> str:
         text = f"{self.min_width} to {self.max_width or 'any'}"

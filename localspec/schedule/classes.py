@@ -3,7 +3,7 @@
 The same random tokens behind the same context are decoded in passes of every width, each pass committed, so a row is
 computed at every place of a pass and on keys and values that passes of the same width wrote. Two widths are of one
 group while no bit of any row differed. Also counted: how often another group's best token is another one, and how far
-logits differ, which bounds what guarded decoding has to look at again.
+logits differ. (What guarded decoding looks at again is measured in `schedule.bound`.)
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Classes:
 
     @property
     def largest(self) -> float:
-        """The largest difference of a logit between any two widths: the bound for guarded decoding."""
+        """The largest difference of a logit between any two widths."""
         return max((found.largest for found in self.differences.values()), default=0.0)
 
     @property
@@ -221,7 +221,8 @@ def class_to_use(
     if _reaches(found, serving.min_width):
         run = [width for width in found.widths if is_inside(width, replace(serving, min_width=1))]
         return replace(serving, min_width=1, evidence=_evidence(run, found)), contradiction
-    alone = WidthClass(1, 1, "by `localspec tune`: wider passes cost more here than guesses are expected to bring")
+    said = "by `localspec tune`: wider passes cost more here than guesses are expected to bring"
+    alone = WidthClass(1, 1, said, plain_only=True)
     if value is not None and 1 in found.widths and value(alone) > value(serving):
         return alone, contradiction
     return serving, contradiction

@@ -189,7 +189,9 @@ def _options_key(path: Path, backend: str, draft: Path | None) -> dict[str, Any]
 
 def _width_class(data: Mapping[str, Any]) -> WidthClass:
     most = None if data["max_width"] is None else int(data["max_width"])
-    return WidthClass(int(data["min_width"]), most, str(data["evidence"]), bool(data["measured"]))
+    return WidthClass(
+        int(data["min_width"]), most, str(data["evidence"]), bool(data["measured"]), bool(data.get("plain_only"))
+    )
 
 
 def default_folder() -> Path:

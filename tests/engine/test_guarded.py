@@ -12,6 +12,7 @@ import pytest
 
 from localspec.context import Context
 from localspec.drafters import DraftModel, Ngram, Nothing
+from localspec.engine.early import Early
 from localspec.engine.recheck import Recheck
 from localspec.engine.round import Lane, Room, RoundResult, run_round
 from localspec.engine.session import Generation, Session
@@ -152,7 +153,7 @@ def test_lanes_of_one_pass_are_rechecked_each_for_itself(bound: Bound) -> None:
         drafter.begin(context)
         recheck = Recheck(target, state, wide)
         sampler = Sampler(params, number)
-        lanes.append(Lane(state, context, drafter, sampler, Walk(), frozenset(), WidthClass(1), recheck))
+        lanes.append(Lane(state, context, drafter, sampler, Walk(), frozenset(), Early(), WidthClass(1), recheck))
     num_doubtful = 0
     while min(len(lane.context) for lane in lanes) < 26:
         results = run_round(target, lanes, [Room(8, 8)] * 3)
@@ -257,6 +258,7 @@ def test_auto_keeps_the_promise_with_the_class_where_there_is_one(bound: Bound) 
     assert mode(Rounding()) == "guarded"
     assert mode(Rounding(), acceptance="rejection") == "class"
     assert mode(Rounding(), "off") == "off" and mode(Rounding(), "class") == "class"
+    assert mode(ReferenceModel(width_class=WidthClass(1, 1, plain_only=True))) == "class", "wider passes do not pay"
     stuck = Rounding()
     stuck.capabilities = replace(stuck.capabilities, rewind=Rewind.NEVER)
     assert mode(stuck) == "class"
