@@ -116,7 +116,7 @@ class Exactness:
 
 
 def wants_guarding(model: LanguageModel) -> bool:
-    """Was no width class measured, though tokens can be taken back? (A class that is width 1 alone was chosen where
-    wider passes do not pay, so there is nothing to guard.)"""
-    known = model.capabilities
-    return known.rewind is not Rewind.NEVER and not known.width_class.measured
+    """Does no measured width class hold the widths worth using, though tokens can be taken back?"""
+    known, widths = model.capabilities, model.capabilities.width_class
+    is_wide = widths.max_width is None or widths.max_width > widths.min_width
+    return known.rewind is not Rewind.NEVER and not widths.plain_only and not (widths.measured and is_wide)

@@ -128,8 +128,6 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
     for lane, verdict in zip(lanes, verdicts, strict=True):
         if not begun:
             lane.state.keep([0, *(node + 1 for node in verdict.path)])
-    rechecks = [_rechecked(lane, index, verdicts, logprobs) for index, lane in enumerate(lanes)]
-    for lane, verdict in zip(lanes, verdicts, strict=True):
         lane.early.quiet = 0 if len(verdict.tree) else lane.early.quiet + 1
     rechecks = [_rechecked(lane, index, verdicts, logprobs) for index, lane in enumerate(lanes)]
     for lane, verdict in zip(lanes, verdicts, strict=True):

@@ -354,7 +354,6 @@ class Session:
             answer.sampler,
             self.acceptance,
             answer.stop_tokens,
-            early,
             self.exactness.widths,
             None if bound is None else Recheck(self.model, self._state, bound),
             early,

@@ -12,14 +12,13 @@ import pytest
 
 from localspec.context import Context
 from localspec.drafters import DraftModel, Ngram, Nothing
-from localspec.engine.early import Early
 from localspec.engine.recheck import Recheck
 from localspec.engine.round import Lane, Room, RoundResult, run_round
 from localspec.engine.session import Generation, Session
 from localspec.errors import SettingError, UnknownNameError, UnsupportedModelError
 from localspec.exactness import Bound, Exactness
 from localspec.loading import Pair
-from localspec.protocols import Drafter, HostTokens, Rewind, Scores, Step, WidthClass, chain_parents
+from localspec.protocols import Drafter, HostTokens, Outcome, Rewind, Scores, Step, WidthClass, chain_parents
 from localspec.sampling import HostScores, Sampler, SamplingParams, Tolerance
 from localspec.schedule import bound as measuring
 from localspec.schedule import store
@@ -153,7 +152,7 @@ def test_lanes_of_one_pass_are_rechecked_each_for_itself(bound: Bound) -> None:
         drafter.begin(context)
         recheck = Recheck(target, state, wide)
         sampler = Sampler(params, number)
-        lanes.append(Lane(state, context, drafter, sampler, Walk(), frozenset(), Early(), WidthClass(1), recheck))
+        lanes.append(Lane(state, context, drafter, sampler, Walk(), frozenset(), WidthClass(1), recheck))
     num_doubtful = 0
     while min(len(lane.context) for lane in lanes) < 26:
         results = run_round(target, lanes, [Room(8, 8)] * 3)
@@ -253,8 +252,7 @@ def test_auto_keeps_the_promise_with_the_class_where_there_is_one(bound: Bound) 
             return pair.exactness(exact, acceptance=acceptance).mode.value
 
     assert mode(ReferenceModel(width_class=WidthClass(2))) == "class"
-    alone = WidthClass(1, 1, "wider passes do not pay")
-    assert mode(ReferenceModel(width_class=alone)) == "class", "there is nothing to guard"
+    assert mode(ReferenceModel(width_class=WidthClass(4, 4))) == "guarded", "one width is none worth using"
     assert mode(Rounding()) == "guarded"
     assert mode(Rounding(), acceptance="rejection") == "class"
     assert mode(Rounding(), "off") == "off" and mode(Rounding(), "class") == "class"
@@ -288,3 +286,24 @@ def test_sessions_of_a_pair_pass_it_on(bound: Bound) -> None:
             result = session.generate(PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True))
     assert set(target.widths[1:]) == {1} and result.stats.num_rechecked == 0
     assert result.exact == "off" and "exactness off" in summary(result)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_passes_begin_early_under_guard_and_are_dropped_where_a_recheck_is_due(
+    temperature: float, bound: Bound
+) -> None:
+    waiting, lazy = Rounding(), Rounding(host_scores=False)
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=60, ignore_eos=True)
+    guarded = Exactness.guarded(bound)
+    begun: list[bool] = []
+
+    class Watching(Nothing):
+        def observe(self, outcome: Outcome) -> None:
+            begun.append(outcome.begun_early)
+
+    for prompt in PROMPTS:
+        with Session(waiting, Nothing(), exactness=guarded) as one, Session(lazy, Watching(), exactness=guarded) as two:
+            want, got = one.generate(prompt, params), two.generate(prompt, params)
+            assert got.tokens == want.tokens and got.stats.num_rechecked == want.stats.num_rechecked > 0
+            assert two._state.num_pending == 0
+    assert any(begun) and not all(begun)
