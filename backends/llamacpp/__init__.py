@@ -5,6 +5,7 @@
     model       forward                                        loading    checks and choices
     probe       do the extra CPU buffers survive here?         processors how many threads
     planner     memory, before anything is loaded              quantizer  fewer bits
+    runtime     a build that would crash beside numpy
 
 Importing this package imports neither llama.cpp nor its binding.
 """

@@ -30,7 +30,14 @@ from localspec.errors import BackendError, BackendMissingError
 from localspec.preparation import GpuMemory
 from localspec.types import Logits, Positions, TokenIds
 
+from . import runtime
+
 INSTALL_COMMAND = "pip install llama-cpp-python"
+
+_REBUILD_SHARED = (
+    "CMAKE_ARGS=\"-DCMAKE_SHARED_LINKER_FLAGS='-nostdlib++ -Wl,--no-as-needed,-l:libstdc++.so.6'\" "
+    f"{INSTALL_COMMAND} --force-reinstall --no-cache-dir (with the other CMAKE_ARGS that you built it with)"
+)
 
 _SPIN_COUNT = "1000"
 _GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
@@ -89,9 +96,23 @@ def library() -> Any:
         raise BackendError(
             f"llama.cpp's library does not load: {error}", fix=f"Reinstall it: {INSTALL_COMMAND}"
         ) from error
+    _check_runtime()
     _install_log(binding)
     binding.llama_backend_init()
     return binding
+
+
+def _check_runtime() -> None:
+    """Raise BackendError for a build that would end the process as soon as it opens a model."""
+    ggml: Any = importlib.import_module("llama_cpp._ggml").libggml
+    private = runtime.private_runtime(ggml)
+    if private is not None and runtime.is_shared_runtime_loaded():
+        raise BackendError(
+            "this build of llama.cpp has a C++ library of its own and would crash beside numpy's",
+            got=f"libstdc++ inside {private.name}",
+            expected="the system's libstdc++.so.6",
+            fix=f"Rebuild it: {_REBUILD_SHARED}",
+        )
 
 
 def devices() -> tuple[str, ...]:

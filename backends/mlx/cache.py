@@ -9,11 +9,18 @@ from mlx_lm.models.cache import KVCache
 
 from .layout import Layout
 
+_BLOCK = KVCache.step
+
 
 class Pass:
-    """What the caches and the grafts of a model need to know of the forward pass in progress."""
+    """What the caches and the grafts of a model need to know of the forward pass in progress.
 
-    def __init__(self) -> None:
+    blocks: attention over several rows is given whole blocks of cells, and a mask that leaves out the unused ones.
+    Where its kernel is built for one number of cells, it then serves a whole block of tokens.
+    """
+
+    def __init__(self, blocks: bool = False) -> None:
+        self.blocks = blocks
         self.layout: Layout | None = None
         self.positions: mx.array | None = None  # [T], where they are not the row numbers
         self.rows: mx.array | None = None  # [R] rows whose logits are wanted; None: all
@@ -25,6 +32,10 @@ class Pass:
         self.layout = layout
         self.positions = None if positions is None else mx.array(positions)
         self.rows = None if rows is None else mx.array(rows, mx.int32)
+
+    def num_shown(self, num_rows: int, num_new: int) -> int:
+        """Cells that attention is given, where `num_rows` are in use."""
+        return -(-num_rows // _BLOCK) * _BLOCK if self.blocks and num_new > 1 else num_rows
 
     def end(self) -> None:
         """Forget the pass, so that nothing of it is kept alive."""
@@ -54,23 +65,38 @@ class TreeCache(KVCache):
         self.num_rows = value
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Append rows; all rows. mlx-lm's own, which must not see a shifted offset."""
+        """Append rows; all that attention is given. mlx-lm's own, which must not see a shifted offset."""
+        self._reserve(self._current.num_shown(self.num_rows + keys.shape[2], keys.shape[2]), keys, values)
         shift, self._current.shift = self._current.shift, 0
         try:
-            return super().update_and_fetch(keys, values)
+            super().update_and_fetch(keys, values)
         finally:
             self._current.shift = shift
+        return self.keys_and_values()
+
+    def _reserve(self, num_cells: int, keys: mx.array, values: mx.array) -> None:
+        """Room for whole blocks. mlx-lm would cut what is left of the last one off before it adds others."""
+        num_more = num_cells - (0 if self.keys is None else self.keys.shape[2])
+        if not self._current.blocks or num_more <= 0:
+            return
+        room = [mx.zeros((*new.shape[:2], num_more, new.shape[3]), new.dtype) for new in (keys, values)]
+        if self.keys is not None:
+            room = [mx.concatenate([old, new], axis=2) for old, new in zip(self.arrays(), room, strict=True)]
+        self.keys, self.values = room
 
     def keys_and_values(self) -> Any:
-        """All rows, for layers that read another layer's."""
-        return tuple(cells[..., : self.num_rows, :] for cells in self.arrays())
+        """All rows, and the unused cells that the pass's mask leaves out; also for layers that read another layer's."""
+        layout = self._current.layout
+        num_shown = self.num_rows if layout is None else self._current.num_shown(self.num_rows, layout.num_new)
+        return tuple(cells[..., :num_shown, :] for cells in self.arrays())
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:  # noqa: N803 - as models call it
         """The mask of the N new rows."""
         layout = self._current.layout
         if layout is None or layout.num_new != N:
             raise ValueError(f"the model asked for a mask of {N} rows in a pass of {layout and layout.num_new}")
-        return layout.mask(window_size or self._window, return_array)
+        num_shown = self._current.num_shown(layout.num_cells, layout.num_new)
+        return layout.mask(window_size or self._window, return_array, num_shown)
 
     @property
     def start_position(self) -> int:

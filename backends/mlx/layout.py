@@ -44,19 +44,24 @@ class Layout:
         """[T] positions of the new rows, or None where they are simply the row numbers."""
         return None if self.is_chain else self._places[len(self._parents) - self.num_new :]
 
-    def mask(self, window: int | None, as_array: bool) -> mx.array | str | None:
-        """[T, cells] true where a new row may see a cell, in the forms mlx-lm's attention takes:
-        "causal", or None where a single row sees everything."""
-        num_cells = self.num_committed + len(self._parents)
-        if window is not None and num_cells <= window:
+    @property
+    def num_cells(self) -> int:
+        """Rows in the cache once the new ones are there."""
+        return self.num_committed + len(self._parents)
+
+    def mask(self, window: int | None, as_array: bool, num_shown: int) -> mx.array | str | None:
+        """[T, num_shown] true where a new row may see a cell, in the forms mlx-lm's attention takes: "causal", or
+        None where a single row sees everything. Cells behind the last row are seen by none."""
+        if window is not None and self.num_cells <= window:
             window = None
-        if self.is_chain and window is None:
+        if self.is_chain and window is None and num_shown == self.num_cells:
             if self.num_new == 1:
                 return None
             if not as_array:
                 return "causal"
         if window not in self._masks:
-            self._masks[window] = self._mask(window)
+            unused = mx.zeros((self.num_new, num_shown - self.num_cells), mx.bool_)
+            self._masks[window] = mx.concatenate([self._mask(window), unused], axis=1)
         return self._masks[window]
 
     def _mask(self, window: int | None) -> mx.array:

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from localspec.errors import ModelFileError
 
 from .cache import Pass
+from .device import builds_attention
 from .grafts import Body, place_positions, wrap_body
 from .layout import Layout
 from .memory import planned, states_in
@@ -41,6 +42,7 @@ class Network:
         self._graft = wrap_body(module, self.current)
         self.vocab_size, self.same_bits, self.trees = 0, True, False
         with small_budgets(module):
+            self.current.blocks = builds_attention() and SelfCheck(self).takes_blocks()
             self._check(SelfCheck(self), ", ".join(kinds))
 
     def caches(self) -> list[Any]:

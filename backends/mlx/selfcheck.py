@@ -68,6 +68,24 @@ class SelfCheck:
     def __init__(self, network: Network) -> None:
         self._network = network
 
+    def takes_blocks(self) -> bool:
+        """Do rows stay the same where attention is given whole blocks of cells? Some models make masks of their own."""
+        current = self._network.current
+        rows = []
+        try:
+            for current.blocks in (False, True):
+                caches = self._network.caches()
+                self._run(caches, 0, _PREFIX)
+                rows.append(self._run(caches, len(_PREFIX), _CHAIN))
+            self._rows = rows[0]
+            return self._difference(rows[1]) <= _allowed(rows[1])
+        except Exception as error:  # whatever a model file does here; without blocks it is asked again
+            if is_memory_error(error):
+                raise
+            return False
+        finally:
+            current.blocks = False
+
     def shape(self) -> tuple[int, int]:
         """(rows, V) of a pass of two tokens of which one row is wanted. Raises UnsupportedModelError if it fails."""
         try:
@@ -165,8 +183,7 @@ class SelfCheck:
 
     def _require_same(self, rows: mx.array, how: str) -> None:
         """In 16 bits rounding alone may move a logit a good way; a lost token moves it by its whole spread."""
-        difference = self._difference(rows)
-        allowed = 1e-3 if rows.dtype == mx.float32 else 0.5
+        difference, allowed = self._difference(rows), _allowed(rows)
         if not difference <= allowed:
             raise UnsupportedModelError(
                 f"rows of this model depend on more than their tokens: {how}, they differ",
@@ -174,3 +191,8 @@ class SelfCheck:
                 expected=f"at most {allowed:g}",
                 fix="mlx-lm's model file computes it so; try the llamacpp backend.",
             )
+
+
+def _allowed(rows: mx.array) -> float:
+    """The difference that rounding may make, in a row's spread."""
+    return 1e-3 if rows.dtype == mx.float32 else 0.5

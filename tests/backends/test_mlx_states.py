@@ -70,6 +70,58 @@ def test_an_architecture_is_what_it_is_declared_to_be(name: str, kind: str, rewi
     assert (found.num_replayed > 0) == (rewind is Rewind.REPLAY), found
 
 
+class TestWholeBlocks(BackendConformance):
+    """What CUDA is given, where attention's kernel is built for one number of cells: whole blocks, and a mask."""
+
+    @pytest.fixture(autouse=True)
+    def _as_on_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module("network"), "builds_attention", lambda: True)
+
+    def model(self) -> LanguageModel:
+        return opened_in_blocks()
+
+
+@cache
+def opened_in_blocks() -> LanguageModel:
+    model: LanguageModel = tiny().open_model("qwen3")
+    return model
+
+
+def module(name: str) -> Any:
+    """A module of the backend, which is loaded under a name of the core's choosing."""
+    return import_module(f"{type(BACKEND).__module__.rpartition('.')[0]}.{name}")
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("qwen3", True), ("gemma3_text", True), ("llama4", False)])
+def test_whole_blocks_are_for_models_that_take_their_masks_as_they_are(
+    name: str, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama4 makes chunks of its own, as long as the rows are, so it gets the rows and no more."""
+    monkeypatch.setattr(module("network"), "builds_attention", lambda: True)
+    model = tiny().open_model(name)
+    try:
+        assert model._network.current.blocks is blocks
+    finally:
+        model.close()
+
+
+def test_attention_is_given_one_number_of_cells_throughout_a_block() -> None:
+    """A kernel is built for each number; before, that was once a pass. Rows stay where they were put."""
+    mx, layout = import_module("mlx.core"), module("layout")
+    current = module("cache").Pass(blocks=True)
+    cache, put, shown = module("cache").TreeCache(current), [], []
+    keys = values = mx.zeros(0)
+    for width in (20, 2, 3, 240, 3, 1):
+        rows = mx.random.normal((1, 2, width, 4))
+        current.begin(layout.Layout(cache.num_rows, layout.chain(width), width), None)
+        keys, values = cache.update_and_fetch(rows, rows + 1)
+        put.append(rows)
+        shown.append((width, keys.shape[2], values.shape[2]))
+    assert shown == [(20, 256, 256), (2, 256, 256), (3, 256, 256), (240, 512, 512), (3, 512, 512), (1, 269, 269)]
+    assert mx.array_equal(keys, mx.concatenate(put, axis=2))
+    assert mx.array_equal(values, keys + 1)
+
+
 @pytest.mark.parametrize(("name", "reason"), [("phi3small", "corrupts"), ("olmo", "does not run")])
 def test_what_mlx_lm_itself_gets_wrong_is_refused_with_a_reason(name: str, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):

@@ -1,0 +1,76 @@
+"""Builds of llama.cpp with a C++ library of their own are told apart from sound ones, and refused."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localspec.errors import BackendError
+from localspec.loading import get_backend
+
+BACKEND = get_backend("llamacpp")
+_SOURCE = """
+#include <locale>
+#include <sstream>
+extern "C" int length(long number) {
+    std::stringstream text;
+    text << number << std::locale::classic().name();
+    return text.str().size();
+}
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only there do libraries share symbols so")
+
+
+def module(name: str) -> Any:
+    return import_module(f"{type(BACKEND).__module__}.{name}")
+
+
+def built(folder: Path, *flags: str) -> ctypes.CDLL:
+    """A small library that prints a number, linked with these flags."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    source, library = folder / "number.cpp", folder / "libnumber.so"
+    source.write_text(_SOURCE)
+    subprocess.run([compiler, "-shared", "-fPIC", *flags, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def test_a_library_with_libstdcpp_inside_is_found(tmp_path: Path) -> None:
+    found = module("runtime").private_runtime(built(tmp_path, "-static-libstdc++"))
+    assert found == tmp_path / "libnumber.so"
+
+
+def test_a_library_that_shares_libstdcpp_is_sound(tmp_path: Path) -> None:
+    library = built(tmp_path)
+    assert module("runtime").private_runtime(library) is None
+    assert module("runtime").is_shared_runtime_loaded()
+
+
+@pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.cpp: pip install llama-cpp-python")
+def test_a_build_with_libstdcpp_inside_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to end the process with SIGSEGV as soon as a model was opened."""
+    native = module("native")
+    native.library()
+    monkeypatch.setattr(import_module("llama_cpp._ggml"), "libggml", built(tmp_path, "-static-libstdc++"))
+    native.library.cache_clear()
+    with pytest.raises(BackendError, match=r"C\+\+ library of its own") as caught:
+        native.library()
+    assert "libnumber.so" in str(caught.value)
+    assert "CMAKE_SHARED_LINKER_FLAGS" in str(caught.value)
+    monkeypatch.undo()
+    native.library.cache_clear()
+    native.library()
+
+
+@pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.cpp: pip install llama-cpp-python")
+def test_the_installed_build_is_sound() -> None:
+    assert module("runtime").private_runtime(import_module("llama_cpp._ggml").libggml) is None
