@@ -157,6 +157,8 @@ class Capabilities:
     the same but for rounding where it was not? Otherwise only drafters may use trees.
     max_width: most tokens in one scored forward.  max_leaves: most leaves of a sequence's pending nodes (None: any
     number).  num_sequences: most states open at once.
+    width_steps: the widths that a plan should keep to, where each other one is dear at first use (kernels are built for
+    it); empty: any.
     host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice
     beats deciding all rows at once.  limits: why trees, their exactness or free rewinding are missing.
     """
@@ -170,6 +172,7 @@ class Capabilities:
     exact_trees: bool = True
     max_leaves: int | None = None
     limits: tuple[str, ...] = ()
+    width_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

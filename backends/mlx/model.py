@@ -14,7 +14,7 @@ from localspec.protocols import Capabilities, ModelInfo, Rewind, Scores, Step
 from localspec.types import NodeIndices
 
 from .border import translated
-from .device import replay_class, width_class
+from .device import replay_class, width_class, width_steps
 from .layout import Layout
 from .network import Network
 from .replay_state import ReplayState
@@ -41,6 +41,7 @@ class MlxModel:
             num_sequences=num_sequences,
             width_class=replay_class(network.same_bits) if network.replays else width_class(network.width_one_differs),
             host_scores=False,
+            width_steps=width_steps(),
             limits=tuple(network.limits),
         )
         self._network: Network | None = network

@@ -126,7 +126,8 @@ def _widths(model: LanguageModel, widths: Sequence[int], most: int) -> list[int]
     if known.rewind is Rewind.NEVER:
         return [1]
     most = max(min(most, known.max_width, known.width_class.max_width or most), known.width_class.min_width)
-    return sorted({width for width in (*widths, known.width_class.min_width) if 1 <= width <= most})
+    steps = known.width_steps or widths
+    return sorted({width for width in (*steps, known.width_class.min_width) if 1 <= width <= most})
 
 
 def _fitting(contexts: Sequence[int], room: int) -> list[int]:

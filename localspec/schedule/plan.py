@@ -23,12 +23,30 @@ _TRUST = 2.0  # rounds at a width before its own times outweigh the general corr
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
 _OPTIMISM = 0.9
 _FORGETTING = 0.98  # of what was seen of a width, per round at another one
+_SHARE_OF_CHANGE = 1.0 / 3.0  # of what another width costs at first: it is paid once for some rounds
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What passes of one width took, as a ratio to the table, and the weight of that."""
+
+    ratio: float
+    weight: float = 0.0
+
+    def add(self, ratio: float) -> None:
+        """One more."""
+        weight = min(self.weight, 30.0)
+        self.ratio = (weight * self.ratio + ratio) / (weight + 1.0)
+        self.weight = weight + 1.0
+
+
 class LiveCosts:
     """The measured table, corrected by what rounds really took here and now.
+
+    A pass may be quicker if the one before had its width (graphs and kernels are reused; the table, measured in mixed
+    order, does not show that). So passes in a row are told apart from first ones.
 
     optimism: share of its table time that a width is taken to cost until it was tried, so that it is tried: what is
     never used would never be corrected. What was seen of a width is forgotten while others are used, for the same
@@ -36,23 +54,49 @@ class LiveCosts:
     and not forgotten.
     """
 
-    def __init__(self, costs: Costs, width_class: WidthClass, max_width: int, *, optimism: float = _OPTIMISM) -> None:
+    def __init__(
+        self,
+        costs: Costs,
+        width_class: WidthClass,
+        max_width: int,
+        *,
+        optimism: float = _OPTIMISM,
+        steps: Sequence[int] = (),
+    ) -> None:
         self.costs = costs
         self._optimism = optimism
         self.min_width = width_class.min_width
-        self.max_width = min(max_width, width_class.max_width or max_width, MOST_NODES + 1)
-        self._seen: dict[int, float] = {}
-        self._ratio: dict[int, float] = {}  # actual / table
+        most = min(max_width, width_class.max_width or max_width, MOST_NODES + 1)
+        self._steps = frozenset(step for step in steps if self.min_width <= step <= most)
+        self.max_width = max(self._steps, default=most)
+        self._first: dict[int, _Seen] = {}  # by width, behind another one
+        self._again: dict[int, _Seen] = {}  # behind the same one
         self._general = 1.0
+        self._steady = 1.0  # what a pass in a row takes, over a first one
+        self._last = 0
         self._draft_general = 1.0
         self._cache: tuple[int, list[float], list[int]] | None = None
 
     def verify_ms(self, width: int, context: int) -> float:
-        """A pass of the target of exactly that width."""
-        seen = self._seen.get(width, 0.0)
-        trust, hope = (_TRUST, self._optimism) if width > self.min_width else (_TRUST_PLAIN, 1.0)
-        ratio = (seen * self._ratio.get(width, 1.0) + trust * hope * self._general) / (seen + trust)
+        """A pass of the target of exactly that width, behind what ran last."""
+        first, again = self._ratios(width)
+        ratio = again if width == self._last else again + _SHARE_OF_CHANGE * (first - again)
         return self.costs.target.at(width, context) * ratio
+
+    def plain_ms(self, context: int) -> float:
+        """A pass of plain decoding among others of its kind, padded where a wider one is quicker."""
+        alone = self.costs.target.at(self.min_width, context) * self._ratios(self.min_width)[1]
+        return min(alone, self.by_nodes(context)[0][0])
+
+    def _ratios(self, width: int) -> tuple[float, float]:
+        """(of a first pass, of one in a row) to the table."""
+        trust, hope = (_TRUST, self._optimism) if width > self.min_width else (_TRUST_PLAIN, 1.0)
+
+        def believed(seen: _Seen | None, otherwise: float) -> float:
+            return otherwise if seen is None else (seen.weight * seen.ratio + trust * otherwise) / (seen.weight + trust)
+
+        first = believed(self._first.get(width), hope * self._general)
+        return first, believed(self._again.get(width), first * self._steady)
 
     def draft_ms(self, width: int, context: int) -> float:
         """A pass of the draft model; 0 without one."""
@@ -67,7 +111,7 @@ class LiveCosts:
         widths: list[int] = []
         for width in range(self.max_width, 0, -1):
             own = self.verify_ms(max(width, self.min_width), context)
-            if ms and ms[-1] < _WORTH_PADDING * own:
+            if ms and (ms[-1] < _WORTH_PADDING * own or (self._steps and width not in self._steps)):
                 ms.append(ms[-1])
                 widths.append(widths[-1])
             else:
@@ -82,15 +126,19 @@ class LiveCosts:
         """What a pass took. A stall (another program, a page fault) counts as at most three times what was usual."""
         if width < 1 or ms <= 0.0:
             return
-        usual = self._ratio.get(width, self._general)
+        in_a_row = width == self._last
+        self._last = width
+        first, again = self._ratios(width)
+        usual = again if in_a_row else first
         ratio = min(ms / self.costs.target.at(width, context), 3.0 * usual)
-        seen = min(self._seen.get(width, 0.0), 30.0)
-        self._ratio[width] = (seen * self._ratio.get(width, 1.0) + ratio) / (seen + 1.0)
-        for other in self._seen:
-            if other != width and other > self.min_width:
-                self._seen[other] *= _FORGETTING
-        self._seen[width] = seen + 1.0
-        self._general += 0.03 * (ratio - self._general)
+        for by_width in (self._first, self._again):
+            for other, seen in by_width.items():
+                if other != width and other > self.min_width:
+                    seen.weight *= _FORGETTING
+        (self._again if in_a_row else self._first).setdefault(width, _Seen(ratio)).add(ratio)
+        if in_a_row and width in self._first:
+            self._steady += 0.05 * (min(ratio / self._first[width].ratio, 1.0) - self._steady)
+        self._general += 0.03 * (ratio / (self._steady if in_a_row else 1.0) - self._general)
         self._cache = None
 
     def observe_draft(self, expected_ms: float, ms: float) -> None:

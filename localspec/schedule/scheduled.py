@@ -54,7 +54,8 @@ class Experience:
     def __init__(self, costs: Costs, capabilities: Capabilities, *, by_clock: bool = True) -> None:
         self.by_clock = by_clock
         hope = {} if by_clock else {"optimism": 1.0}
-        self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width, **hope)
+        known = capabilities
+        self.live = LiveCosts(costs, known.width_class, known.max_width, steps=known.width_steps, **hope)
         self.rounds_since_plain = 0
         self.plain_rounds = 0
         self.rate = Rate(1.0 / (self.live.by_nodes(0)[0][0] + costs.overhead_ms))
@@ -72,7 +73,7 @@ class Experience:
 
     def plain_ms(self, context: int) -> float:
         """A plain round."""
-        return self.live.by_nodes(context)[0][0] + self.live.costs.overhead_ms
+        return self.live.plain_ms(context) + self.live.costs.overhead_ms
 
 
 @dataclass(slots=True)

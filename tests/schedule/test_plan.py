@@ -85,6 +85,27 @@ def test_a_width_that_looked_dear_in_busy_rounds_is_tried_again() -> None:
     assert costs.verify_ms(2, 0) == pytest.approx(7.0, rel=0.12)
 
 
+def test_passes_in_a_row_are_told_apart_from_first_ones() -> None:
+    """A device that reuses graphs: 6 ms in a row, 9 behind another width. Staying is worth more than changing."""
+    flat = Curve((1, 2, 3, 4), (0,), ((9.0, 9.0, 9.0, 9.0),))
+    costs = LiveCosts(Costs(flat, None, 0.0), WidthClass(1), 4, optimism=1.0)
+    for width in [1] * 8 + [4] * 8 + [1, 4, 1, 4] + [4] * 8:
+        costs.observe_verify(width, 0, 6.0 if width == costs._last else 9.0)
+    assert costs.verify_ms(4, 0) == pytest.approx(6.0, rel=0.1)
+    assert 6.5 < costs.verify_ms(1, 0) < 8.0, "a change costs, but is paid once for some rounds"
+    assert costs.plain_ms(0) == pytest.approx(6.0, rel=0.1), "gains are judged by plain decoding in a row"
+
+
+def test_a_plan_keeps_to_the_widths_that_are_built() -> None:
+    rising = Curve((1, 64), (0,), ((5.0, 68.0),))
+    costs = LiveCosts(Costs(rising, None, 0.0), WidthClass(1), 100, steps=(1, 4, 8, 16))
+    ms, widths = costs.by_nodes(0)
+    assert costs.max_width == 16 and widths == [1] + [4] * 3 + [8] * 4 + [16] * 8
+    assert ms[1] == ms[3] == costs.verify_ms(4, 0)
+    narrow = LiveCosts(Costs(rising, None, 0.0), WidthClass(2, 6), 100, steps=(1, 4, 8, 16))
+    assert narrow.by_nodes(0)[1] == [4] * 4
+
+
 def test_a_wider_pass_is_taken_where_it_is_quicker() -> None:
     falling = Curve((1, 2, 3, 4), (0,), ((27.0, 38.0, 46.0, 33.0),))
     ms, widths = live(falling).by_nodes(0)
