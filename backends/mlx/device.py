@@ -20,12 +20,17 @@ def describe_device() -> str:
     return f"gpu ({info.get('device_name', info.get('architecture', 'unnamed'))})"
 
 
+def is_cuda() -> bool:
+    """Is it an NVIDIA GPU?"""
+    return not on_cpu() and mx.cuda.is_available()
+
+
 def builds_attention() -> bool:
     """Is the kernel of a wide pass's attention built anew for every number of cells?
 
     So it is on CUDA, by cuDNN, in 50 ms (NVIDIA H100, mlx 0.32.4): several times what the pass itself takes.
     """
-    return not on_cpu() and mx.cuda.is_available()
+    return is_cuda()
 
 
 def width_steps() -> tuple[int, ...]:

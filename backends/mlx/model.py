@@ -111,6 +111,8 @@ class MlxModel:
         before = [state.num_pending for state in states]
         try:
             with translated("the forward pass"):
+                # Begun apart, so that whoever reads them need not wait for this pass, and while the host builds it.
+                mx.async_eval(*(part.array for step in steps for part in step.tokens if isinstance(part, DeviceTokens)))
                 return [self._run(network, step, state) for step, state in zip(steps, states, strict=True)]
         except Exception:
             for state, num_pending in zip(states, before, strict=True):

@@ -242,11 +242,14 @@ class Scheduled:
         proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget))
         ms = max((perf_counter() - started) * 1e3 - entry_ms, 0.0)  # reading is no part of what a round costs
         self._read[part.name] = len(self._context)
+        expected_ms = 0.0 if budget is None else budget.expected_ms
+        if budget is not None and proposal.num_nodes and proposal.log_q is None:  # not planned pass by pass
+            expected_ms = prices.draft_ms(1) * proposal.num_nodes
         if not self.experience.by_clock:
-            ms = 0.0 if budget is None else budget.expected_ms
+            ms = expected_ms
         elif budget is not None:
-            self.experience.live.observe_draft(budget.expected_ms, ms)
-            ms = min(ms, _STALL * budget.expected_ms)
+            self.experience.live.observe_draft(expected_ms, ms)
+            ms = min(ms, _STALL * expected_ms)
         if proposal.num_nodes:
             record.states_chances = proposal.log_q is not None
         tree, chances = None, []
