@@ -203,8 +203,8 @@ def _noisy_best(logits: mx.array, keys: mx.array, inverse: mx.array) -> mx.array
 
 
 _fused_noisy_best = mx.compile(_noisy_best)
-"""The same as a few fused kernels. Not on CUDA, where building them takes 47 s at first use, and 10 s for another number
-of rows, to save 0.3 ms (mlx 0.32.4 on an H100)."""
+"""The same as a few fused kernels. Not on CUDA, where building them takes 47 s at first use, and 10 s for another
+number of rows, to save 0.3 ms (mlx 0.32.4 on an H100)."""
 
 
 def _u32(value: int) -> mx.array:
