@@ -79,12 +79,13 @@ class Classes:
         return {width: self.between(width, inside[0]) for width in outside} if inside else {}
 
     def plus(self, other: Classes) -> Classes:
-        """The evidence of both: widths are of one group if they are in each that tested them."""
+        """The evidence of both: widths are of one group if they are in each that tested them. One that only the first
+        tested goes with the widest of those that it is equal to."""
         widths = tuple(sorted({*self.widths, *other.widths}))
         marks = {width: tuple(_group_of(width, one.groups) for one in (self, other)) for width in widths}
         groups: list[list[int]] = []
         for width in widths:
-            for group in groups:
+            for group in reversed(groups):
                 if all(None in pair or pair[0] == pair[1] for pair in zip(marks[width], marks[group[0]], strict=True)):
                     group.append(width)
                     break

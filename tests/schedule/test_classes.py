@@ -185,6 +185,8 @@ def test_a_deeper_look_is_taken_only_where_it_decides() -> None:
     assert class_to_use(claimed, both)[0].min_width == 1 and set(both.contexts) == {20, 300, 600}
     other = shallow.plus(deep(lambda width, place, context: float(width == 1), (600,)))
     assert other.groups == ((1,), (2, 4)) and class_to_use(claimed, other) == (claimed, "")
+    wide = classes.find(Rounding(lambda width, place: 0.0), WIDTHS, contexts=(5,), seconds=60.0, clock=ticking(1.0))
+    assert wide.plus(other).groups == ((1,), (2, 3, 4, 8, 16)), "old bug: widths tested once went with width 1"
     assert other.between(2, 4).num_rows > shallow.between(2, 4).num_rows
 
 
