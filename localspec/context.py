@@ -30,14 +30,22 @@ class TokenCounts:
             if slot == len(self._ids):
                 self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
                 self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-            self._ids[slot] = token
+            self._ids[slot], self._counts[slot] = token, 0
         self._counts[slot] += amount
+        if not self._counts[slot]:
+            self._remove(token)
+
+    def _remove(self, token: int) -> None:
+        """The last slot moves into the place of a token that occurs no more, so that none has to be passed over."""
+        slot, last = self._slot.pop(token), len(self._slot)
+        if slot != last:
+            self._ids[slot], self._counts[slot] = self._ids[last], self._counts[last]
+            self._slot[int(self._ids[slot])] = slot
 
     def seen(self) -> tuple[TokenIds, NDArray[np.int32]]:
-        """(ids, counts) of tokens that occur at least once."""
+        """(ids, counts) of tokens that occur at least once, in no order: views, valid until the next `add`."""
         used = len(self._slot)
-        present = self._counts[:used] > 0
-        return self._ids[:used][present], self._counts[:used][present]
+        return self._ids[:used], self._counts[:used]
 
 
 class Context:

@@ -38,7 +38,7 @@ from localspec.types import NoiseKeys
 _MASK = (1 << 64) - 1
 # arrays without dimensions: numpy takes them faster than scalars, and most arrays here are short
 _SPREAD, _MIX_1, _MIX_2, _15, _16 = (np.array(v, np.uint32) for v in (0x9E3779B9, 0x7FEB352D, 0x846CA68B, 15, 16))
-_12, _18, _26, _LOW_6, _LOW_12 = (np.array(v, np.uint32) for v in (12, 18, 26, 63, 4095))
+_12, _18, _26, _LOW_6 = (np.array(v, np.uint32) for v in (12, 18, 26, 63))
 _UNIT, _HALF, _LARGEST_W, _SHARE = (np.array(v, np.float32) for v in (2.0**-32, 2.0**-33, 1.0 - 2.0**-24, 2.0**-6))
 
 GROUP = 64
@@ -54,7 +54,9 @@ LEAST = 1 << 31
 """Group numbers above this give the words of least draws ..."""
 HOLDER = LEAST + (1 << 30)
 """... and above this those that say whose they are."""
-_LEAST_WORD, _HOLDER_WORD = np.array(LEAST, np.uint32), np.array(HOLDER, np.uint32)
+# numbers of a token's own word and of its group's two, below each other: bits kept of its id, and bits added
+_WORD_MASK = np.array([[(1 << 32) - 1], [STRIDE - 1], [STRIDE - 1]], np.uint32)
+_WORD_START = np.array([[0], [LEAST], [HOLDER]], np.uint32)
 
 
 def _spread_groups(groups: int) -> NDArray[np.uint32]:
@@ -82,9 +84,15 @@ def _finalise(value: int) -> int:
     return value ^ (value >> 31)
 
 
+@lru_cache(maxsize=256)
+def _stream(seed: int, purpose: Purpose) -> int:
+    """What the keys of one seed and purpose have in common."""
+    return _finalise(_finalise(seed & _MASK) ^ int(purpose))
+
+
 def key(seed: int, purpose: Purpose, position: int) -> tuple[int, int]:
     """(low, high) halves of the key of one position."""
-    value = _finalise(_finalise(_finalise(seed & _MASK) ^ int(purpose)) ^ position)
+    value = _finalise(_stream(seed, purpose) ^ position)
     return value & 0xFFFFFFFF, value >> 32
 
 
@@ -110,9 +118,9 @@ def bits(low_high: tuple[int, int], tokens: NDArray[np.integer]) -> NDArray[np.u
 
 def _keyed(low_high: tuple[int, int], x: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """In place: tokens times _SPREAD to bits."""
-    x ^= np.uint32(low_high[0])
+    x ^= np.array(low_high[0], np.uint32)
     _mix(x)
-    x += np.uint32(low_high[1])
+    x += np.array(low_high[1], np.uint32)
     return _mix(x)
 
 
@@ -138,9 +146,11 @@ def num_groups(num_tokens: int) -> int:
     return blocks * STRIDE + min(rest, STRIDE)
 
 
-def first_of(groups: NDArray[np.integer]) -> NDArray[np.int32]:
-    """The lowest token of each group; the others follow `STRIDE` apart."""
-    return ((groups >> 12 << 18) | (groups & 4095)).astype(np.int32)
+def first_of(groups: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The lowest token of each group (ascending); the others follow `STRIDE` apart."""
+    if not len(groups) or groups[-1] < STRIDE:
+        return groups
+    return (groups >> 12 << 18) | (groups & 4095)
 
 
 @lru_cache(maxsize=256)
@@ -158,23 +168,23 @@ def ceilings(low_high: tuple[int, int], groups: int) -> NDArray[np.float32]:
 
 def gumbel(low_high: tuple[int, int], tokens: NDArray[np.integer]) -> NDArray[np.float32]:
     """[K] Gumbel(0, 1) draws."""
-    words = np.empty((3, len(tokens)), np.uint32)
-    words[0] = tokens
-    groups = words[0] & _LOW_12
-    groups |= words[0] >> _18 << _12
-    members = words[0] >> _12
-    members &= _LOW_6
-    np.bitwise_or(groups, _LEAST_WORD, out=words[1])
-    np.bitwise_or(groups, _HOLDER_WORD, out=words[2])
+    ids = tokens.astype(np.uint32)
+    words = ids & _WORD_MASK
+    if len(ids) and ids[ids.argmax()] >= BLOCK:
+        words[1:] |= ids >> _18 << _12
+    words |= _WORD_START
     words *= _SPREAD
     _keyed(low_high, words)
     draws = _exponential(words[:2])
-    least: NDArray[np.float32] = draws[1]
+    others, least = draws
+    members = ids >> _12
+    members &= _LOW_6
+    others[(words[2] >> _26 == members).nonzero()] = 0.0  # the group's least draw is theirs
     least *= _SHARE
-    np.add(least, draws[0], out=least, where=words[2] >> _26 != members)
+    least += others
     np.log(least, out=least)
-    np.negative(least, out=least)
-    return least
+    result: NDArray[np.float32] = np.negative(least, out=least)
+    return result
 
 
 def uniform(seed: int, purpose: Purpose, position: int, index: int = 0) -> float:

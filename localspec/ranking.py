@@ -3,6 +3,9 @@
 Rows are long (152k tokens) and few of their tokens matter, so everything starts from the best logit of
 each group of 64 (`noise.py` has the groups): a token among the k best stands in a group whose best logit,
 with the best noise of the group, is among the k best. The results are those of the whole formulas, bit by bit.
+
+What is left after that one pass is short arrays, where each call of numpy costs more than its work: hence few calls,
+in place, `argmax` for `max` and ids in ascending order, so that the first of equals is the lowest.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from localspec import noise
 from localspec.types import Logits, TokenIds
 
 _SLACK = np.float32(1e-3)  # more than rounding can lift a sum
-_LOOK = 48  # groups opened at first, and 20 more for each token asked: seldom too few, and then a second look helps
-_MEMBERS = (np.arange(noise.GROUP, dtype=np.int32) * noise.STRIDE)[:, None]
+_LOOK = 68  # groups opened at first, and 20 more for each further token: seldom too few, and then a second look helps
+_MEMBERS = np.arange(0, noise.BLOCK, noise.STRIDE)[:, None]
 
 
 def best_first(row: Logits, ids: NDArray[np.integer]) -> TokenIds:
@@ -32,7 +35,9 @@ def group_maxima(row: Logits) -> Logits:
         if not levels:
             parts.append(piece)
             continue
-        best = piece[: levels * noise.STRIDE].reshape(levels, noise.STRIDE).max(axis=0)
+        half = (levels + 1) // 2  # two long streams are read faster than one that is added to
+        lower, upper = piece[: half * noise.STRIDE], piece[(levels - half) * noise.STRIDE : levels * noise.STRIDE]
+        best = np.maximum.reduce(np.maximum(lower, upper).reshape(half, noise.STRIDE))
         if rest:
             np.maximum(best[:rest], piece[levels * noise.STRIDE :], out=best[:rest])
         parts.append(best)
@@ -40,29 +45,45 @@ def group_maxima(row: Logits) -> Logits:
 
 
 def _at_least(
-    row: Logits, groups: NDArray[np.integer], floors: NDArray[np.floating] | np.floating
-) -> tuple[NDArray[np.int32], Logits]:
-    """(ids, scores) of the tokens in some groups (ascending) that reach the floor (one for all, or one per group),
-    in no order."""
-    ids = (noise.first_of(groups) + _MEMBERS).reshape(-1)
+    row: Logits, groups: NDArray[np.intp], floors: NDArray[np.floating] | np.floating
+) -> tuple[NDArray[np.intp], Logits]:
+    """(ids, scores) of the tokens in some groups (ascending) that reach the floor (one for all, or one per group), by
+    ascending id."""
+    size = len(row)
+    ids = noise.first_of(groups) + _MEMBERS[: -(-size // noise.STRIDE)]
     scores = row.take(ids, mode="clip")
-    hits = (scores.reshape(noise.GROUP, -1) >= floors).reshape(-1).nonzero()[0]
+    hits = (scores >= floors).reshape(-1).nonzero()[0]
     ids, scores = ids.take(hits), scores.take(hits)
-    inside = ids < len(row)  # the last block may not be full
-    return (ids, scores) if inside.all() else (ids[inside], scores[inside])
+    if size > noise.BLOCK:  # members of the first block's groups come between those of the second's
+        order = ids.argsort()
+        ids, scores = ids.take(order), scores.take(order)
+    if len(ids) and ids[-1] >= size:  # the last level may not be full
+        inside = ids.searchsorted(size)
+        ids, scores = ids[:inside], scores[:inside]
+    return ids, scores
+
+
+def reaching(row: Logits, floor: np.floating, maxima: Logits) -> tuple[TokenIds, Logits]:
+    """(ids, scores) of the tokens that reach a floor, best first, ties by lower id. maxima: `group_maxima(row)`."""
+    ids, scores = _at_least(row, (maxima >= floor).nonzero()[0], floor)
+    order = (-scores).argsort(kind="stable")
+    return ids.take(order).astype(np.int32), scores.take(order)
+
+
+def top(row: Logits, k: int) -> tuple[TokenIds, Logits]:
+    """([min(k, V)] ids, [min(k, V)] scores) of the best scores, best first, ties by lower id."""
+    size = len(row)
+    if noise.num_groups(size) <= 4 * k:
+        ids = best_first(row, np.flatnonzero(row >= _kth(row, k)) if k < size else np.arange(size))[:k]
+        return ids, row[ids]
+    maxima = group_maxima(row)
+    ids, scores = reaching(row, _kth(maxima, k), maxima)
+    return ids[:k], scores[:k]
 
 
 def top_ids(row: Logits, k: int) -> TokenIds:
     """[min(k, V)] ids of the best scores, best first, ties by lower id."""
-    size = len(row)
-    if k >= size:
-        return best_first(row, np.arange(size))
-    if noise.num_groups(size) <= 4 * k:
-        return best_first(row, np.flatnonzero(row >= _kth(row, k)))[:k]
-    maxima = group_maxima(row)
-    floor = _kth(maxima, k)
-    ids, scores = _at_least(row, (maxima >= floor).nonzero()[0], floor)
-    return ids[np.lexsort((ids, -scores))[:k]]
+    return top(row, k)[0]
 
 
 def _kth(values: Logits, k: int) -> np.float32:
@@ -76,7 +97,7 @@ def _kth(values: Logits, k: int) -> np.float32:
 def gumbel_argmax(row: Logits, temperature: float, low_high: tuple[int, int]) -> int:
     """argmax_v of (row - max) / temperature + g(key, v), the lowest id among equals."""
     ids, sums, _ = _leaders(row, 1, temperature, low_high)
-    return int(ids[sums == sums.max()].min())
+    return int(ids[sums.argmax()])
 
 
 def row_top(
@@ -85,28 +106,35 @@ def row_top(
     """([k] ids best first, [k] what they were ranked by) of a row: by logit, or with a temperature and a key
     by (logit - best) / temperature + noise (values have best / temperature added again). k at most V."""
     if temperature == 0.0:
-        best = top_ids(row, k)
-        return best, row[best]
+        return top(row, k)
     if low_high is None:
         raise ValueError("a noisy ranking needs a key per row")
     ids, sums, peak = _leaders(row, k, temperature, low_high)
-    order = np.lexsort((ids, -sums))[:k]
-    return ids[order], sums[order] + peak
+    order = (-sums).argsort(kind="stable")[:k]
+    return ids.take(order).astype(np.int32), sums.take(order) + peak
 
 
-def _leaders(row: Logits, k: int, temperature: float, low_high: tuple[int, int]) -> tuple[TokenIds, Logits, np.float32]:
-    """(ids, noisy sums, best logit / temperature): at least the k best tokens, in no order."""
+def _leaders(
+    row: Logits, k: int, temperature: float, low_high: tuple[int, int]
+) -> tuple[NDArray[np.intp], Logits, np.float32]:
+    """(ids, noisy sums, best logit / temperature): at least the k best tokens, by ascending id."""
     inverse = np.float32(1.0 / temperature)
     maxima = group_maxima(row)
-    peak = maxima.max()
+    peak = maxima[maxima.argmax()]
     noises = noise.ceilings(low_high, len(maxima))
-    bounds = (maxima - peak) * inverse
+    bounds = maxima - peak
+    bounds *= inverse
     bounds += noises  # no token of the group comes above this
-    floor = _kth(bounds, min(_LOOK + 20 * k, len(bounds)))
+    floor = _kth(bounds, min(_LOOK + 20 * (k - 1), len(bounds)))
     while True:
         groups = (bounds >= floor).nonzero()[0]
-        ids, scores = _at_least(row, groups, (floor - noises[groups]) * np.float32(temperature) + (peak - _SLACK))
-        sums = (scores - peak) * inverse + noise.gumbel(low_high, ids)
+        floors = floor - noises.take(groups)
+        floors *= np.float32(temperature)
+        floors += peak - _SLACK
+        ids, sums = _at_least(row, groups, floors)
+        sums -= peak
+        sums *= inverse
+        sums += noise.gumbel(low_high, ids)
         if np.count_nonzero(sums >= floor + _SLACK) >= k or len(ids) == len(row):
             return ids, sums, peak * inverse
         floor = np.float32(_kth(sums, k) - 2 * _SLACK if len(sums) >= k else -np.inf)

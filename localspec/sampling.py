@@ -19,7 +19,7 @@ from localspec import noise
 from localspec.errors import SettingError, StaleScoresError
 from localspec.noise import Purpose
 from localspec.protocols import HostTokens
-from localspec.ranking import best_first, gumbel_argmax, row_top, top_ids
+from localspec.ranking import group_maxima, gumbel_argmax, reaching, row_top, top
 from localspec.types import Logits, NoiseKeys, Probabilities, TokenIds
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class Sampler:
         self.is_plain = not (self.uses_counts or p.logit_bias or self._truncates)
         self._bias_ids = np.fromiter(p.logit_bias.keys(), np.int32, len(p.logit_bias))
         self._biases = np.fromiter(p.logit_bias.values(), np.float32, len(p.logit_bias))
+        self._copy = np.empty(0, np.float32)
 
     def choose(self, row: Logits, context: Context) -> int:
         """The token of this row at position `len(context)`: argmax of log p + noise."""
@@ -192,10 +193,14 @@ class Sampler:
         return noise.keys(self.seed, Purpose.TOKEN, positions)
 
     def _adjusted(self, row: Logits, context: Context) -> Logits:
-        """The row after bias and penalties: a copy where anything changes."""
+        """The row after bias and penalties: itself where nothing changes, else a copy that stands until the next
+        row is adjusted (fresh memory for each would take longer than the rest)."""
         if not self.uses_counts and not len(self._bias_ids):
             return row
-        row = row.copy()
+        if self._copy.shape != row.shape:
+            self._copy = np.empty_like(row)
+        np.copyto(self._copy, row)
+        row = self._copy
         if len(self._bias_ids):
             if int(self._bias_ids.max()) >= len(row):
                 raise SettingError(
@@ -204,10 +209,12 @@ class Sampler:
             row[self._bias_ids] += self._biases
         if self.uses_counts:
             p = self.params
-            seen, _ = context.counts.seen()
             if p.repetition_penalty != 1.0:
-                values = row[seen]
-                row[seen] = np.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+                seen, _ = context.counts.seen()
+                values = row.take(seen)
+                # positive logits are divided, negative ones multiplied: the lower result of the two, or the higher
+                choose = np.minimum if p.repetition_penalty > 1.0 else np.maximum
+                row[seen] = choose(values / p.repetition_penalty, values * p.repetition_penalty)
             produced, counts = context.output_counts.seen()
             row[produced] -= p.presence_penalty + p.frequency_penalty * counts.astype(np.float32)
         return row
@@ -215,8 +222,11 @@ class Sampler:
     def _noisy_best(self, row: Logits, position_key: tuple[int, int]) -> int:
         """The candidate with the best noisy sum."""
         ids, logits = self._candidates(row)
-        sums = logits + noise.gumbel(position_key, ids)
-        return int(ids[sums == sums.max()].min())  # the lowest id among equals
+        if len(ids) == 1:
+            return int(ids[0])
+        logits += noise.gumbel(position_key, ids)
+        best = (logits == logits[logits.argmax()]).nonzero()[0]
+        return int(ids[best].min() if len(best) > 1 else ids[best[0]])  # the lowest id among equals
 
     def _shifted(self, amount: float) -> Sampler:
         """With room for rows whose differences, over temperature, are off by `amount`: more candidates if it is
@@ -234,8 +244,8 @@ class Sampler:
         keep = p.top_k if 0 < p.top_k < len(row) else 0
         if not keep and p.top_p < 1.0:
             return self._nucleus((row - row.max()) / temperature)
-        ids = top_ids(row, keep) if keep else _above(row, p.min_p, temperature)
-        logits = (row[ids] - row[ids[0]]) / temperature
+        ids, logits = top(row, keep) if keep else _above(row, p.min_p, temperature)
+        logits = (logits - logits[0]) / temperature
         weights = np.exp(logits.astype(np.float64))
         if p.top_p < 1.0:
             cut = _nucleus_size(weights, weights.sum(), p.top_p)
@@ -251,15 +261,15 @@ class Sampler:
         total = float(np.exp(logits).sum(dtype=np.float64))
         size = 128
         while True:
-            ids = top_ids(logits, size)
-            weights = np.exp(logits[ids].astype(np.float64))
+            ids, best = top(logits, size)
+            weights = np.exp(best.astype(np.float64))
             if len(ids) == len(logits) or weights.sum() >= p.top_p * total:
                 break
             size *= 8
         cut = _nucleus_size(weights, total, p.top_p)
         if p.min_p > 0.0:
             cut = max(1, min(cut, int(np.count_nonzero(weights >= p.min_p))))
-        return ids[:cut], logits[ids[:cut]]
+        return ids[:cut], best[:cut]
 
 
 def _nucleus_size(weights: Probabilities, total: float, top_p: float) -> int:
@@ -267,10 +277,11 @@ def _nucleus_size(weights: Probabilities, total: float, top_p: float) -> int:
     return min(len(weights), int(weights.cumsum().searchsorted(top_p * total)) + 1)
 
 
-def _above(row: Logits, min_p: float, temperature: np.float32) -> TokenIds:
-    """Ids with p >= min_p * max p, best first."""
-    threshold = row.max() + np.float32(math.log(min_p)) * temperature if min_p > 0.0 else -np.inf
-    return best_first(row, np.flatnonzero(row >= threshold))
+def _above(row: Logits, min_p: float, temperature: np.float32) -> tuple[TokenIds, Logits]:
+    """(ids, logits) of the tokens with p >= min_p * max p, best first."""
+    maxima = group_maxima(row)
+    share = np.float32(math.log(min_p)) * temperature if min_p > 0.0 else np.float32(-np.inf)
+    return reaching(row, maxima[maxima.argmax()] + share, maxima)
 
 
 def chances(values: NDArray[np.floating], temperature: float) -> Probabilities:

@@ -16,7 +16,7 @@ from localspec import noise
 from localspec.context import Context
 from localspec.errors import SettingError, StaleScoresError
 from localspec.noise import Purpose
-from localspec.ranking import gumbel_argmax, top_ids
+from localspec.ranking import group_maxima, gumbel_argmax, top_ids
 from localspec.sampling import HostScores, Sampler, SamplingParams, log_softmax_at
 from localspec.types import Logits
 
@@ -65,7 +65,15 @@ def test_top_ids_equals_a_stable_sort(row: Logits, k: int) -> None:
     assert top_ids(row, k).tolist() == np.argsort(-row, kind="stable")[:k].tolist()
 
 
-@pytest.mark.parametrize("size", [64 * 40 * 4, 50_000, 151_936])
+@pytest.mark.parametrize("size", [4096, 4097, 50_000, 151_936, 262_144, 300_000])
+def test_group_maxima_are_the_best_logits_of_their_groups(size: int) -> None:
+    row, tokens = row_of(size), np.arange(size)
+    best = np.full(noise.num_groups(size), -np.inf, np.float32)
+    np.maximum.at(best, (tokens >> 18) * 4096 + (tokens & 4095), row)
+    assert np.array_equal(group_maxima(row), best)
+
+
+@pytest.mark.parametrize("size", [64 * 40 * 4, 50_000, 151_936, 300_000])
 def test_top_ids_equals_a_stable_sort_where_blocks_are_used(size: int) -> None:
     for seed in range(5):
         row = np.round(row_of(size, seed), 1).astype(np.float32)  # many ties
@@ -74,7 +82,7 @@ def test_top_ids_equals_a_stable_sort_where_blocks_are_used(size: int) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 20.0])
-@pytest.mark.parametrize("size", [2, 500, 100_000])
+@pytest.mark.parametrize("size", [2, 500, 100_000, 300_000])
 def test_gumbel_argmax_equals_the_whole_formula(size: int, spread: float) -> None:
     """The shortcut never changes the winner."""
     for seed in range(10):
@@ -166,6 +174,19 @@ def test_the_row_is_never_written_to() -> None:
     for params in SETTINGS:
         Sampler(params, 0).choose(row, Context([1, 2]))
         Sampler(replace(params, temperature=0.0), 0).choose(row, Context([1, 2]))
+
+
+@pytest.mark.parametrize("params", SETTINGS)
+def test_answers_do_not_change_with_the_next_row(params: SamplingParams) -> None:
+    """Adjusted rows share one piece of memory."""
+    rows, context, sampler = [row_of(5000, seed) for seed in (0, 1)], Context([1, 2, 3, 3, 5]), Sampler(params, 0)
+    law, (ids, chances) = sampler.law(rows[0], context), sampler.guesses(rows[0], context, 4)
+    answers = [np.asarray(answer) for answer in (law.ids, law.probs, ids, chances)]
+    kept = [answer.copy() for answer in answers]
+    sampler.law(rows[1], context)
+    assert sampler.choose(rows[0], context) == Sampler(params, 0).choose(rows[0], context) == ids[0]
+    for answer, copy in zip(answers, kept, strict=True):
+        assert np.array_equal(answer, copy)
 
 
 def test_a_bias_beyond_the_vocabulary_is_refused() -> None:

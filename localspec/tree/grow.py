@@ -85,6 +85,8 @@ class Grower:
         above = self._reach[parent] if parent >= 0 else 0.0
         most, best = self.max_nodes, self._best
         floor = self._floor()
+        if len(log_q) and log_q[0] <= 0.0 and above + log_q[0] <= floor:
+            return  # as it goes for most nodes
         for token, value in zip(tokens[: self.branching[depth]], log_q[: self.branching[depth]], strict=True):
             if value > 0.0:
                 if value > _ROUNDING:

@@ -29,10 +29,8 @@ class TokenTree:
         """Build from tokens and parents. Raises ValueError unless each parent comes before its child."""
         token = np.asarray(token, np.int32)
         parent = np.asarray(parent, np.int32)
-        if token.shape != parent.shape or (len(parent) and bool(np.any(parent >= np.arange(len(parent))))):
+        if token.shape != parent.shape or not all(-1 <= above < node for node, above in enumerate(parent.tolist())):
             raise ValueError(f"not a tree: {len(token)} tokens, parents {parent.tolist()}")
-        if len(parent) and int(parent.min()) < -1:
-            raise ValueError(f"not a tree: parents {parent.tolist()}")
         depth = depths(parent)
         quantities = None if log_q is None else np.asarray(log_q, np.float64)
         for array in (token, parent, depth, quantities):
