@@ -22,7 +22,16 @@ from localspec.engine.stop import StopStrings
 from localspec.engine.width import pad
 from localspec.errors import PromptError, SettingError, UnsupportedModelError
 from localspec.exactness import Exactness
-from localspec.protocols import Drafter, HostTokens, LanguageModel, Rewind, Step, chain_parents, require_rewind
+from localspec.protocols import (
+    Drafter,
+    HostTokens,
+    LanguageModel,
+    Rewind,
+    Step,
+    WidthClass,
+    chain_parents,
+    require_rewind,
+)
 from localspec.sampling import Sampler, SamplingParams
 from localspec.types import TokenIds
 from localspec.verify import Acceptance, make_acceptance
@@ -120,10 +129,12 @@ class _Answer:
     note: str = ""
     asked: bool = False  # was a drafter ever given room for a guess?
 
-    def plain_because(self, drafter: str) -> str | None:
-        """Why nothing was speculated, if so."""
+    def plain_because(self, drafter: str, widths: WidthClass) -> str | None:
+        """Why nothing was speculated, if so. widths: of the passes."""
         if self.stats.num_drafted:
             return None
+        if widths.max_width == 1:
+            return f"passes are one token wide: {widths.evidence}"
         if self.stats.plain_rounds:
             return max(self.stats.plain_rounds, key=lambda reason: self.stats.plain_rounds[reason])
         return f"the drafter {drafter!r} proposed nothing" if self.asked else "no round had room for a guess"
@@ -440,7 +451,7 @@ class Session:
             num_prompt_tokens=answer.num_prompt_tokens,
             stats=answer.stats,
             logprobs=tuple(answer.logprobs) if answer.sampler.params.logprobs is not None else None,
-            plain_because=answer.plain_because(self.drafter.name),
+            plain_because=answer.plain_because(self.drafter.name, self.exactness.widths),
             width_class=str(self.exactness),
             acceptance=self.acceptance.name,
             drafter=self.drafter.name,

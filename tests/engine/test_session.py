@@ -364,3 +364,11 @@ def test_a_cancelled_answer_joins_the_conversation() -> None:
                 stream.cancel()
         assert stream.result.finish_reason == "cancelled"
         assert chat.messages[-1]["content"] == stream.result.text != ""
+
+
+def test_where_passes_are_one_token_wide_the_answer_says_why() -> None:
+    target = ReferenceModel(64, width_class=WidthClass(1, 1, "wider ones do not pay here", plain_only=True))
+    with Session(target, drafter_of(target)) as session:
+        result = session.generate([1, 2, 3], replace(FREE, max_tokens=5))
+    assert result.plain_because == "passes are one token wide: wider ones do not pay here"
+    assert result.stats.num_drafted == 0 and len(result.tokens) == 5
