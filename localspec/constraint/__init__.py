@@ -9,8 +9,8 @@ guess through the sampler keep to the grammar, too. `obey` cuts what others gues
 from __future__ import annotations
 
 from localspec.constraint.contract import Constraint
-from localspec.constraint.grammar import Grammar
+from localspec.constraint.grammar import WHITE_SPACE, Grammar
 from localspec.constraint.guidance import constrain
 from localspec.constraint.obey import obey
 
-__all__ = ["Constraint", "Grammar", "constrain", "obey"]
+__all__ = ["WHITE_SPACE", "Constraint", "Grammar", "constrain", "obey"]

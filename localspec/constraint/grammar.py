@@ -9,6 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 from localspec.errors import SettingError
 
+WHITE_SPACE = r"[ \n\r\t]{1,40}"
+"""Between tokens of JSON: what an indented line needs. Without an end a model can lose itself in it."""
+
 Kind: TypeAlias = Literal["json_schema", "regex", "lark"]
 
 
@@ -18,7 +21,7 @@ class Grammar:
     refusing it.
 
     Whether a grammar can be compiled shows in `constrain`. Objects come out with the properties in the schema's
-    order; between tokens of JSON there may be white space, but no more of it than an indented line needs.
+    order, and with some white space between tokens, if the model likes.
     """
 
     kind: Kind

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localspec.constraint.contract import Constraint
-from localspec.constraint.grammar import Grammar
+from localspec.constraint.grammar import WHITE_SPACE, Grammar
 from localspec.context import common_prefix
 from localspec.errors import BackendMissingError, GrammarError, SettingError
 from localspec.protocols import LanguageModel, Tokenizer
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("localspec.constraint")
 
-_WHITE_SPACE = r"[ \n\r\t]{1,40}"
 _MASKS_KEPT = 64  # the drafter asks for masks that the target needs again in the same round
 _MESSAGE = 300  # characters of llguidance's own words
 
@@ -67,7 +66,7 @@ def _compiled(grammar: Grammar) -> str:
     try:
         if grammar.kind == "json_schema":
             return LLMatcher.grammar_from_json_schema(
-                grammar.source, defaults={"whitespace_pattern": _WHITE_SPACE, "lenient": grammar.lenient}
+                grammar.source, defaults={"whitespace_pattern": WHITE_SPACE, "lenient": grammar.lenient}
             )
         if grammar.kind == "regex":
             return LLMatcher.grammar_from_regex(grammar.source)

@@ -30,9 +30,15 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As transformers has it: not escaped for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=16)
@@ -61,7 +67,8 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], **variables: objec
         raise UnsupportedModelError(
             "this model brings no chat template", fix="Use `generate` with a plain prompt, or a chat-tuned model."
         )
-    names = {**tokenizer.template_tokens, **variables}
+    # None, not missing: templates ask `tools is not none`
+    names = {**tokenizer.template_tokens, "tools": None, "documents": None, **variables}
     try:
         return _compile(source).render(messages=list(messages), add_generation_prompt=True, **names)
     except Exception as error:  # the template is somebody else's program and may raise anything
