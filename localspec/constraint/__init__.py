@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from localspec.constraint.contract import Constraint
 from localspec.constraint.grammar import WHITE_SPACE, Grammar
-from localspec.constraint.guidance import constrain
+from localspec.constraint.guidance import constrain, special_token
 from localspec.constraint.obey import obey
 
-__all__ = ["WHITE_SPACE", "Constraint", "Grammar", "constrain", "obey"]
+__all__ = ["WHITE_SPACE", "Constraint", "Grammar", "constrain", "obey", "special_token"]

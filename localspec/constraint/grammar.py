@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from localspec.errors import SettingError
@@ -18,7 +18,7 @@ Kind: TypeAlias = Literal["json_schema", "regex", "lark"]
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """kind: how `source` is written.  lenient: leave out the parts of a JSON schema that cannot be enforced, instead of
-    refusing it.
+    refusing it.  thought_end: the answer begins behind this text (`</think>`, say); before it anything may stand.
 
     Whether a grammar can be compiled shows in `constrain`. Objects come out with the properties in the schema's
     order, and with some white space between tokens, if the model likes.
@@ -27,6 +27,7 @@ class Grammar:
     kind: Kind
     source: str
     lenient: bool = False
+    thought_end: str = ""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str, *, lenient: bool = False) -> Grammar:
@@ -59,3 +60,7 @@ class Grammar:
         """A context-free grammar in llguidance's variety of Lark, or in llama.cpp's GBNF, told apart by `::=`. In Lark,
         `%json {...}` stands for a schema."""
         return cls("lark", text)
+
+    def behind(self, thought_end: str) -> Grammar:
+        """The same behind a thought that ends with this text; unchanged if there is no such text."""
+        return replace(self, thought_end=thought_end)

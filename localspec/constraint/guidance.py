@@ -6,6 +6,7 @@ tokenizer cuts them into: text comes out as the model is used to reading it, and
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from functools import cached_property
@@ -51,7 +52,10 @@ def constrain(model: LanguageModel, grammar: Grammar | None) -> Constraint | Non
     from llguidance import LLMatcher, LLParserLimits
 
     vocabulary = _vocabulary(model)
-    matcher = LLMatcher(vocabulary, _compiled(grammar), log_level=0, limits=LLParserLimits(verbose_errors=False))
+    source = _compiled(grammar)
+    if grammar.thought_end:
+        source = _behind_thought(source, model.tokenizer, grammar.thought_end)
+    matcher = LLMatcher(vocabulary, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
     if matcher.is_error():
         raise _refused(grammar, matcher.get_error())
     for warning in matcher.get_grammar_warnings():
@@ -74,6 +78,26 @@ def _compiled(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_lark(text)
     except Exception as error:  # the converter has errors of its own, and stumbles over some input
         raise _refused(grammar, str(error)) from error
+
+
+def _behind_thought(source: str, tokenizer: Tokenizer, end: str) -> str:
+    """The grammar behind any text up to the first `end`."""
+    token = special_token(tokenizer, end)
+    if token is None:
+        thought = f"thought[lazy]: TEXT {json.dumps(end)}"
+    else:
+        thought = f"thought: TEXT <[{token}]>"
+    lark = f"start: thought GAP @answer\n{thought}\nTEXT: /(?s:.*)/\nGAP: /[ \\n]{{0,4}}/"
+    answer = json.loads(source)["grammars"][0] if source.startswith('{"grammars"') else {"lark_grammar": source}
+    return json.dumps({"grammars": [{"lark_grammar": lark}, {**answer, "name": "answer"}]})
+
+
+def special_token(tokenizer: Tokenizer, text: str) -> int | None:
+    """The control token of that text; None where the text is written with ordinary tokens."""
+    if not text:
+        return None
+    ids = tokenizer.encode(text, special=True)
+    return int(ids[0]) if len(ids) == 1 and tokenizer.is_special(int(ids[0])) else None
 
 
 def _refused(grammar: Grammar, reason: str) -> SettingError:

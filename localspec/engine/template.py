@@ -16,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from localspec.errors import PromptError, UnsupportedModelError
 from localspec.protocols import Tokenizer
 
+_THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<thinking>": "</thinking>", "<thought>": "</thought>"}
+
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."} and whatever else a template reads."""
 
@@ -73,3 +75,9 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], **variables: objec
         return _compile(source).render(messages=list(messages), add_generation_prompt=True, **names)
     except Exception as error:  # the template is somebody else's program and may raise anything
         raise PromptError(f"the chat template refuses this conversation: {error}") from error
+
+
+def thought_end(prompt: str) -> str:
+    """What ends the thought that a rendered prompt has begun, and so comes before the answer; "" if it begins none."""
+    end = prompt.rstrip()
+    return next((closing for opening, closing in _THOUGHTS.items() if end.endswith(opening)), "")

@@ -188,7 +188,7 @@ def _parsed(text: str) -> Any:
 
 class CallReader:
     """Takes the answer's text as it comes, gives text and calls. What turns out to be no call comes out as text: no
-    character is lost but the markers of calls and white space around them.
+    character is lost but the markers of calls, white space around them, and another call's beginning at the very end.
 
     names: tools that there are; where a format has no marker, only those make a call.
     """
@@ -215,10 +215,11 @@ class CallReader:
     def finish(self) -> list[Delta]:
         """What is left at the end of the answer."""
         deltas: list[Delta] = []
+        cut_off = self._state != self._in_text and self._state != self._only_text
         if self._state == self._in_body:
             self._end_body(deltas)
         self._hold(len(self._text))
-        if self._held.strip() or not self.num_calls:
+        if not self.num_calls or (self._held.strip() and not cut_off):
             self._say_held(deltas)
         return deltas
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localspec.constraint import WHITE_SPACE, Grammar
-from localspec.engine.template import Message, render
+from localspec.constraint import WHITE_SPACE, Grammar, special_token
+from localspec.engine.template import Message, render, thought_end
 from localspec.errors import SettingError, UnknownNameError
 from localspec.protocols import Tokenizer
 from localspec.server.calls import HERMES, LLAMA3, MISTRAL, PYTHON_TAG, CallReader, ToolFormat
@@ -94,15 +94,15 @@ class ToolPlan:
 
     # ------------------------------------------------------------ what it may write
 
-    def grammar(self) -> Grammar | None:
-        """What the answer may look like. None: anything, because calls are neither required nor to be checked. With
-        "auto", calls are held to their schemas if a tool is `strict` or if only one call is allowed, where the format
-        marks calls."""
+    def grammar(self, prompt: str = "") -> Grammar | None:
+        """What the answer to a rendered prompt may look like. None: anything, because calls are neither required nor to
+        be checked. With "auto", calls are held to their schemas if a tool is `strict` or if only one call is allowed,
+        where the format marks calls."""
         if not self.tools:
             return None
         if self.choice == AUTO and not (self.tool_format.opening and self._checks_calls):
             return None
-        return Grammar.lark(_lark(self))
+        return Grammar.lark(_lark(self)).behind(thought_end(prompt))
 
     @property
     def _checks_calls(self) -> bool:
@@ -142,14 +142,6 @@ def known_format(template: str | None) -> ToolFormat | None:
     if '"parameters":' in template and ("ipython" in template or PYTHON_TAG in template):
         return LLAMA3
     return None
-
-
-def special_token(tokenizer: Tokenizer, text: str) -> int | None:
-    """The control token of that text; None where the text is written with ordinary tokens."""
-    if not text:
-        return None
-    ids = tokenizer.encode(text, special=True)
-    return int(ids[0]) if len(ids) == 1 and tokenizer.is_special(int(ids[0])) else None
 
 
 # ---------------------------------------------------------------- messages
@@ -266,9 +258,9 @@ def _lark(plan: ToolPlan) -> str:
     rules += [f"arguments_{place}: %json {_schema(tool)}" for place, tool in enumerate(tools)]
     rules.append("call: " + " | ".join(f"call_{place}" for place in range(len(tools))))
     opening, closing = _mark(plan.tokenizer, shape.opening), _mark(plan.tokenizer, shape.closing)
-    repeated = "*" if plan.parallel else ""
+    several = plan.parallel and plan.choice in (AUTO, REQUIRED)
     if shape.listed:
-        more = '(", " call)*' if plan.parallel else ""
+        more = '(", " call)*' if several else ""
         calls = rf'/ ?\[/ call {more} "]"'
     elif closing:
         calls = rf'"\n" call "\n" {closing}'
@@ -276,18 +268,18 @@ def _lark(plan: ToolPlan) -> str:
         calls = "call"
     rules.append(f"calls: {calls}")
     if plan.choice == AUTO:
-        rules += _text_and_calls(opening, repeated or "?")
+        rules += _text_and_calls(opening, several)
     elif shape.listed or not opening:
         rules.append(f"start: {opening} calls")
     else:
-        more = rf'("\n" {opening} calls)*' if plan.parallel else ""
+        more = rf'("\n" {opening} calls)*' if several else ""
         rules.append(f"start: {opening} calls {more}")
     return "\n".join(reversed(rules))
 
 
-def _text_and_calls(opening: str, repeated: str) -> list[str]:
-    """Any text, in which each opening begins calls."""
-    rules = [r"TEXT: /(?s:.*)/", f"start: part{repeated} TEXT"]
+def _text_and_calls(opening: str, several: bool) -> list[str]:
+    """Any text, in which each opening begins calls; if only one may come, it ends the answer."""
+    rules = [r"TEXT: /(?s:.*)/", "start: part* TEXT" if several else "start: part | TEXT"]
     if opening.startswith("<["):  # a token of its own, which no text can hold
         return [*rules, f"part: TEXT {opening} calls"]
     return [*rules, f"opened[lazy]: TEXT {opening}", "part: opened calls"]
