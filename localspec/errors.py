@@ -25,6 +25,7 @@
         ├── DiskError              no room for a download, or its folder cannot be written
         ├── ContextFullError       the sequence has no room left
         ├── QueueFullError         more requests wait than are let in, with when to try again
+        ├── ClosedError            a server that is shutting down lets nobody in
         ├── GrammarError           following a grammar took more than it may
         ├── CatalogFileError       not a catalog of pairs, or an entry that breaks its schema
         ├── TraceFileError         not a trace file, a damaged one, or one that cannot be written
@@ -43,6 +44,7 @@ __all__ = [
     "BackendError",
     "BackendMissingError",
     "CatalogFileError",
+    "ClosedError",
     "ContextFullError",
     "ContextOverflowError",
     "DiskError",
@@ -223,6 +225,13 @@ class QueueFullError(FailureError):
         super().__init__(
             "too many requests are waiting", got=num_waiting, fix=f"Try again in {retry_after_s:.0f} seconds."
         )
+
+
+class ClosedError(FailureError):
+    """A server that is shutting down lets nobody in."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 class CatalogFileError(FailureError):

@@ -21,9 +21,19 @@ from types import ModuleType
 from typing import Any, cast
 
 from localspec.compatibility import check_draft, check_whole
-from localspec.drafters import AUTO, Draft, DrafterSpec, DraftModel, Ngram, make_drafter
+from localspec.drafters import (
+    AUTO,
+    Draft,
+    DrafterSpec,
+    DraftModel,
+    Forced,
+    Ngram,
+    Nothing,
+    check_settings,
+    make_drafter,
+)
 from localspec.engine.overhead import round_overhead
-from localspec.engine.session import Session
+from localspec.engine.session import Session, require_trees
 from localspec.errors import (
     BackendError,
     BackendMissingError,
@@ -33,11 +43,12 @@ from localspec.errors import (
     SettingError,
     UnknownNameError,
     UnsupportedModelError,
+    UsageError,
 )
 from localspec.formats import summarize
 from localspec.memory import Part, look, settle
 from localspec.peers import PeerLibrary
-from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings
+from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, require_rewind
 from localspec.schedule.scheduled import Experience, Scheduled
 from localspec.schedule.store import class_for, load_or_measure, options_for
 from localspec.verify import make_acceptance
@@ -263,7 +274,7 @@ class Pair:
         # on a device a chain is guessed without waiting for it, a tree waits once per level
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
         form = "tree" if branches else "chain"
-        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None)]
+        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None), Forced()]
         if self.draft is None:
             return Scheduled(free, [], experience)
         if form == "tree" and not self.draft.capabilities.trees:
@@ -271,6 +282,19 @@ class Pair:
         size = 16 if self.drafting is not None and not self.drafting.relation.same else 48
         draft = make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting)
         return Scheduled(free, [draft], experience)
+
+    def check_drafter(self, spec: DrafterSpec) -> None:
+        """Raise what `drafter` or the first session with it would, as far as that shows without opening anything:
+        UsageError for a draft model that is not there, UnsupportedModelError for what the target cannot verify."""
+        resolved = spec.resolved(self.draft)
+        parts = (resolved, *resolved.others)
+        if any(part.needs_draft for part in parts) and self.draft is None:
+            raise UsageError(f"drafter {spec.name!r} needs a draft model", fix="Load the model with one (--draft).")
+        check_settings(parts)
+        if not spec.decides and any(part.name != Nothing.name for part in parts):
+            require_rewind(self.target)
+        if spec.asks_for_trees:
+            require_trees(self.target, spec.name)
 
     def session(self, drafter: str | DrafterSpec | Drafter = AUTO, *, acceptance: str = "walk") -> Session:
         """A new conversation. drafter: "auto" decides every round, others do as they are told, e.g. "ngram:max=4"

@@ -15,6 +15,7 @@ from numpy import int8
 from numpy.typing import NDArray
 
 from localspec.errors import BackendError
+from localspec.protocols import SavedState
 from localspec.types import Logits, NodeIndices, Positions, TokenIds
 
 from .native import Context, Saved
@@ -167,8 +168,14 @@ class State(ABC):
         """Drop everything pending and all committed tokens from `length` on. Raises ValueError."""
 
     @abstractmethod
+    def save(self) -> SavedState:
+        """A copy of the committed tokens outside of llama.cpp. Raises ValueError while nodes are pending."""
+
     def fork(self) -> State:
         """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
+        copy = self.save().open()
+        assert isinstance(copy, State)
+        return copy
 
     def close(self) -> None:
         """Empty the cache and give it back. Twice does nothing."""

@@ -209,6 +209,11 @@ class Saved:
 
     buffer: Any
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffer."""
+        return len(self.buffer)
+
 
 class Context:
     """A llama_context and its batch: decode, and move cache cells between sequence ids.

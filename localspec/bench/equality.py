@@ -11,7 +11,7 @@ from typing import Any
 from localspec.audit.difference import Difference, explain
 from localspec.audit.rows import RowReport, measure_rows
 from localspec.bench.prompts import Prompt
-from localspec.engine.session import Generation
+from localspec.engine.answer import Generation
 from localspec.errors import SettingError
 from localspec.loading import Pair
 from localspec.sampling import SamplingParams

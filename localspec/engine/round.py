@@ -7,23 +7,27 @@ are q; whatever the drafters do, the acceptance rule alone decides what is emitt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 
+from localspec.constraint import obey
 from localspec.context import Context
 from localspec.engine.stats import RoundRecord, count_sources, sibling_ranks
-from localspec.engine.width import pad
+from localspec.engine.width import pad, pass_width
 from localspec.protocols import (
     Drafter,
     DraftRequest,
     HostTokens,
     LanguageModel,
+    Load,
     Outcome,
     Proposal,
     SequenceState,
     Step,
+    WidthClass,
 )
 from localspec.ranking import top_ids
 from localspec.sampling import Sampler, log_softmax_at
@@ -63,26 +67,58 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """What one lane got out of a round. anchor: the token all guesses hang from.  sources: [N] who guessed."""
+    """What one lane got out of a round. anchor: the token all guesses hang from.  sources: [N] who guessed.
+    failure: what went wrong when the lane's outcome was committed; its state is then of no use any more."""
 
     verdict: Verdict
     record: RoundRecord
     logprobs: tuple[TokenLogprob, ...] | None
     anchor: int
     sources: tuple[str, ...]
+    failure: Exception | None = None
 
 
-def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]) -> list[RoundResult]:
-    """One round of all lanes. rooms: per lane, how much may be proposed at most.
+class Shared(Protocol):
+    """What lanes have in common: one pass. Tells drafters how many they are, and settles what is verified of all."""
 
-    If a pass or a rule raises, every lane is left as it was before the round.
+    @property
+    def load(self) -> Load:
+        """For the requests to drafters."""
+        ...
+
+    def settle(self, proposals: Sequence[Proposal]) -> tuple[list[tuple[int, ...] | None], int]:
+        """Per lane the nodes of its proposal that are verified (None: all); and how wide each lane's part of the pass
+        is at least."""
+        ...
+
+    def observe(self, outcomes: Sequence[Outcome], round_ms: float) -> None:
+        """What became of all of them, and how long the round took."""
+        ...
+
+
+def run_round(
+    model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room], shared: Shared | None = None
+) -> list[RoundResult]:
+    """One round of all lanes. rooms: per lane, how much may be proposed at most.  shared: settles what lanes verify
+    of their proposals; without it each drafter decides for itself.
+
+    If a drafter, a pass or a rule raises, every lane is left as it was before the round. A lane that fails after
+    that, when its outcome is committed, does so alone: see `RoundResult.failure`.
     """
     started = perf_counter()
     anchors = [lane.context.anchor for lane in lanes]
     replayed = [lane.state.num_replayed for lane in lanes]
     try:
         trees = model.capabilities.trees and model.capabilities.exact_trees
-        proposals = [_propose(lane, room, trees) for lane, room in zip(lanes, rooms, strict=True)]
+        load = None if shared is None else shared.load
+        proposals = [_propose(lane, room, trees, load) for lane, room in zip(lanes, rooms, strict=True)]
+        kept: list[tuple[int, ...] | None] = [None] * len(lanes)
+        if shared is not None:
+            kept, at_least = shared.settle(proposals)
+            proposals = [
+                replace(one if nodes is None else one.only(nodes), width=max(one.width, at_least))
+                for one, nodes in zip(proposals, kept, strict=True)
+            ]
         drafted = perf_counter()
         steps = _steps(model, lanes, proposals)
         scores = model.forward(steps)
@@ -100,22 +136,36 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
         for lane in lanes:
             lane.state.keep(())
         raise
-    width, verify_ms = sum(step.num_tokens for step in steps), (verified - drafted) * 1e3
-    for lane, verdict in zip(lanes, verdicts, strict=True):
-        lane.state.keep([0, *(node + 1 for node in verdict.path)])
-        lane.context.extend(verdict.tokens)
-        lane.drafter.observe(Outcome(verdict.tree, verdict.path, verdict.tokens, width, verify_ms))
+    width, verify_ms = pass_width(model.capabilities, steps), (verified - drafted) * 1e3
+    outcomes = [
+        Outcome(verdict.tree, verdict.path, verdict.tokens, width, verify_ms, nodes)
+        for verdict, nodes in zip(verdicts, kept, strict=True)
+    ]
+    failures = [_commit(lane, outcome) for lane, outcome in zip(lanes, outcomes, strict=True)]
+    if shared is not None:
+        shared.observe(outcomes, (perf_counter() - started) * 1e3)
     times = ((drafted - started) * 1e3, verify_ms, (perf_counter() - verified) * 1e3)
     results = []
     for index, (lane, proposal, verdict) in enumerate(zip(lanes, proposals, verdicts, strict=True)):
         sources = proposal.sources or (proposal.source,) * proposal.num_nodes
         num_replayed = lane.state.num_replayed - replayed[index]
         record = _record(proposal, sources, verdict, width, times, num_replayed)
-        results.append(RoundResult(verdict, record, logprobs[index], anchors[index], sources))
+        results.append(RoundResult(verdict, record, logprobs[index], anchors[index], sources, failures[index]))
     return results
 
 
-def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
+def _commit(lane: Lane, outcome: Outcome) -> Exception | None:
+    """Commit what was accepted; what went wrong, if anything did: other lanes are committed nevertheless."""
+    try:
+        lane.state.keep([0, *(node + 1 for node in outcome.path)])
+        lane.context.extend(outcome.tokens)
+        lane.drafter.observe(outcome)
+    except Exception as error:
+        return error
+    return None
+
+
+def _propose(lane: Lane, room: Room, trees: bool, load: Load | None) -> Proposal:
     """The drafter's proposal, held to the request: no drafter may widen a pass or draw in secret."""
     request = DraftRequest(
         context=lane.context,
@@ -125,6 +175,7 @@ def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
         stop_tokens=lane.stop_tokens,
         trees=trees,
         needs_law=lane.acceptance.needs_law,
+        load=load,
     )
     proposal = lane.drafter.propose(request)
     if proposal.num_nodes > room.nodes:
@@ -140,21 +191,25 @@ def _propose(lane: Lane, room: Room, trees: bool) -> Proposal:
         raise ValueError(f"drafter {proposal.source!r} proposed a tree, and this target verifies chains only")
     if proposal.laws is not None and len(proposal.laws) != proposal.num_nodes:
         raise ValueError(f"drafter {proposal.source!r} gave {len(proposal.laws)} laws for {proposal.num_nodes} nodes")
-    for name, values in (("log_q", proposal.log_q), ("sources", proposal.sources)):
+    for name, values in (("log_q", proposal.log_q), ("sources", proposal.sources), ("reach", proposal.reach)):
         if values is not None and len(values) != proposal.num_nodes:
             raise ValueError(f"drafter {proposal.source!r} gave {len(values)} {name} for {proposal.num_nodes} nodes")
-    return proposal
+    return obey(proposal, request)
 
 
 def _steps(model: LanguageModel, lanes: Sequence[Lane], proposals: Sequence[Proposal]) -> list[Step]:
-    """Anchor and nodes of each lane, none narrower than the width class."""
+    """Anchor and nodes of each lane, none narrower than the width class. Where they run as one pass the backend sees
+    to that."""
     steps = []
     for lane, proposal in zip(lanes, proposals, strict=True):
         anchor = HostTokens(np.array([lane.context.anchor], np.int32))
         parents = np.concatenate([np.array([-1], np.int32), proposal.parents + 1])
         step = Step(lane.state, (anchor, *proposal.tokens), parents)
-        steps.append(pad(step, model.capabilities.width_class, proposal.width))
-    return steps
+        steps.append(step)
+    if model.capabilities.batches and len(steps) > 1:
+        return [pad(step, WidthClass(), proposal.width) for step, proposal in zip(steps, proposals, strict=True)]
+    width_class = model.capabilities.width_class
+    return [pad(step, width_class, proposal.width) for step, proposal in zip(steps, proposals, strict=True)]
 
 
 def _logprobs(trial: Trial, verdict: Verdict) -> tuple[TokenLogprob, ...] | None:

@@ -23,12 +23,15 @@ _TRUST = 2.0  # rounds at a width before its own times outweigh the general corr
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
 _OPTIMISM = 0.9
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
+_LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
 
 
 class LiveCosts:
     """The measured table, corrected by what rounds really took here and now.
 
+    Widths are those of one lane; where `lanes` share a pass, each is as wide. What was learned with so many lanes is
+    kept apart from what was learned with others, and starts from the same table.
     optimism: share of its table time that a width is taken to cost until it was tried, so that it is tried: what is
     never used would never be corrected. Plain decoding's own width is not flattered.
     """
@@ -38,32 +41,34 @@ class LiveCosts:
         self._optimism = optimism
         self.min_width = width_class.min_width
         self.max_width = min(max_width, width_class.max_width or max_width, MOST_NODES + 1)
-        self._seen: dict[int, float] = {}
-        self._ratio: dict[int, float] = {}  # actual / table
-        self._general = 1.0
+        self._seen: dict[tuple[int, int], float] = {}
+        self._ratio: dict[tuple[int, int], float] = {}  # actual / table
+        self._general: dict[int, float] = {}
         self._draft_general = 1.0
-        self._cache: tuple[int, list[float], list[int]] | None = None
+        self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
 
-    def verify_ms(self, width: int, context: int) -> float:
+    def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width."""
-        seen = self._seen.get(width, 0.0)
+        seen = self._seen.get((lanes, width), 0.0)
         trust, hope = (_TRUST, self._optimism) if width > self.min_width else (_TRUST_PLAIN, 1.0)
-        ratio = (seen * self._ratio.get(width, 1.0) + trust * hope * self._general) / (seen + trust)
-        return self.costs.target.at(width, context) * ratio
+        usual = self._ratio.get((lanes, width), 1.0)
+        ratio = (seen * usual + trust * hope * self._general.get(lanes, 1.0)) / (seen + trust)
+        return self.costs.target.at(lanes * width, context) * ratio
 
     def draft_ms(self, width: int, context: int) -> float:
         """A pass of the draft model; 0 without one."""
         return 0.0 if self.costs.draft is None else self.costs.draft.at(width, context) * self._draft_general
 
-    def by_nodes(self, context: int) -> tuple[list[float], list[int]]:
-        """(milliseconds, width) of verifying 0, 1, 2, ... nodes: padded where a wider pass is quicker."""
+    def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
+        """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""
         bucket = context >> 5
-        if self._cache is not None and self._cache[0] == bucket:
-            return self._cache[1], self._cache[2]
+        if lanes in self._cache and self._cache[lanes][0] == bucket:
+            return self._cache[lanes][1:]
         ms: list[float] = []
         widths: list[int] = []
-        for width in range(self.max_width, 0, -1):
-            own = self.verify_ms(max(width, self.min_width), context)
+        most = min(self.max_width, max(self.min_width + _LEAST_ROOM, self.max_width * _WIDER // lanes))
+        for width in range(most, 0, -1):
+            own = self.verify_ms(max(width, self.min_width), context, lanes)
             if ms and ms[-1] < _WORTH_PADDING * own:
                 ms.append(ms[-1])
                 widths.append(widths[-1])
@@ -72,20 +77,21 @@ class LiveCosts:
                 widths.append(max(width, self.min_width))
         ms.reverse()
         widths.reverse()
-        self._cache = (bucket, ms, widths)
+        self._cache[lanes] = (bucket, ms, widths)
         return ms, widths
 
-    def observe_verify(self, width: int, context: int, ms: float) -> None:
+    def observe_verify(self, width: int, context: int, ms: float, lanes: int = 1) -> None:
         """What a pass took. A stall (another program, a page fault) counts as at most three times what was usual."""
         if width < 1 or ms <= 0.0:
             return
-        usual = self._ratio.get(width, self._general)
-        ratio = min(ms / self.costs.target.at(width, context), 3.0 * usual)
-        seen = min(self._seen.get(width, 0.0), 30.0)
-        self._ratio[width] = (seen * self._ratio.get(width, 1.0) + ratio) / (seen + 1.0)
-        self._seen[width] = seen + 1.0
-        self._general += 0.03 * (ratio - self._general)
-        self._cache = None
+        key, general = (lanes, width), self._general.get(lanes, 1.0)
+        usual = self._ratio.get(key, general)
+        ratio = min(ms / self.costs.target.at(lanes * width, context), 3.0 * usual)
+        seen = min(self._seen.get(key, 0.0), 30.0)
+        self._ratio[key] = (seen * self._ratio.get(key, 1.0) + ratio) / (seen + 1.0)
+        self._seen[key] = seen + 1.0
+        self._general[lanes] = general + 0.03 * (ratio - general)
+        self._cache.pop(lanes, None)
 
     def observe_draft(self, expected_ms: float, ms: float) -> None:
         """What drafting took, beside what the table says for its passes."""
@@ -104,10 +110,14 @@ class Choice:
 
 
 class Valuation:
-    """One round's prices: `rate` tokens per millisecond, and the pass's cost by number of nodes."""
+    """One round's prices: `rate` tokens per millisecond, and the pass's cost by number of nodes.
 
-    def __init__(self, live: LiveCosts, rate: float, context: int, max_nodes: int) -> None:
-        self._ms, self._widths = live.by_nodes(context)
+    lanes: so many share the pass, each with as many nodes; a lane then pays its part. `rate` counts all their tokens.
+    """
+
+    def __init__(self, live: LiveCosts, rate: float, context: int, max_nodes: int, lanes: int = 1) -> None:
+        whole, self._widths = live.by_nodes(context, lanes)
+        self._ms = whole if lanes == 1 else [ms / lanes for ms in whole]
         self.rate = rate
         self.max_nodes = min(max_nodes, len(self._ms) - 1)
         self._live, self._context = live, context
@@ -122,6 +132,24 @@ class Valuation:
             if value > best:
                 best, nodes = value, count
         return Choice(nodes, self._widths[nodes], best)
+
+    def best_together(self, reaches: Sequence[Sequence[float]], least: int = 0) -> Choice:
+        """The best number of leading nodes in every lane, for a pass in which each is as wide as the widest.
+
+        reaches: of each lane [N], best first.  least: nodes that some lane has in any case. A lane that has fewer is
+        padded, so all lanes compete for the next place by what it brings to any of them: the search is over all.
+        """
+        most = min(self.max_nodes, max(map(len, reaches), default=0))
+        gains = [sum(reach[count] for reach in reaches if count < len(reach)) for count in range(most)]
+        total = sum(gains[:least])
+        base, share = self._ms[min(least, len(self._ms) - 1)], len(reaches)
+        best, nodes = total, least
+        for count in range(least + 1, most + 1):
+            total += gains[count - 1]
+            value = total - self.rate * share * (self._ms[count] - base)
+            if value > best:
+                best, nodes = value, count
+        return Choice(nodes, self._widths[min(nodes, len(self._widths) - 1)], best)
 
     def total(self, reach: Sequence[float]) -> float:
         """The value of verifying exactly these nodes."""

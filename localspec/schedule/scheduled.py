@@ -15,8 +15,9 @@ from time import perf_counter
 
 import numpy as np
 
+from localspec.constraint import obey
 from localspec.context import Context
-from localspec.protocols import Budget, Capabilities, Drafter, DraftRequest, HostTokens, Outcome, Proposal
+from localspec.protocols import Budget, Capabilities, Drafter, DraftRequest, HostTokens, Load, Outcome, Proposal
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
 from localspec.schedule.guard import Guard
@@ -29,7 +30,7 @@ _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
-_LOOKING = "a plain round now and then shows what plain decoding takes"
+LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
 
 
@@ -37,7 +38,7 @@ _NOTHING_WORTH = "no guess was worth its time"
 class Record:
     """What is known of one drafter, for greedy or for sampled text: how reliable it is, what it gains."""
 
-    reliability: Reliability = field(default_factory=Reliability)
+    reliability: Reliability
     guard: Guard = field(default_factory=Guard)
     usual_value: float = 1.0  # tokens a round that asking it is expected to bring, its own time paid
     usual_edge: float = 0.8  # chance of a node's best child
@@ -47,6 +48,8 @@ class Record:
 class Experience:
     """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record.
 
+    Speed, and what drafting gains, are different things with one lane in a pass and with sixteen. So they are learned
+    apart for loads of about 1, 2, 4, 8, ... lanes; how reliable a drafter is does not depend on that.
     by_clock: False believes the costs and never looks at a clock, so that the same text is decided alike every time.
     """
 
@@ -54,23 +57,59 @@ class Experience:
         self.by_clock = by_clock
         hope = {} if by_clock else {"optimism": 1.0}
         self.live = LiveCosts(costs, capabilities.width_class, capabilities.max_width, **hope)
-        self.rounds_since_plain = 0
-        self.plain_rounds = 0
-        self.rate = Rate(1.0 / (self.live.by_nodes(0)[0][0] + costs.overhead_ms))
-        self.records: dict[tuple[str, bool], Record] = {}
+        self._pace: dict[int, _Pace] = {}
+        self._reliability: dict[tuple[str, bool], Reliability] = {}
+        self._records: dict[tuple[str, bool, int], Record] = {}
 
-    def record(self, name: str, greedy: bool) -> Record:
+    def record(self, name: str, greedy: bool, lanes: int = 1) -> Record:
         """Of the drafter with that name, at temperature 0 or above."""
-        return self.records.setdefault((name, greedy), Record())
+        key = (name, greedy, _about(lanes))
+        if key not in self._records:
+            reliability = self._reliability.setdefault((name, greedy), Reliability())
+            self._records[key] = Record(reliability)
+        return self._records[key]
 
-    def wants_plain(self) -> bool:
+    def rate(self, context: int, lanes: int = 1) -> float:
+        """Tokens per millisecond, of all lanes together: what was reached lately, at least plain decoding's."""
+        plain = lanes / self.plain_ms(context, lanes)
+        return max(self._paced(lanes).rate.value * lanes / _about(lanes), plain)
+
+    def wants_plain(self, lanes: int = 1) -> bool:
         """Is it time to see again what plain decoding takes? All gains are judged by it, and a table that was wrong
         about its width would never be found out."""
-        return self.by_clock and (self.plain_rounds < _FIRST_PLAIN or self.rounds_since_plain >= _PLAIN_EVERY)
+        pace = self._paced(lanes)
+        return self.by_clock and (pace.plain_rounds < _FIRST_PLAIN or pace.rounds_since_plain >= _PLAIN_EVERY)
 
-    def plain_ms(self, context: int) -> float:
+    def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A plain round."""
-        return self.live.by_nodes(context)[0][0] + self.live.costs.overhead_ms
+        return self.live.by_nodes(context, lanes)[0][0] + self.live.costs.overhead_ms
+
+    def observe(self, tokens: int, round_ms: float, *, plain: bool, lanes: int = 1) -> None:
+        """A round emitted so many tokens in all lanes. plain: nobody guessed anything."""
+        pace = self._paced(lanes)
+        pace.rounds_since_plain = 0 if plain else pace.rounds_since_plain + 1
+        pace.plain_rounds += plain
+        pace.rate.add(tokens * _about(lanes) / lanes, round_ms)
+
+    def _paced(self, lanes: int) -> _Pace:
+        about = _about(lanes)
+        if about not in self._pace:
+            self._pace[about] = _Pace(Rate(about / self.plain_ms(0, about)))
+        return self._pace[about]
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How fast it went with about so many lanes, and how long ago that was without speculation."""
+
+    rate: Rate
+    rounds_since_plain: int = 0
+    plain_rounds: int = 0
+
+
+def _about(lanes: int) -> int:
+    """The power of two from `lanes` on."""
+    return 1 << (lanes - 1).bit_length()
 
 
 @dataclass(slots=True)
@@ -109,6 +148,8 @@ class Scheduled:
         self._asked: list[_Asked] = []
         self._greedy = True
         self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
+        self._load: Load | None = None
+        self._open: tuple[list[float], list[_Asked]] | None = None  # reach and owner of nodes that others choose from
         self._context = Context()
         self._read: dict[str, int] = {}  # how much of the context each drafter has seen
 
@@ -133,17 +174,23 @@ class Scheduled:
         live = self.experience.live
         return live.draft_ms(1 + missed, len(self._context)) - live.draft_ms(1, len(self._context))
 
+    @property
+    def _lanes(self) -> int:
+        return 1 if self._load is None else self._load.lanes
+
     def propose(self, request: DraftRequest) -> Proposal:
-        """The guesses that are worth verifying."""
-        self._expected = None
+        """The guesses that are worth verifying; where the round is shared, those that might be."""
+        self._expected = self._open = None
         self._greedy = request.sampler.is_greedy
-        self._asked = []
+        self._asked, self._load = [], request.load
         experience = self.experience
         context = len(request.context)
-        rate = max(experience.rate.value, 1.0 / experience.plain_ms(context))
-        prices = Valuation(experience.live, rate, context, request.max_nodes)
-        if experience.wants_plain():
-            return Proposal(self.name, width=self._plain_width(prices, request), because=_LOOKING)
+        rate = experience.rate(context, self._lanes)
+        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes)
+        if self._load is not None and self._load.plain:
+            return Proposal(self.name, because=self._load.because)
+        if self._load is None and experience.wants_plain():
+            return Proposal(self.name, width=self._plain_width(prices, request), because=LOOKING)
         if request.needs_law:
             return self._drawn(request, prices)
         best = 0.0
@@ -170,24 +217,25 @@ class Scheduled:
         """The outcome, for all; and what it teaches."""
         for part in self.parts:
             part.observe(outcome)
-        experience, asked = self.experience, self._asked
+        experience, asked, lanes = self.experience, self._asked, self._lanes
         context = len(self._context) - len(outcome.tokens)
-        plain_ms = experience.plain_ms(context)
+        plain_ms = experience.plain_ms(context, lanes)
+        width = outcome.width if self._load is None else max(len(outcome.tree) + 1, experience.live.min_width)
         verify_ms = outcome.verify_ms
-        if not experience.by_clock:
-            verify_ms = experience.live.verify_ms(outcome.width, context)
+        if lanes > 1:
+            width = outcome.width // lanes
+        if not experience.by_clock or self._load is not None:
+            verify_ms = experience.live.verify_ms(width, context, lanes)
         elif verify_ms > 0.0:
-            experience.live.observe_verify(outcome.width, context, verify_ms)
-        experience.rounds_since_plain += 1
-        if not len(outcome.tree):
-            experience.rounds_since_plain = 0
-            experience.plain_rounds += 1
+            experience.live.observe_verify(width, context, verify_ms)
         draft_ms = sum(one.ms for one in asked)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
-        experience.rate.add(len(outcome.tokens), round_ms)
+        if self._load is None:
+            experience.observe(len(outcome.tokens), round_ms, plain=not len(outcome.tree))
+        self._see_what_was_kept(outcome)
         used = [one for one in asked if one.used]
         # by the corrected table, not by this round's clock: one stall would outweigh many rounds
-        extra = experience.live.verify_ms(outcome.width, context) + experience.live.costs.overhead_ms - plain_ms
+        extra = experience.live.verify_ms(width, context, lanes) + experience.live.costs.overhead_ms - plain_ms
         names = {one.name for one in asked}
         brought = float(len(outcome.path))
         if self._expected is not None:  # half of what was expected is noise as good as gone
@@ -197,10 +245,21 @@ class Scheduled:
             tree = one.tree if one.tree is not None else outcome.tree
             record.reliability.observe(tree, outcome.tokens)
             share = extra / len(used) if one.used else 0.0
-            record.guard.observe(brought / len(used) if one.used else 0.0, one.ms + share, plain_ms)
+            # while one lane drafts, all wait
+            record.guard.observe(brought / len(used) if one.used else 0.0, lanes * one.ms + share, plain_ms)
         for part in self.parts:
             if part.name not in names:
-                self._record(part.name).guard.idle(round_ms, plain_ms, self._entry_ms(part) / plain_ms)
+                self._record(part.name).guard.idle(round_ms, plain_ms, lanes * self._entry_ms(part) / plain_ms)
+
+    def _see_what_was_kept(self, outcome: Outcome) -> None:
+        """Of what was left open: what others chose, whose it was, and what was expected of it."""
+        if self._open is None:
+            return
+        reach, owners = self._open
+        kept = range(len(reach)) if outcome.kept is None else outcome.kept
+        self._expected = sum(reach[node] for node in kept)
+        for node in kept:
+            owners[node].used = True
 
     def close(self) -> None:
         """Close all."""
@@ -210,7 +269,7 @@ class Scheduled:
     # ------------------------------------------------------------ inside
 
     def _record(self, name: str) -> Record:
-        return self.experience.record(name, self._greedy)
+        return self.experience.record(name, self._greedy, self._lanes)
 
     def _may_beat(self, record: Record, best: float, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing? In a tree both would
@@ -230,7 +289,7 @@ class Scheduled:
             self._begin(part)
         entry_ms = self._entry_ms(part)
         started = perf_counter()
-        proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget))
+        proposal = obey(part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget)), request)
         ms = max((perf_counter() - started) * 1e3 - entry_ms, 0.0)  # reading is no part of what a round costs
         self._read[part.name] = len(self._context)
         if not self.experience.by_clock:
@@ -315,7 +374,16 @@ class Scheduled:
         request: DraftRequest,
         counts: Mapping[str, int],
     ) -> Proposal:
-        """The best nodes, as many as pay. A child never reaches further than its parent, so parents are kept."""
+        """The best nodes, as many as pay; all of them where others choose, for whom they are marked. A child never
+        reaches further than its parent, so parents are kept."""
+        if self._load is not None:
+            self._open = reach, list(owners)
+            log_q = None if tree.log_q is None else tuple(tree.log_q.tolist())
+            sources = tuple(owner.proposal.source for owner in owners)
+            tokens = (HostTokens(tree.token),)
+            return Proposal(
+                self.name, tokens, tree.parent, log_q=log_q, sources=sources, counts=counts, reach=tuple(reach)
+            )
         order = sorted(range(len(reach)), key=reach.__getitem__, reverse=True)
         choice = prices.best([reach[node] for node in order])
         kept = sorted(order[: choice.nodes])
