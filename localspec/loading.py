@@ -57,7 +57,7 @@ _log = logging.getLogger("localspec.loading")
 _HOME = Path(__file__).resolve().parent.parent
 _APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 _PREFERENCE = ("mlx", "llamacpp") if _APPLE_SILICON else ("llamacpp", "mlx")
-_COMMON_SETTINGS = frozenset({"context", "num_sequences", "trees"})
+_COMMON_SETTINGS = frozenset({"context", "num_sequences", "trees", "batch"})
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 
 BUNDLED = "tiny"
@@ -366,8 +366,9 @@ def open_pair(
             model.capabilities = replace(model.capabilities, width_class=class_for(model))
         if draft_path is None:
             return Pair(model, None, found)
-        # a drafter's trees need not be exact, so it is spared what that costs
-        helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length, trees=False))
+        # a drafter's trees need not be exact, so it is spared what that costs; and it guesses for one sequence at a time
+        own = replace(settings, context=model.info.context_length, trees=False, batch=False)
+        helper = load_model(draft_path, backend, own)
         try:
             pair = Pair(model, helper, found)
             if pair.drafting is not None and pair.drafting.relation.same:

@@ -127,12 +127,22 @@ class LlamaState(State):
         return line
 
     def run(self, decode: Decode) -> Logits:
-        """Share the old cells with the borrowed ids, then one pass; [N, V] its scored rows."""
+        """One pass; [N, V] its scored rows."""
+        return decode(self.planned())
+
+    def planned(self) -> Pass:
+        """The pass that was planned, its old cells shared with the borrowed ids."""
         plan = self._plan
         assert plan is not None
         for source, target, end in plan.copies:
             self.cache.context.share(source, target, end)
-        return decode(Pass(self._tokens, plan.positions, plan.ids, self._outputs))
+        return Pass(self._tokens, plan.positions, plan.ids, self._outputs)
+
+    def drop_padding(self) -> None:
+        """Forget the cells behind the planned chain."""
+        plan = self._plan
+        assert plan is not None and isinstance(plan.ids, int)
+        self.cache.context.remove(plan.ids, self._length + plan.depths[-1] + 1)
 
     def commit(self) -> None:
         """The tokens are in the cache: they are pending nodes now."""
