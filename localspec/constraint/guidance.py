@@ -83,11 +83,8 @@ def _compiled(grammar: Grammar) -> str:
 def _behind_thought(source: str, tokenizer: Tokenizer, end: str) -> str:
     """The grammar behind any text up to the first `end`."""
     token = special_token(tokenizer, end)
-    if token is None:
-        thought = f"thought[lazy]: TEXT {json.dumps(end)}"
-    else:
-        thought = f"thought: TEXT <[{token}]>"
-    lark = f"start: thought GAP @answer\n{thought}\nTEXT: /(?s:.*)/\nGAP: /[ \\n]{{0,4}}/"
+    thought = f"[lazy]: TEXT {json.dumps(end)}" if token is None else f": TEXT <[{token}]>"
+    lark = f"start: thought GAP @answer\nthought{thought}\nTEXT: /(?s:.*)/\nGAP: /[ \\n]{{0,4}}/"
     answer = json.loads(source)["grammars"][0] if source.startswith('{"grammars"') else {"lark_grammar": source}
     return json.dumps({"grammars": [{"lark_grammar": lark}, {**answer, "name": "answer"}]})
 
