@@ -40,6 +40,10 @@ class Grammar:
                 raise SettingError("the JSON schema is not JSON", got=error) from None
         if not isinstance(schema, Mapping | bool):
             raise SettingError("the JSON schema is of the wrong type", got=type(schema).__name__, expected="an object")
+        if isinstance(schema, bool):
+            if not schema:
+                raise SettingError("the JSON schema `false` allows no answer")
+            schema = {}
         try:
             return cls("json_schema", json.dumps(schema), lenient)
         except (TypeError, ValueError, RecursionError) as error:
