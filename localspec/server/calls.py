@@ -216,8 +216,10 @@ class CallReader:
         """What is left at the end of the answer."""
         deltas: list[Delta] = []
         cut_off = self._state != self._in_text and self._state != self._only_text
-        if self._state == self._in_body:
+        if self._state == self._in_body and self._begun:
             self._end_body(deltas)
+        elif self._state == self._in_body:
+            self._held += self._body.text
         self._hold(len(self._text))
         if not self.num_calls or (self._held.strip() and not cut_off):
             self._say_held(deltas)

@@ -148,11 +148,15 @@ def known_format(template: str | None) -> ToolFormat | None:
 
 
 class _Arguments(dict[str, Any]):
-    """Arguments as templates want them: an object for those that take it apart or call `tojson`, its JSON text for
-    those that print it."""
+    """Arguments as templates want them: an object for those that take it apart or call `tojson`, the JSON text as it was
+    written for those that print it."""
+
+    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+        super().__init__(value)
+        self._text = text
 
     def __str__(self) -> str:
-        return json.dumps(self, ensure_ascii=False)
+        return self._text
 
     def __radd__(self, other: str) -> str:
         return other + str(self)
@@ -184,13 +188,13 @@ def _history(messages: Sequence[Message], tool_format: ToolFormat) -> list[dict[
 
 def _call(call: Mapping[str, Any], tool_format: ToolFormat) -> dict[str, Any]:
     function = dict(call["function"])
-    arguments = function.get("arguments", "{}")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError:
-            pass  # a broken call of the model's own, shown to it as it wrote it
-    function["arguments"] = _Arguments(arguments) if isinstance(arguments, Mapping) else arguments
+    arguments = function.get("arguments") or "{}"
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text  # a broken call of the model's own, shown to it as it wrote it
+    function["arguments"] = _Arguments(value, text) if isinstance(value, dict) else value
     return {**call, "id": _fitting_id(str(call.get("id")), tool_format), "type": "function", "function": function}
 
 
@@ -230,16 +234,12 @@ def _without_calls(message: dict[str, Any], tool_format: ToolFormat) -> dict[str
         return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
     written = [
         f"{tool_format.opening}\n"
-        f"{_head(call['function']['name'], tool_format)}{_json(call['function']['arguments'])}}}\n"
+        f"{_head(call['function']['name'], tool_format)}{call['function']['arguments']}}}\n"
         f"{tool_format.closing}"
         for call in message.get("tool_calls", ())
     ]
     plain = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**plain, "content": "\n".join(filter(None, [content, *written]))} if written else plain
-
-
-def _json(arguments: object) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------- grammar
