@@ -216,6 +216,8 @@ def test_accepts_reads_text_however_it_is_cut() -> None:
         (lambda: Grammar.json_schema({"type": "objec"}), "JSON schema cannot be followed: Invalid type"),
         (lambda: Grammar.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (lambda: Grammar.json_schema({"$ref": "#/nowhere"}), "nowhere"),
+        (lambda: Grammar.json_schema({"$ref": "#"}), "no answer satisfies it"),
+        (lambda: Grammar.regex(r"[^\x00-\x{10ffff}]"), "no answer satisfies it"),
         (lambda: Grammar.json_schema("{"), "not JSON"),
         (lambda: Grammar.json_schema("[1]"), "got list, expected an object"),
         (lambda: Grammar.json_schema(False), "allows no answer"),
@@ -266,6 +268,8 @@ def test_a_grammar_that_gets_too_costly_ends_in_an_error_of_ours() -> None:
     broken._matcher.consume_token(int(model().tokenizer.encode("x", special=False)[0]))  # puts it into its error state
     with pytest.raises(GrammarError, match="too costly"):
         constraint.mask(np.zeros(0, np.int32))
+    assert not constraint.complete(np.zeros(0, np.int32))
+    assert not constraint.accepts("ab")
 
 
 def test_ignore_eos_contradicts_a_grammar() -> None:

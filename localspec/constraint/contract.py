@@ -11,8 +11,8 @@ class Constraint(Protocol):
     """Which tokens may follow. What it answers depends on nothing but the output that it is asked about: the tokens
     of the answer so far, in any order of asking, so that every node of a tree is judged by its own history.
 
-    It serves one answer at a time and one thread at a time. Its methods raise GrammarError where following the
-    grammar became too costly.
+    It serves one answer at a time and one thread at a time. `mask` and `forced` raise GrammarError where following the
+    grammar became too costly; from then on nothing counts as complete.
     """
 
     def mask(self, output: TokenIds) -> BoolMask:

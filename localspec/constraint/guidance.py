@@ -58,6 +58,9 @@ def constrain(model: LanguageModel, grammar: Grammar | None) -> Constraint | Non
     matcher = LLMatcher(vocabulary, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
     if matcher.is_error():
         raise _refused(grammar, matcher.get_error())
+    matcher.compute_bitmask()
+    if matcher.is_error():  # it compiles and cannot be begun
+        raise _refused(grammar, "no answer satisfies it")
     for warning in matcher.get_grammar_warnings():
         _log.info("%s", warning)
     return GuidanceConstraint(matcher, vocabulary, model.vocab_size)
@@ -205,13 +208,17 @@ class GuidanceConstraint:
         return _ids(self._matcher.compute_ff_tokens() if self._go(output) else ())
 
     def complete(self, output: TokenIds) -> bool:
-        """May the answer end here?"""
-        return self._go(output) and self._matcher.is_accepting()
+        """May the answer end here? Where following failed nobody knows, and the answer is no."""
+        try:
+            return self._go(output) and self._matcher.is_accepting()
+        except GrammarError:
+            return False
 
     def accepts(self, text: str) -> bool:
         """Is this a whole answer?"""
         matcher = self._matcher.deep_copy()
-        matcher.reset()
+        if not matcher.reset():
+            return False
         tokens = self._vocabulary.greedy_tokenize(text)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 

@@ -148,7 +148,7 @@ def known_format(template: str | None) -> ToolFormat | None:
 
 
 class _Arguments(dict[str, Any]):
-    """Arguments as templates want them: an object for those that take it apart or call `tojson`, the JSON text as it was
+    """Arguments as templates want them: an object for those that take it apart or call `tojson`, the text as it was
     written for those that print it."""
 
     def __init__(self, value: Mapping[str, Any], text: str) -> None:
