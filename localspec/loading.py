@@ -283,6 +283,12 @@ class Pair:
         draft = make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting)
         return Scheduled(free, [draft], experience)
 
+    def drafting_with(self, draft: LanguageModel) -> Pair:
+        """The same pair with something in front of its draft model; what sessions learn is shared. Not to be closed."""
+        other = Pair(self.target, draft, self._found)
+        other.__dict__["experience"] = self.experience
+        return other
+
     def check_drafter(self, spec: DrafterSpec) -> None:
         """Raise what `drafter` or the first session with it would, as far as that shows without opening anything:
         UsageError for a draft model that is not there, UnsupportedModelError for what the target cannot verify."""
@@ -366,8 +372,8 @@ def open_pair(
             model.capabilities = replace(model.capabilities, width_class=class_for(model))
         if draft_path is None:
             return Pair(model, None, found)
-        # a drafter's trees need not be exact, so it is spared what that costs; and it guesses for one sequence at a time
-        own = replace(settings, context=model.info.context_length, trees=False, batch=False)
+        # a drafter's trees need not be exact, so it is spared what that costs
+        own = replace(settings, context=model.info.context_length, trees=False)
         helper = load_model(draft_path, backend, own)
         try:
             pair = Pair(model, helper, found)

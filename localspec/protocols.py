@@ -465,9 +465,11 @@ class Budget(Protocol):
 @dataclass(frozen=True, slots=True)
 class Load:
     """Who shares a round. lanes: sequences whose nodes are verified in one pass, each as wide as the widest; 1 where
-    passes run one after another.  plain: nobody guesses this round, for the reason in `because`."""
+    passes run one after another.  drafting: of them, so many share each pass of the draft model, too.  plain: nobody
+    guesses this round, for the reason in `because`."""
 
     lanes: int
+    drafting: int = 1
     plain: bool = False
     because: str = ""
 

@@ -104,7 +104,7 @@ def check_prompt(model: LanguageModel, tokens: TokenIds) -> None:
         raise PromptError("token id outside the vocabulary", expected=f"0 to {model.vocab_size - 1}")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Answer:
     """See the module. context: prompt and answer so far.  finish_reason: set once the answer has ended.
     cancelled: set it, and the answer ends before the next round."""

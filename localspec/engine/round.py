@@ -6,8 +6,9 @@ are q; whatever the drafters do, the acceptance rule alone decides what is emitt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
@@ -86,6 +87,10 @@ class Shared(Protocol):
         """For the requests to drafters."""
         ...
 
+    def ask(self, works: Sequence[Callable[[], Proposal]]) -> list[Proposal]:
+        """Let all drafters work, one after another or side by side; their proposals in order."""
+        ...
+
     def settle(self, proposals: Sequence[Proposal]) -> tuple[list[tuple[int, ...] | None], int]:
         """Per lane the nodes of its proposal that are verified (None: all); and how wide each lane's part of the pass
         is at least."""
@@ -111,7 +116,8 @@ def run_round(
     try:
         trees = model.capabilities.trees and model.capabilities.exact_trees
         load = None if shared is None else shared.load
-        proposals = [_propose(lane, room, trees, load) for lane, room in zip(lanes, rooms, strict=True)]
+        works = [partial(_propose, lane, room, trees, load) for lane, room in zip(lanes, rooms, strict=True)]
+        proposals = [work() for work in works] if shared is None else shared.ask(works)
         kept: list[tuple[int, ...] | None] = [None] * len(lanes)
         if shared is not None:
             kept, at_least = shared.settle(proposals)

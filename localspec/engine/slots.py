@@ -26,7 +26,7 @@ def _nothing() -> TokenIds:
     return np.zeros(0, np.int32)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
     """One sequence of the target and the drafter that goes with it.
 
@@ -51,7 +51,7 @@ class Slot:
         self.state.close()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Kept:
     """A copy of a sequence with its tokens."""
 

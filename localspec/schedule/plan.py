@@ -113,9 +113,13 @@ class Valuation:
     """One round's prices: `rate` tokens per millisecond, and the pass's cost by number of nodes.
 
     lanes: so many share the pass, each with as many nodes; a lane then pays its part. `rate` counts all their tokens.
+    drafting: of them, so many share the passes of the draft model.
     """
 
-    def __init__(self, live: LiveCosts, rate: float, context: int, max_nodes: int, lanes: int = 1) -> None:
+    def __init__(
+        self, live: LiveCosts, rate: float, context: int, max_nodes: int, lanes: int = 1, drafting: int = 1
+    ) -> None:
+        self._drafting = drafting
         whole, self._widths = live.by_nodes(context, lanes)
         self._ms = whole if lanes == 1 else [ms / lanes for ms in whole]
         self.rate = rate
@@ -156,8 +160,8 @@ class Valuation:
         return sum(reach) - self.rate * (self._ms[len(reach)] - self._ms[0])
 
     def draft_ms(self, width: int) -> float:
-        """Milliseconds of a pass of the draft model."""
-        return self._live.draft_ms(width, self._context)
+        """Milliseconds of a pass of the draft model, or a lane's part of it."""
+        return self._live.draft_ms(width * self._drafting, self._context) / self._drafting
 
     def draft_price(self, width: int) -> float:
         """Tokens that its time is worth."""

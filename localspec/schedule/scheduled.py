@@ -60,6 +60,8 @@ class Experience:
         self._pace: dict[int, _Pace] = {}
         self._reliability: dict[tuple[str, bool], Reliability] = {}
         self._records: dict[tuple[str, bool, int], Record] = {}
+        self.lately: Load | None = None
+        """The last round that several lanes shared, or might have."""
 
     def record(self, name: str, greedy: bool, lanes: int = 1) -> Record:
         """Of the drafter with that name, at temperature 0 or above."""
@@ -158,6 +160,7 @@ class Scheduled:
         self._context = context
         self._asked = []
         self._read = {}
+        self._load = self.experience.lately
         for part in self.parts:
             if part in self._free or not self._record(part.name).guard.parked:
                 self._begin(part)
@@ -178,6 +181,10 @@ class Scheduled:
     def _lanes(self) -> int:
         return 1 if self._load is None else self._load.lanes
 
+    @property
+    def _drafting(self) -> int:
+        return 1 if self._load is None else self._load.drafting
+
     def propose(self, request: DraftRequest) -> Proposal:
         """The guesses that are worth verifying; where the round is shared, those that might be."""
         self._expected = self._open = None
@@ -186,7 +193,7 @@ class Scheduled:
         experience = self.experience
         context = len(request.context)
         rate = experience.rate(context, self._lanes)
-        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes)
+        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, self._drafting)
         if self._load is not None and self._load.plain:
             return Proposal(self.name, because=self._load.because)
         if self._load is None and experience.wants_plain():
@@ -290,7 +297,8 @@ class Scheduled:
         entry_ms = self._entry_ms(part)
         started = perf_counter()
         proposal = obey(part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget)), request)
-        ms = max((perf_counter() - started) * 1e3 - entry_ms, 0.0)  # reading is no part of what a round costs
+        ms = (perf_counter() - started) * 1e3 / self._drafting  # all that draft side by side take this long together
+        ms = max(ms - entry_ms, 0.0)  # reading is no part of what a round costs
         self._read[part.name] = len(self._context)
         if not self.experience.by_clock:
             ms = 0.0 if budget is None else budget.expected_ms

@@ -6,11 +6,14 @@ decoding of all. Source: DSpark's scheduler; with the walk rule the search may l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from localspec.protocols import Load, Outcome, Proposal
 from localspec.schedule.plan import MOST_NODES, Valuation
 from localspec.schedule.scheduled import LOOKING, Experience
+
+Gather = Callable[[Sequence[Callable[[], Proposal]]], list[Proposal]]
+"""Runs several drafters' work and returns what each proposed (`engine.gather`)."""
 
 
 class SharedBudget:
@@ -18,16 +21,22 @@ class SharedBudget:
     guess is obeyed.
 
     together: they run as one pass, each as wide as the widest.  context: committed tokens, the mean of all.
+    gather: runs drafters side by side, so that their passes are shared, too; None: one after another.
     """
 
-    def __init__(self, experience: Experience, lanes: int, context: int, *, together: bool) -> None:
+    def __init__(
+        self, experience: Experience, lanes: int, context: int, *, together: bool, gather: Gather | None = None
+    ) -> None:
         self._experience, self._context = experience, context
-        self._together = together
+        self._together, self._gather = together, gather
         priced = lanes if together else 1
-        self.load = Load(priced, experience.wants_plain(priced), LOOKING)
-        self._prices = Valuation(
-            experience.live, experience.rate(context, priced), context, MOST_NODES, self.load.lanes
-        )
+        self.load = Load(priced, 1 if gather is None else priced, experience.wants_plain(priced), LOOKING)
+        self._prices = Valuation(experience.live, experience.rate(context, priced), context, MOST_NODES, priced)
+        experience.lately = self.load
+
+    def ask(self, works: Sequence[Callable[[], Proposal]]) -> list[Proposal]:
+        """All drafters' proposals."""
+        return [work() for work in works] if self._gather is None else self._gather(works)
 
     def settle(self, proposals: Sequence[Proposal]) -> tuple[list[tuple[int, ...] | None], int]:
         """Per lane the nodes that are verified (None: all), and the width of each lane's part of the pass."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from localspec.constraint import constrain
 from localspec.engine.answer import Answer, check_prompt
+from localspec.engine.gather import Gathered
 from localspec.engine.prefill import PREFILL_CHUNK, read_chunk
 from localspec.engine.prefix import encode_prompt
 from localspec.engine.round import Lane, Room, RoundResult, run_round
@@ -151,6 +152,10 @@ class Batch:
     def __init__(self, pair: Pair, settings: BatchSettings | None = None) -> None:
         self.pair, self.settings = pair, settings or BatchSettings()
         self._acceptance = make_acceptance(self.settings.acceptance)
+        draft = pair.draft
+        batches = draft is not None and draft.capabilities.batches
+        self._gathered = Gathered(draft, self.settings.parallel) if draft is not None and batches else None
+        self._drafting = pair if self._gathered is None else pair.drafting_with(self._gathered)
         self._changed = threading.Condition()
         self._waiting: deque[Seat] = deque()
         self._seats: list[Seat] = []
@@ -263,6 +268,8 @@ class Batch:
                 self._round()
         finally:
             self._slots.close()
+            if self._gathered is not None:
+                self._gathered.close()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False once nothing ever will be."""
@@ -322,7 +329,7 @@ class Batch:
         self._totals.cached += seat.answer.stats.num_reused
         if slot.drafter is None or slot.drafter_key != seat.speculation.key:
             slot.use(None)
-            slot.use(self.pair.drafter(seat.speculation.drafter), seat.speculation.key)
+            slot.use(self._drafting.drafter(seat.speculation.drafter), seat.speculation.key)
 
     # ------------------------------------------------------------ rounds
 
@@ -355,7 +362,8 @@ class Batch:
             lanes = [self._lane(seat) for seat, _ in going]
             context = sum(len(lane.context) for lane in lanes) // len(lanes)
             together = self.pair.target.capabilities.batches
-            shared = SharedBudget(self.pair.experience, len(lanes), context, together=together)
+            gather = None if self._gathered is None else self._gathered.run
+            shared = SharedBudget(self.pair.experience, len(lanes), context, together=together, gather=gather)
             results = run_round(self.pair.target, lanes, [room for _, room in going], shared)
             return list(zip((seat for seat, _ in going), results, strict=True))
         except Exception as error:

@@ -21,7 +21,7 @@ def _now_ms() -> float:
     return perf_counter() * 1e3
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Seat:
     """A request with its ticket and its answer. slot: where it is computed, once it has one.  ready: is the prompt
     read? Times are clock readings in milliseconds, None for what has not happened."""
