@@ -8,12 +8,15 @@ import anthropic
 import httpx2
 import openai
 import pytest
+from hypothesis import settings
 
 from localspec.loading import Pair, open_pair
 from localspec.protocols import LoadSettings
 from localspec.server.batch import BatchSettings
 from localspec.server.settings import ServerSettings
 from tests.server.running import LONG_S, Served, serving
+
+settings.register_profile("many", max_examples=5000)
 
 
 @pytest.fixture(scope="session")

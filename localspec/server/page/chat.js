@@ -58,6 +58,7 @@ export class Chat {
       const end = await answer(body, {
         progress: ({ processed, total }) => { place.note.textContent = `reading the prompt: ${processed} of ${total} tokens`; },
         round: (round) => {
+          if (pace.rounds === 0) place.note.textContent = "";
           pace.add(round);
           for (const piece of round.pieces) { said += piece.text; append(place.text, piece); }
           this.show(pace, round);

@@ -46,6 +46,7 @@ async function look() {
     complain(error);
     return;
   }
+  complain(null);
   const draft = status.draft ? ` with ${status.draft}` : "";
   byId("model").textContent = `${status.target}${draft} · ${status.backend} · ${status.device}`;
   byId("model").title = status.notes.join("\n");

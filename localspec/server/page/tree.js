@@ -9,11 +9,13 @@ const NUM_CHARS = 9;
 /** Draw a round (as the server reports it) into a place. */
 export function draw(place, round) {
   const nodes = [{ text: round.anchor.text, parent: null, source: null, taken: true }];
-  for (const node of round.nodes) nodes.push({ text: node.text, parent: node.parent + 1, source: node.source, taken: false, q: node.log_q });
+  for (const node of round.nodes) nodes.push({ text: node.text, token: node.token, parent: node.parent + 1, source: node.source, taken: false, q: node.log_q });
   for (const index of round.path) nodes[index + 1].taken = true;
   const tip = round.path.length ? round.path[round.path.length - 1] + 1 : 0;
   const bonus = round.emitted[round.emitted.length - 1];
-  nodes.push({ text: bonus.text, parent: tip, source: "target", taken: true, own: true });
+  const guessed = nodes.find((node) => node.parent === tip && node.token === bonus.token); // an end is not stepped into
+  if (guessed) guessed.taken = true;
+  else nodes.push({ text: bonus.text, parent: tip, source: "target", taken: true, own: true });
   lay(nodes);
   const width = (Math.max(...nodes.map((node) => node.depth)) + 1) * COLUMN;
   const height = (Math.max(...nodes.map((node) => node.row)) + 1) * ROW;
