@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -223,8 +224,8 @@ def test_a_full_queue_says_when_to_try_again(pair: Pair, target: Watched) -> Non
             with pytest.raises(QueueFullError) as full:
                 batch.submit(request([1, 2]))
             assert full.value.retry_after_s >= 1.0
-        assert all(ticket.result() for ticket in tickets)
-        assert batch.submit(request([1, 2])).result()
+        assert [ticket.result().finish_reason for ticket in tickets] == ["length"] * 2
+        assert batch.submit(request([1, 2])).result().finish_reason == "length"
 
 
 @pytest.mark.parametrize(
@@ -248,13 +249,9 @@ def test_a_drafter_needs_its_model_and_trees_need_a_target_that_verifies_them(ta
     with Batch(Pair(target, None), NO_CACHE) as batch, pytest.raises(UsageError, match="needs a draft model"):
         batch.submit(request([1], how="draft_model"))
     chains = ReferenceModel()
-    chains.capabilities = type(chains.capabilities)(**{**_fields(chains), "exact_trees": False})
+    chains.capabilities = replace(chains.capabilities, exact_trees=False)
     with Batch(Pair(chains, None), NO_CACHE) as batch, pytest.raises(UnsupportedModelError):
         batch.submit(request([1], how="ngram:shape=tree"))
-
-
-def _fields(model: ReferenceModel) -> dict[str, object]:
-    return {name: getattr(model.capabilities, name) for name in model.capabilities.__slots__}
 
 
 def test_a_failing_request_ends_alone(pair: Pair) -> None:
@@ -371,9 +368,9 @@ def test_a_batch_needs_its_sequences(target: Watched) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    for wrong in ({"parallel": 0}, {"queue": -1}, {"cache_bytes": -1}, {"chunk": 0}):
-        with pytest.raises(SettingError):
-            BatchSettings(**wrong)
+    for name, value in (("parallel", 0), ("queue", -1), ("cache_bytes", -1), ("chunk", 0)):
+        with pytest.raises(SettingError, match=name):
+            replace(BatchSettings(), **{name: value})  # type: ignore[arg-type]
     with pytest.raises(SettingError):
         Speculation.parse("ngram", width=0)
     with pytest.raises(SettingError):
