@@ -413,6 +413,8 @@ def test_guesses_against_the_grammar_are_cut_with_what_hangs_from_them() -> None
     assert kept.log_q == (0.0, -0.2, -0.4)
     assert kept.counts[CUT] == 4
     assert len(asked.context) == mark
+    nothing = obey(proposal_of(["x"], [-1]), asked)
+    assert nothing.num_nodes == 0 and nothing.because == "the grammar forbids what was guessed"
     assert obey(kept, asked) is kept
     assert obey(made, request(None)) is made
 

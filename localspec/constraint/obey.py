@@ -35,6 +35,7 @@ def obey(proposal: Proposal, request: DraftRequest) -> Proposal:
         log_q=None if log_q is None else tuple(log_q[node] for node in kept),
         sources=None if sources is None else tuple(sources[node] for node in kept),
         counts={**proposal.counts, CUT: proposal.counts.get(CUT, 0) + len(tree) - len(kept)},
+        because="" if kept else "the grammar forbids what was guessed",
     )
 
 
