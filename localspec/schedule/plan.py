@@ -22,16 +22,23 @@ _MEMORY = 200.0  # observations after which older ones count half
 _TRUST = 2.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
 _OPTIMISM = 0.9
+_SLOWLY = 0.03  # how much of a round's news untried widths take over
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
 
 
+def about(lanes: int) -> int:
+    """The power of two from `lanes` on: what is learned with 9 lanes holds with 16."""
+    return 1 << (lanes - 1).bit_length()
+
+
 class LiveCosts:
     """The measured table, corrected by what rounds really took here and now.
 
-    Widths are those of one lane; where `lanes` share a pass, each is as wide. What was learned with so many lanes is
-    kept apart from what was learned with others, and starts from the same table.
+    Widths are those of one lane; where `lanes` share a pass, each is as wide. What was learned with about so many lanes
+    is kept apart from what was learned with others, and starts from the same table; with several lanes nothing is
+    flattered, for all of them would pay.
     optimism: share of its table time that a width is taken to cost until it was tried, so that it is tried: what is
     never used would never be corrected. Plain decoding's own width is not flattered.
     """
@@ -43,16 +50,17 @@ class LiveCosts:
         self.max_width = min(max_width, width_class.max_width or max_width, MOST_NODES + 1)
         self._seen: dict[tuple[int, int], float] = {}
         self._ratio: dict[tuple[int, int], float] = {}  # actual / table
-        self._general: dict[int, float] = {}
+        self._general: dict[int, tuple[float, int]] = {}  # by load: the ratio of all widths, how often seen
         self._draft_general = 1.0
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
 
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width."""
-        seen = self._seen.get((lanes, width), 0.0)
+        load = about(lanes)
+        seen, usual = self._seen.get((load, width), 0.0), self._ratio.get((load, width), 1.0)
         trust, hope = (_TRUST, self._optimism) if width > self.min_width else (_TRUST_PLAIN, 1.0)
-        usual = self._ratio.get((lanes, width), 1.0)
-        ratio = (seen * usual + trust * hope * self._general.get(lanes, 1.0)) / (seen + trust)
+        general = self._general.get(load, (1.0, 0))[0] * (hope if load == 1 else 1.0)
+        ratio = (seen * usual + trust * general) / (seen + trust)
         return self.costs.target.at(lanes * width, context) * ratio
 
     def draft_ms(self, width: int, context: int) -> float:
@@ -84,14 +92,16 @@ class LiveCosts:
         """What a pass took. A stall (another program, a page fault) counts as at most three times what was usual."""
         if width < 1 or ms <= 0.0:
             return
-        key, general = (lanes, width), self._general.get(lanes, 1.0)
+        load = about(lanes)
+        key, (general, count) = (load, width), self._general.get(load, (1.0, 0))
         usual = self._ratio.get(key, general)
         ratio = min(ms / self.costs.target.at(lanes * width, context), 3.0 * usual)
         seen = min(self._seen.get(key, 0.0), 30.0)
         self._ratio[key] = (seen * self._ratio.get(key, 1.0) + ratio) / (seen + 1.0)
         self._seen[key] = seen + 1.0
-        self._general[lanes] = general + 0.03 * (ratio - general)
-        self._cache.pop(lanes, None)
+        step = _SLOWLY if load == 1 else max(_SLOWLY, 1.0 / (count + 1))  # several lanes: the table is a guess
+        self._general[load] = (general + step * (ratio - general), count + 1)
+        self._cache.clear()
 
     def observe_draft(self, expected_ms: float, ms: float) -> None:
         """What drafting took, beside what the table says for its passes."""

@@ -21,7 +21,7 @@ from localspec.protocols import Budget, Capabilities, Drafter, DraftRequest, Hos
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
 from localspec.schedule.guard import Guard
-from localspec.schedule.plan import LiveCosts, Rate, Valuation
+from localspec.schedule.plan import LiveCosts, Rate, Valuation, about
 from localspec.tree.grow import Grower, merge
 from localspec.tree.token_tree import TokenTree
 
@@ -65,7 +65,7 @@ class Experience:
 
     def record(self, name: str, greedy: bool, lanes: int = 1) -> Record:
         """Of the drafter with that name, at temperature 0 or above."""
-        key = (name, greedy, _about(lanes))
+        key = (name, greedy, about(lanes))
         if key not in self._records:
             reliability = self._reliability.setdefault((name, greedy), Reliability())
             self._records[key] = Record(reliability)
@@ -74,7 +74,7 @@ class Experience:
     def rate(self, context: int, lanes: int = 1) -> float:
         """Tokens per millisecond, of all lanes together: what was reached lately, at least plain decoding's."""
         plain = lanes / self.plain_ms(context, lanes)
-        return max(self._paced(lanes).rate.value * lanes / _about(lanes), plain)
+        return max(self._paced(lanes).rate.value * lanes / about(lanes), plain)
 
     def wants_plain(self, lanes: int = 1) -> bool:
         """Is it time to see again what plain decoding takes? All gains are judged by it, and a table that was wrong
@@ -91,13 +91,13 @@ class Experience:
         pace = self._paced(lanes)
         pace.rounds_since_plain = 0 if plain else pace.rounds_since_plain + 1
         pace.plain_rounds += plain
-        pace.rate.add(tokens * _about(lanes) / lanes, round_ms)
+        pace.rate.add(tokens * about(lanes) / lanes, round_ms)
 
     def _paced(self, lanes: int) -> _Pace:
-        about = _about(lanes)
-        if about not in self._pace:
-            self._pace[about] = _Pace(Rate(about / self.plain_ms(0, about)))
-        return self._pace[about]
+        load = about(lanes)
+        if load not in self._pace:
+            self._pace[load] = _Pace(Rate(load / self.plain_ms(0, load)))
+        return self._pace[load]
 
 
 @dataclass(slots=True)
@@ -107,11 +107,6 @@ class _Pace:
     rate: Rate
     rounds_since_plain: int = 0
     plain_rounds: int = 0
-
-
-def _about(lanes: int) -> int:
-    """The power of two from `lanes` on."""
-    return 1 << (lanes - 1).bit_length()
 
 
 @dataclass(slots=True)
