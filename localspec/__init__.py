@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from localspec.constraint import Grammar
     from localspec.engine.answer import Generation, Piece
     from localspec.engine.chat import Chat
     from localspec.engine.session import Session, Stream
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Chat",
     "Generation",
+    "Grammar",
     "LoadSettings",
     "LocalspecError",
     "Pair",
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "Chat": "engine.chat",
     "Generation": "engine.answer",
+    "Grammar": "constraint",
     "LoadSettings": "protocols",
     "LocalspecError": "errors",
     "Pair": "loading",

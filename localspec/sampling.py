@@ -187,7 +187,7 @@ class Sampler:
         row = self._weighed(row, context)
         if self.constraint is None:
             return row, None
-        allowed = self.constraint.mask(context.output)
+        allowed = self.constraint.mask(context.output)[: len(row)]  # a draft model's row may be padded less
         if np.count_nonzero(allowed) > _FEW:
             row, few = np.where(allowed, row, np.float32(-np.inf)), None
         else:

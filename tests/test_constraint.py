@@ -137,6 +137,8 @@ def test_a_mask_depends_on_the_output_alone_not_on_what_was_asked_before(data: s
         if data.draw(st.booleans()):  # a guess that breaks the grammar, in between
             asked.mask(np.append(output, np.int32(data.draw(st.integers(0, model().vocab_size - 1)))))
         assert np.array_equal(asked.mask(output), follow(grammar).mask(output))
+        some = rng.integers(0, model().vocab_size, 50).tolist()
+        assert asked.allows(output, some) == [bool(asked.mask(output)[token]) for token in some]
         assert asked.complete(output) == follow(grammar).complete(output)
         assert np.array_equal(asked.forced(output), follow(grammar).forced(output))
 
@@ -549,6 +551,28 @@ def test_an_answer_that_was_cut_off_says_so() -> None:
     assert cut.as_dict()["complete"] is False
     free = answer(target, make_drafter("nothing", None), SamplingParams(max_tokens=4), "walk")
     assert free.complete is None
+
+
+def test_a_stop_string_may_leave_an_answer_whole_or_not() -> None:
+    target = ReferenceModel(16)
+    grammar = Grammar.regex(r"[\x01-\x08]{4,20}")
+    free = answer(target, make_drafter("nothing", None), SamplingParams(grammar=grammar, max_tokens=20), "walk")
+    for place in range(1, len(free.text)):
+        stop = free.text[place : place + 2]
+        params = SamplingParams(grammar=grammar, max_tokens=20, stop=(stop,))
+        cut = answer(target, make_drafter("nothing", None), params, "walk")
+        if cut.stop_string is not None:
+            assert cut.complete == (len(cut.text) >= 4)
+
+
+def test_a_draft_model_with_fewer_rows_guesses_inside_the_grammar() -> None:
+    target, draft = ReferenceModel(24), ReferenceModel(16)
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=12, grammar=REFERENCE_GRAMMARS[0])
+    plain = answer(target, make_drafter("nothing", None), params, "walk")
+    for acceptance in ("walk", "rejection"):
+        made = answer(target, make_drafter("draft_model:num=4", draft), params, acceptance)
+        assert made.stats.num_drafted
+        assert acceptance == "rejection" or made.tokens == plain.tokens
 
 
 def test_a_full_context_is_a_cut_off_answer_too() -> None:

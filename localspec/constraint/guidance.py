@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from threading import Lock
@@ -191,6 +191,15 @@ class GuidanceConstraint:
 
     def mask(self, output: TokenIds) -> BoolMask:
         """[V] the tokens that may follow."""
+        return np.unpackbits(self._bits(output), count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def allows(self, output: TokenIds, tokens: Sequence[int]) -> list[bool]:
+        """May these follow, each for itself?"""
+        bits = self._bits(output)
+        return [bool(bits[token >> 3] >> (token & 7) & 1) for token in tokens]
+
+    def _bits(self, output: TokenIds) -> NDArray[np.uint8]:
+        """The mask with eight tokens in a byte, the lowest first."""
         key = output.tobytes()
         bits = self._masks.get(key)
         if bits is None:
@@ -201,7 +210,7 @@ class GuidanceConstraint:
             if len(self._masks) >= _MASKS_KEPT:
                 del self._masks[next(iter(self._masks))]
             self._masks[key] = bits
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        return bits
 
     def forced(self, output: TokenIds) -> TokenIds:
         """[T] what follows in any case."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 
@@ -49,8 +50,8 @@ def _allowed(tree: TokenTree, request: DraftRequest) -> list[int]:
         if not children or (parent >= 0 and parent not in kept):
             continue
         with _behind(context, tree, parent):
-            allowed = constraint.mask(context.output)
-        kept += [child for child in children if allowed[tree.token[child]]]
+            allowed = constraint.allows(context.output, [int(tree.token[child]) for child in children])
+        kept += compress(children, allowed)
     return sorted(kept)
 
 
