@@ -24,6 +24,9 @@ _OPEN_PATHS = frozenset({"/", "/health", "/v1/health"})
 """What may be seen without a key: the page (which asks for one), and whether the server lives."""
 _OPEN_FOLDER = "/page/"
 
+_CONTAINERS = ("host.docker.internal", "host.containers.internal")
+"""What containers call the machine that they run on. Nobody can own a name under `internal`, so nobody rebinds it."""
+
 
 def refuse(refusal: Refusal, path: str) -> JSONResponse:
     """The refusal as a response, in the shape that clients of that path read."""
@@ -53,7 +56,7 @@ class Guard:
 def host_check(names: Sequence[str]) -> Callable[[str, Headers], None]:
     """Refuses requests to a name that is not this server's."""
     own = socket.gethostname().lower()
-    allowed = {"localhost", own, f"{own}.local", *(name.lower() for name in names)}
+    allowed = {"localhost", own, f"{own}.local", *_CONTAINERS, *(name.lower() for name in names)}
 
     def check(_: str, headers: Headers) -> None:
         given = headers.getlist("host")

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from localspec import __version__
@@ -182,7 +182,7 @@ def guarded(endpoint: Endpoint, meters: Meters) -> Endpoint:
         route = request.scope["path"]
         try:
             response = await endpoint(request)
-        except DisconnectedError:
+        except (DisconnectedError, ClientDisconnect):
             response = Response(status_code=499)  # nobody reads it
         except Exception as error:
             response = refuse(refusal_of(error), route)

@@ -272,7 +272,9 @@ def test_another_hosts_name_is_refused(client: httpx2.Client, host: str) -> None
     assert refused.status_code in (400, 403)
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:80", "192.168.1.4", "my.lan"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:80", "192.168.1.4", "host.docker.internal:80", "my.lan"]
+)
 def test_own_names_and_addresses_pass(host: str) -> None:
     host_check(["my.lan"])("/", Headers({"host": host}))
     with pytest.raises(Refusal):
