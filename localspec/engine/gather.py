@@ -1,15 +1,14 @@
 """Passes of a draft model for many sequences at once, though each drafter works for one and knows of no other.
 
-Each drafter's work is a task with a thread of its own, but only one of them runs at any time: a task runs until it
-asks for a pass, then the next one does, and when all have asked (or are done) the passes run as one. So nothing is ever
-done by two at once, the order is always the same, and drafters need not be written for it.
+Each drafter's work has a thread of its own, but only one of them runs at any time: it runs until it asks for a pass,
+then the next one does, and when all have asked (or are done) the passes run as one. So nothing is ever done by two at
+once, the order is always the same, and drafters need not be written for it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from localspec.protocols import Capabilities, LanguageModel, ModelInfo, Scores, SequenceState, Step, Tokenizer
@@ -19,12 +18,13 @@ _ALIKE = 8  # tokens; wider steps (prompts) go alone, or all others would be pad
 
 
 class Gathered:
-    """A `LanguageModel` that gathers what the tasks of `run` ask of it; to all others it is the model itself."""
+    """A `LanguageModel` that gathers what the works of `run`, at most `most`, ask of it; to all others it is the model
+    itself."""
 
     def __init__(self, model: LanguageModel, most: int) -> None:
         self._model = model
-        self._here: dict[int, _Task[object]] = {}  # thread -> its task
-        self._pool = ThreadPoolExecutor(most, "localspec-draft")
+        self._workers = [_Worker(f"localspec-draft-{number}") for number in range(most)]
+        self._here = {worker.ident: worker for worker in self._workers}
 
     @property
     def info(self) -> ModelInfo:
@@ -56,71 +56,73 @@ class Gathered:
 
     def forward(self, steps: Sequence[Step]) -> list[Scores]:
         """The model's, perhaps together with what others ask for."""
-        task = self._here.get(threading.get_ident())
-        return self._model.forward(steps) if task is None else task.ask(steps)
+        worker = self._here.get(threading.get_ident())
+        return self._model.forward(steps) if worker is None else worker.ask(steps)
 
     def close(self) -> None:
         """End the threads. The model is closed by whoever opened it."""
-        self._pool.shutdown()
+        for worker in self._workers:
+            worker.end()
 
     def run(self, works: Sequence[Callable[[], T]]) -> list[T]:
         """What each of them returns, one after another or, where they ask for passes, side by side. Raises what the
         first of them raised, after all have ended."""
         if len(works) == 1:
             return [works[0]()]
-        tasks = [_Task(work) for work in works]
-        for task in tasks:
-            self._pool.submit(self._live, task)
-            task.wait()
-        while asking := [task for task in tasks if task.steps]:
-            wide = [task for task in asking if max(step.num_tokens for step in task.steps) > _ALIKE]
+        workers = self._workers[: len(works)]
+        kept = [_Kept(work) for work in works]
+        for worker, one in zip(workers, kept, strict=True):
+            worker.start_with(one.run)
+        while asking := [worker for worker in workers if worker.steps]:
+            wide = [worker for worker in asking if max(step.num_tokens for step in worker.steps) > _ALIKE]
             group = wide[:1] or asking
             self._serve(group)
-            for task in group:  # reads its scores before any pass can overwrite them
-                task.go_on()
-        return [task.result() for task in tasks]
+            for worker in group:  # reads its scores before any pass can overwrite them
+                worker.go_on()
+        return [one.outcome() for one in kept]
 
-    def _live(self, task: _Task[T]) -> None:
-        self._here[threading.get_ident()] = task  # type: ignore[assignment]
+    def _serve(self, workers: Sequence[_Worker]) -> None:
         try:
-            task.work()
-        finally:
-            del self._here[threading.get_ident()]
-            task.end()
-
-    def _serve(self, tasks: Sequence[_Task[T]]) -> None:
-        try:
-            scores = self._model.forward([step for task in tasks for step in task.steps])
+            scores = self._model.forward([step for worker in workers for step in worker.steps])
         except Exception as error:
-            for task in tasks:
-                task.answer = error
+            for worker in workers:
+                worker.answer = error
             return
         start = 0
-        for task in tasks:
-            task.answer = scores[start : start + len(task.steps)]
-            start += len(task.steps)
+        for worker in workers:
+            worker.answer = scores[start : start + len(worker.steps)]
+            start += len(worker.steps)
 
 
-class _Task(Generic[T]):
-    """One drafter's work, and the baton that it and `run` hand to each other."""
+class _Worker:
+    """A thread that waits for work, and the baton that it and `run` hand to each other: two locks, since a semaphore of
+    Python's costs several times as much."""
 
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
+    def __init__(self, name: str) -> None:
+        self._mine, self._theirs = threading.Lock(), threading.Lock()
+        self._mine.acquire()
+        self._theirs.acquire()
+        self._work: Callable[[], None] | None = None
         self.steps: Sequence[Step] = ()
         self.answer: list[Scores] | Exception = []
-        self._outcome: list[T] = []
-        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._thread.start()
+        assert self._thread.ident is not None
+        self.ident = self._thread.ident
 
-    def work(self) -> None:
-        """Do it, on its own thread."""
-        try:
-            self._outcome.append(self._work())
-        except BaseException as error:
-            self._failure = error
+    def start_with(self, work: Callable[[], None]) -> None:
+        """Let it work until it asks or is done."""
+        self._work = work
+        self.go_on()
+
+    def go_on(self) -> None:
+        """It has its answer: let it work until it asks again or is done."""
+        self.steps = ()
+        self._mine.release()
+        self._theirs.acquire()
 
     def ask(self, steps: Sequence[Step]) -> list[Scores]:
-        """Called by the work: wait for a pass."""
+        """Called by the work: wait for a pass. Raises what the pass raised."""
         self.steps = steps
         self._theirs.release()
         self._mine.acquire()
@@ -129,22 +131,37 @@ class _Task(Generic[T]):
         return self.answer
 
     def end(self) -> None:
-        """Nothing more to come."""
-        self.steps = ()
-        self._theirs.release()
-
-    def wait(self) -> None:
-        """Until it asks or ends."""
-        self._theirs.acquire()
-
-    def go_on(self) -> None:
-        """It has its answer: let it run until it asks again or ends."""
-        self.steps = ()
+        """No more work."""
+        self._work = None
         self._mine.release()
-        self.wait()
+        self._thread.join()
 
-    def result(self) -> T:
-        """What came out. Raises what it raised."""
+    def _live(self) -> None:
+        while True:
+            self._mine.acquire()
+            if self._work is None:
+                return
+            self._work()
+            self._theirs.release()
+
+
+class _Kept(Generic[T]):
+    """A work whose outcome is kept."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._outcome: list[T] = []
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Do it; nothing is raised here."""
+        try:
+            self._outcome.append(self._work())
+        except BaseException as error:
+            self._failure = error
+
+    def outcome(self) -> T:
+        """What it returned. Raises what it raised."""
         if self._failure is not None:
             raise self._failure
         return self._outcome[0]

@@ -51,7 +51,7 @@ class LiveCosts:
         self._seen: dict[tuple[int, int], float] = {}
         self._ratio: dict[tuple[int, int], float] = {}  # actual / table
         self._general: dict[int, tuple[float, int]] = {}  # by load: the ratio of all widths, how often seen
-        self._draft_general = 1.0
+        self._draft_general: dict[int, float] = {}  # by load
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
 
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
@@ -63,9 +63,11 @@ class LiveCosts:
         ratio = (seen * usual + trust * general) / (seen + trust)
         return self.costs.target.at(lanes * width, context) * ratio
 
-    def draft_ms(self, width: int, context: int) -> float:
-        """A pass of the draft model; 0 without one."""
-        return 0.0 if self.costs.draft is None else self.costs.draft.at(width, context) * self._draft_general
+    def draft_ms(self, width: int, context: int, lanes: int = 1) -> float:
+        """A pass of the draft model, of which each of `lanes` has `width` tokens; 0 without one."""
+        if self.costs.draft is None:
+            return 0.0
+        return self.costs.draft.at(width * lanes, context) * self._draft_general.get(about(lanes), 1.0)
 
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""
@@ -103,10 +105,12 @@ class LiveCosts:
         self._general[load] = (general + step * (ratio - general), count + 1)
         self._cache.clear()
 
-    def observe_draft(self, expected_ms: float, ms: float) -> None:
+    def observe_draft(self, expected_ms: float, ms: float, lanes: int = 1) -> None:
         """What drafting took, beside what the table says for its passes."""
         if expected_ms > 0.0:
-            self._draft_general += 0.05 * (min(self._draft_general * ms / expected_ms, 5.0) - self._draft_general)
+            load = about(lanes)
+            general = self._draft_general.get(load, 1.0)
+            self._draft_general[load] = general + 0.05 * (min(general * ms / expected_ms, 5.0) - general)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,7 @@ class Valuation:
 
     def draft_ms(self, width: int) -> float:
         """Milliseconds of a pass of the draft model, or a lane's part of it."""
-        return self._live.draft_ms(width * self._drafting, self._context) / self._drafting
+        return self._live.draft_ms(width, self._context, self._drafting) / self._drafting
 
     def draft_price(self, width: int) -> float:
         """Tokens that its time is worth."""

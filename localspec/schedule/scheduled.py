@@ -151,13 +151,14 @@ class Scheduled:
         self._read: dict[str, int] = {}  # how much of the context each drafter has seen
 
     def begin(self, context: Context) -> None:
-        """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again."""
+        """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again,
+        and with several lanes each when it is first asked, so that reading counts as what it costs."""
         self._context = context
         self._asked = []
         self._read = {}
         self._load = self.experience.lately
         for part in self.parts:
-            if part in self._free or not self._record(part.name).guard.parked:
+            if part in self._free or (self._lanes == 1 and not self._record(part.name).guard.parked):
                 self._begin(part)
 
     def _begin(self, part: Drafter) -> None:
@@ -293,13 +294,15 @@ class Scheduled:
         started = perf_counter()
         proposal = obey(part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget)), request)
         ms = (perf_counter() - started) * 1e3 / self._drafting  # all that draft side by side take this long together
-        ms = max(ms - entry_ms, 0.0)  # reading is no part of what a round costs
+        drafted_ms = max(ms - entry_ms, 0.0)
+        if self._lanes == 1:  # else all wait while one reads
+            ms = drafted_ms
         self._read[part.name] = len(self._context)
         if not self.experience.by_clock:
             ms = 0.0 if budget is None else budget.expected_ms
         elif budget is not None:
-            self.experience.live.observe_draft(budget.expected_ms, ms)
-            ms = min(ms, _STALL * budget.expected_ms)
+            self.experience.live.observe_draft(budget.expected_ms, drafted_ms, self._drafting)
+            ms = min(ms, _STALL * budget.expected_ms + (entry_ms if self._lanes > 1 else 0.0))
         if proposal.num_nodes:
             record.states_chances = proposal.log_q is not None
         tree, chances = None, []

@@ -20,6 +20,7 @@ from time import monotonic
 import numpy as np
 
 from localspec.constraint import constrain
+from localspec.drafters import Nothing
 from localspec.engine.answer import Answer, check_prompt
 from localspec.engine.gather import Gathered
 from localspec.engine.prefill import PREFILL_CHUNK, read_chunk
@@ -362,7 +363,8 @@ class Batch:
             lanes = [self._lane(seat) for seat, _ in going]
             context = sum(len(lane.context) for lane in lanes) // len(lanes)
             together = self.pair.target.capabilities.batches
-            gather = None if self._gathered is None else self._gathered.run
+            guesses = any(seat.speculation.drafter.name != Nothing.name for seat, _ in going)
+            gather = self._gathered.run if self._gathered is not None and guesses else None
             shared = SharedBudget(self.pair.experience, len(lanes), context, together=together, gather=gather)
             results = run_round(self.pair.target, lanes, [room for _, room in going], shared)
             return list(zip((seat for seat, _ in going), results, strict=True))
