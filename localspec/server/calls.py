@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """How a model writes calls: `opening`, then JSON objects with the name and, under the key `arguments`, the
-    arguments, then `closing`. listed: the objects stand in one array.  id_size: ids of exactly so many letters and
-    digits (0: any id will do).
+    arguments, then `closing`, with `gap` between markers and objects. listed: the objects stand in one array.
+    id_size: ids of exactly so many letters and digits (0: any id will do).
 
     Where `opening` is empty an answer is a call if it is one from its first character on.
     """
@@ -26,6 +26,7 @@ class ToolFormat:
     arguments: str = "arguments"
     listed: bool = False
     id_size: int = 0
+    gap: str = "\n"
 
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>")

@@ -10,14 +10,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from localspec.constraint import WHITE_SPACE, Grammar, special_token
 from localspec.engine.template import Message, render, thought_end
-from localspec.errors import SettingError, UnknownNameError
+from localspec.errors import PromptError, SettingError, UnknownNameError, UnsupportedModelError
 from localspec.protocols import Tokenizer
-from localspec.server.calls import HERMES, LLAMA3, MISTRAL, PYTHON_TAG, CallReader, ToolFormat
+from localspec.server.calls import HERMES, LLAMA3, MISTRAL, PYTHON_TAG, CallArguments, CallReader, ToolFormat
 
 AUTO, NONE, REQUIRED = "auto", "none", "required"
 
@@ -77,7 +77,7 @@ class ToolPlan:
             raise UnknownNameError.among("tool", choice, [AUTO, NONE, REQUIRED, *names])
         if choice == REQUIRED and not tools:
             raise SettingError("a call is required, and there is no tool to call", fix="Give tools.")
-        shown = known_format(tokenizer.chat_template)
+        shown = known_format(tokenizer)
         offered = () if choice == NONE else tuple(tools)
         return cls(tokenizer, shown or HERMES, shown is not None, offered, choice, parallel)
 
@@ -88,9 +88,23 @@ class ToolPlan:
         `engine.template.render`."""
         told = _history(messages, self.tool_format)
         if not self.native:
-            return render(self.tokenizer, _described(told, self.tools, self.tool_format), **variables)
+            return self._render_described(told, variables)
         tools = [tool.as_dict() for tool in self.tools] or None
         return render(self.tokenizer, told, tools=tools, **variables)
+
+    def _render_described(self, told: list[dict[str, Any]], variables: Mapping[str, object]) -> str:
+        told = [_without_calls(message, self.tool_format) for message in told]
+        if not self.tools:
+            return render(self.tokenizer, told, **variables)
+        text = _description(self.tools, self.tool_format)
+        if told and told[0].get("role") == "system":
+            return render(self.tokenizer, [_before(text, told[0], behind=True), *told[1:]], **variables)
+        try:
+            return render(self.tokenizer, [{"role": "system", "content": text}, *told], **variables)
+        except PromptError:  # some templates know no system message
+            if not told:
+                raise
+            return render(self.tokenizer, [_before(text, told[0]), *told[1:]], **variables)
 
     # ------------------------------------------------------------ what it may write
 
@@ -131,17 +145,33 @@ class ToolPlan:
         return CallReader(self.tool_format, [tool.name for tool in self.tools]) if self.tools else None
 
 
-def known_format(template: str | None) -> ToolFormat | None:
-    """The format in which a chat template shows tool calls; None where it shows none, or none that is known here."""
-    if template is None or not re.search(r"\btools\b", template):
+_PROBE = Tool("probe_tool", "Sounds the depth.", {"type": "object", "properties": {"depth": {"type": "integer"}}})
+_PROBED: list[Message] = [
+    {"role": "user", "content": "How deep?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "abcdefghi", "function": {"name": _PROBE.name, "arguments": '{"depth": 7}'}}],
+    },
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "7"},
+]
+
+
+def known_format(tokenizer: Tokenizer) -> ToolFormat | None:
+    """The format in which the chat template writes calls; None where it has no place for tools or writes calls in no
+    format that is known here. Found by showing it a call and reading what it makes of that."""
+    try:
+        text = render(tokenizer, _history(_PROBED, MISTRAL), tools=[_PROBE.as_dict()])
+    except (PromptError, UnsupportedModelError):
         return None
-    if MISTRAL.opening in template and "[ARGS]" not in template:
-        return MISTRAL
-    if HERMES.opening in template and "<function=" not in template and "<arg_key>" not in template:
-        return HERMES
-    if '"parameters":' in template and ("ipython" in template or PYTHON_TAG in template):
-        return LLAMA3
-    return None
+    if _PROBE.description not in text:
+        return None
+    for shape in (MISTRAL, HERMES):
+        reader = CallReader(shape, [_PROBE.name])
+        if CallArguments(0, '{"depth": 7}') in [*reader.push(text), *reader.finish()]:
+            gap = re.search(rf'{re.escape(shape.opening)}(\s*)\[?\{{"name": "{_PROBE.name}"', text)
+            return replace(shape, gap=gap[1] if gap is not None else shape.gap)
+    return LLAMA3 if f'{{"name": "{_PROBE.name}", "parameters": {{"depth": 7}}' in text else None
 
 
 # ---------------------------------------------------------------- messages
@@ -206,25 +236,23 @@ def _fitting_id(text: str, tool_format: ToolFormat) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:size]
 
 
-def _described(
-    messages: Sequence[dict[str, Any]], tools: Sequence[Tool], tool_format: ToolFormat
-) -> list[dict[str, Any]]:
-    """The same conversation for a template that knows no tools."""
-    told = [_without_calls(message, tool_format) for message in messages]
-    if not tools:
-        return told
+def _description(tools: Sequence[Tool], tool_format: ToolFormat) -> str:
+    """What a model that was trained on no format is told."""
     signatures = "\n".join(json.dumps(tool.as_dict()["function"], ensure_ascii=False) for tool in tools)
     example = json.dumps({"name": "NAME", tool_format.arguments: {"PARAMETER": "VALUE"}})
-    text = (
+    return (
         "You can call functions. Their signatures are JSON:\n"
         f"<tools>\n{signatures}\n</tools>\n"
         "To call one, write its name and its arguments as JSON, in this form:\n"
         f"{tool_format.opening}\n{example}\n{tool_format.closing}"
     )
-    if told and told[0].get("role") == "system":
-        text = f"{told[0].get('content', '')}\n\n{text}"
-        told = told[1:]
-    return [{"role": "system", "content": text}, *told]
+
+
+def _before(text: str, message: dict[str, Any], *, behind: bool = False) -> dict[str, Any]:
+    """The message with a text before its content, or behind it."""
+    content = message.get("content") or ""
+    parts = (content, text) if behind else (text, content)
+    return {**message, "content": "\n\n".join(filter(None, parts))}
 
 
 def _without_calls(message: dict[str, Any], tool_format: ToolFormat) -> dict[str, Any]:
@@ -263,7 +291,8 @@ def _lark(plan: ToolPlan) -> str:
         more = '(", " call)*' if several else ""
         calls = rf'/ ?\[/ call {more} "]"'
     elif closing:
-        calls = rf'"\n" call "\n" {closing}'
+        gap = json.dumps(shape.gap) if shape.gap else ""
+        calls = f"{gap} call {gap} {closing}"
     else:
         calls = "call"
     rules.append(f"calls: {calls}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -78,8 +79,9 @@ MISTRAL_TEMPLATE = (
     "{% else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}"
 )
 PRINTING_TEMPLATE = (
-    "{% for m in messages %}{% for call in m.tool_calls or [] %}<tool_call>"
-    "{{ call.function.arguments }}|{{ '' + call.function.arguments }}{% endfor %}{% endfor %}{% if tools %}{% endif %}"
+    "{{ tools | tojson if tools }}{% for m in messages %}{% for call in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments }}}</tool_call>'
+    "{{ '|' + call.function.arguments + '|' }}{% endfor %}{% endfor %}"
 )
 
 
@@ -255,16 +257,19 @@ def test_the_end_of_an_object_is_found(value: dict[str, Any], behind: str, cut: 
     ("template", "expected"),
     [
         (HERMES_TEMPLATE, HERMES),
-        (LLAMA3_TEMPLATE + "<|python_tag|>", LLAMA3),
-        (MISTRAL_TEMPLATE, MISTRAL),
-        (MISTRAL_TEMPLATE + "[ARGS]", None),
-        (HERMES_TEMPLATE + "<function=", None),
-        ("{% for m in messages %}{{ m.content }}<tool_call>{% endfor %}", None),
+        (HERMES_TEMPLATE.replace("<tool_call>\n", "<tool_call>").replace("\n</tool_call>", "</tool_call>"), "no gap"),
+        (LLAMA3_TEMPLATE, LLAMA3),
+        (MISTRAL_TEMPLATE, replace(MISTRAL, gap=" ")),
+        (MISTRAL_TEMPLATE.replace("[TOOL_CALLS] [", "[TOOL_CALLS]f[ARGS]"), None),
+        (HERMES_TEMPLATE.replace('{"name": "{{ call.function.name }}"', "<function={{ call.function.name }}>"), None),
+        (HERMES_TEMPLATE.replace("{{ tool | tojson }}", ""), None),  # a call is shown, and no tools
+        ("{% for m in messages %}{{ m.content }}<tool_call>{% endfor %}{{ tools }}", None),
+        ("{{ raise_exception('no') }}", None),
         (None, None),
     ],
 )
-def test_the_format_is_the_one_that_the_template_shows(template: str | None, expected: ToolFormat | None) -> None:
-    assert known_format(template) == expected
+def test_the_format_is_the_one_that_the_template_shows(template: str | None, expected: ToolFormat | str | None) -> None:
+    assert known_format(tokenizer(template)) == (replace(HERMES, gap="") if expected == "no gap" else expected)
 
 
 CALLED: list[dict[str, Any]] = [
@@ -300,7 +305,7 @@ def test_ids_of_others_are_cut_to_the_size_that_the_template_wants_and_stay_pair
 
 def test_arguments_read_as_json_in_templates_that_print_them() -> None:
     text = ToolPlan.of(tokenizer(PRINTING_TEMPLATE), [WEATHER]).render(CALLED)
-    assert text == '<tool_call>{"city": "Paris", "unit": "C"}|{"city": "Paris", "unit": "C"}'
+    assert text.endswith('"arguments": {"city": "Paris", "unit": "C"}}</tool_call>|{"city": "Paris", "unit": "C"}|')
 
 
 def test_a_template_without_tools_is_told_in_the_system_message() -> None:
@@ -311,6 +316,15 @@ def test_a_template_without_tools_is_told_in_the_system_message() -> None:
     assert '"name": "get_weather"' in text and '"name": "stop"' in text
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "unit": "C"}}\n</tool_call>' in text
     assert "<|im_start|>user\n<tool_response>\n21 degrees\n</tool_response><|im_end|>" in text
+
+
+def test_a_template_that_knows_no_system_message_is_told_in_the_first_message() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    text = ToolPlan.of(tokenizer(template), [STOP]).render(CALLED[:1])
+    assert text.startswith("<user>You can call functions.") and text.endswith("\n\nParis?")
 
 
 def test_a_history_of_calls_can_be_rendered_without_tools() -> None:
@@ -329,7 +343,7 @@ def test_with_choice_none_the_model_is_not_told() -> None:
 def test_what_the_template_refuses_is_quoted() -> None:
     twice = {**CALLED[1], "tool_calls": [*CALLED[1]["tool_calls"], *CALLED[1]["tool_calls"]]}
     with pytest.raises(PromptError, match="one call at a time"):
-        ToolPlan.of(tokenizer(LLAMA3_TEMPLATE + "{# <|python_tag|> #}"), [WEATHER]).render([CALLED[0], twice])
+        ToolPlan.of(tokenizer(LLAMA3_TEMPLATE), [WEATHER]).render([CALLED[0], twice])
 
 
 @pytest.mark.parametrize(
@@ -369,7 +383,7 @@ def accepts(plan: ToolPlan, text: str, prompt: str = "") -> bool:
 PARIS = '{"city": "Paris", "unit": "C"}'
 CALLS = {
     HERMES_TEMPLATE: '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>',
-    LLAMA3_TEMPLATE + "<|python_tag|>": '{{"name": "{}", "parameters": {}}}',
+    LLAMA3_TEMPLATE: '{{"name": "{}", "parameters": {}}}',
     MISTRAL_TEMPLATE: '[TOOL_CALLS] [{{"name": "{}", "arguments": {}}}]',
 }
 
