@@ -54,6 +54,8 @@ PLANNER = LlamaPlanner(
     batch=_MAX_BATCH,
     flash_batch=_MAX_FLASH_BATCH,
     num_states=recurrent.NUM_IDS,
+    slack=SLACK,
+    rows_each=_ROWS_EACH,
 )
 _FLASH_AUTO, _FLASH_OFF, _FLASH_ON = -1, 0, 1
 
