@@ -18,7 +18,7 @@ from localspec.server.dialects import DIALECTS
 from localspec.server.guards import Guard, head_check, host_check, key_check, refuse
 from localspec.server.refusals import Refusal
 from localspec.server.routes import Service, guarded
-from localspec.server.schema import describe
+from localspec.server.schema.reading import describe
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_HEADERS = {

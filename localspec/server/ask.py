@@ -8,7 +8,7 @@ from typing import Any
 
 from localspec.constraint import Grammar
 from localspec.engine.template import Message
-from localspec.server.schema import Body
+from localspec.server.schema.parts import Body
 from localspec.server.speculation import Speculation
 from localspec.server.tools import Tool
 

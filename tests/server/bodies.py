@@ -154,6 +154,19 @@ def _paths(value: object, here: Path = ()) -> list[Path]:
     return found
 
 
+def _like(value: object) -> st.SearchStrategy[Any]:
+    """Something odd of the same type."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int | float):
+        return st.sampled_from([0, 1, 2, 0.5, 3, 100, 2**40, -1])
+    if isinstance(value, str):
+        return st.sampled_from([*_ODD_TEXTS, "auto", "none", "required", "tiny", "off", "user"]) | st.text(max_size=20)
+    if isinstance(value, list):
+        return st.integers(0, 3).map(lambda times: [copy.deepcopy(item) for item in value for _ in range(times)])
+    return st.just({})
+
+
 def _holder(body: Any, path: Path) -> Any:
     """What holds the last step of a path."""
     for key in path[:-1]:
@@ -163,16 +176,18 @@ def _holder(body: Any, path: Path) -> Any:
 
 @st.composite
 def broken(draw: st.DrawFn, path: str) -> bytes:
-    """A good body of that path with one to three things changed: replaced, taken out, doubled, or put in."""
+    """A good body of that path with one to three things changed: tweaked, replaced, taken out or put in."""
     body = copy.deepcopy(GOOD[path])
     for _ in range(draw(st.integers(1, 3))):
         places = [place for place in _paths(body) if place[0] not in _LENGTHS]
         if not places:
             break
         place = draw(st.sampled_from(places))
-        kind = draw(st.sampled_from(["replace", "remove", "add", "schema"]))
+        kind = draw(st.sampled_from(["tweak", "tweak", "tweak", "replace", "remove", "add", "schema"]))
         holder = _holder(body, place)
-        if kind == "replace":
+        if kind == "tweak":
+            holder[place[-1]] = draw(_like(holder[place[-1]]))
+        elif kind == "replace":
             holder[place[-1]] = draw(_ANYTHING)
         elif kind == "remove":
             holder.pop(place[-1])

@@ -299,8 +299,8 @@ def test_wrong_paths_and_methods_are_answered_in_shape(client: httpx2.Client) ->
     wrong = client.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert client.get("/v1/messages").json()["type"] == "error"
-    assert client.get("/page/../schema.py").status_code == 404
-    assert client.get("/page/%2e%2e/schema.py").status_code == 404
+    assert client.get("/page/../app.py").status_code == 404
+    assert client.get("/page/%2e%2e/app.py").status_code == 404
 
 
 # ---------------------------------------------------------------- what is told

@@ -15,7 +15,8 @@ from localspec.server.desk import Job
 from localspec.server.dialects.shared import DONE, FINGERPRINT, chosen_tool, extras, finish_word, tool_of
 from localspec.server.refusals import Refusal
 from localspec.server.reply import Call, Reply, Written
-from localspec.server.schema import ChatBody, FormatBody, MessageBody, read_body
+from localspec.server.schema.chat import ChatBody, FormatBody, MessageBody
+from localspec.server.schema.reading import read_body
 from localspec.server.stream import COMMENT, event
 from localspec.server.ticket import PrefillProgress
 

@@ -15,7 +15,8 @@ from localspec.server.dialects.chat import bias_of
 from localspec.server.dialects.shared import DONE, FINGERPRINT, extras, finish_word
 from localspec.server.refusals import Refusal
 from localspec.server.reply import Reply, Written
-from localspec.server.schema import CompletionBody, read_body
+from localspec.server.schema.completions import CompletionBody
+from localspec.server.schema.reading import read_body
 from localspec.server.stream import COMMENT, event
 from localspec.server.ticket import PrefillProgress
 

@@ -16,7 +16,8 @@ from localspec.server.desk import Job
 from localspec.server.dialects.shared import extras, known_tool, make_tool
 from localspec.server.refusals import Refusal
 from localspec.server.reply import TOOL_CALLS, Reply, Written
-from localspec.server.schema import BlockBody, ChoiceBody, CountBody, InputToolBody, MessagesBody, TurnBody, read_body
+from localspec.server.schema.messages import BlockBody, ChoiceBody, CountBody, InputToolBody, MessagesBody, TurnBody
+from localspec.server.schema.reading import read_body
 from localspec.server.stream import event
 from localspec.server.ticket import PrefillProgress
 from localspec.server.tools import Tool

@@ -16,7 +16,8 @@ from localspec.server.desk import Job
 from localspec.server.dialects.shared import chosen_tool, extras, finish_word, tool_of
 from localspec.server.refusals import Refusal
 from localspec.server.reply import Reply, Written
-from localspec.server.schema import ItemBody, ResponseBody, TextFormatBody, read_body
+from localspec.server.schema.reading import read_body
+from localspec.server.schema.responses import ItemBody, ResponseBody, TextFormatBody
 from localspec.server.stream import COMMENT, event
 from localspec.server.ticket import PrefillProgress
 

@@ -9,7 +9,7 @@ from localspec.errors import SettingError
 from localspec.server import report
 from localspec.server.ask import AUTO
 from localspec.server.reply import TOOL_CALLS, Reply
-from localspec.server.schema import FunctionBody
+from localspec.server.schema.parts import FunctionBody
 from localspec.server.tools import Tool
 
 FINGERPRINT = "localspec"
