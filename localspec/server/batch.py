@@ -173,6 +173,11 @@ class Batch:
 
     # ------------------------------------------------------------ from any thread
 
+    @property
+    def is_working(self) -> bool:
+        """False once nothing will be answered any more."""
+        return self._thread.is_alive()
+
     def encode(self, text: str) -> TokenIds:
         """[T] tokens of a prompt. Depends on the text alone, not on what is cached: else the same request could
         be answered otherwise because of somebody else's conversation."""
@@ -263,11 +268,16 @@ class Batch:
         self._started.set()
         try:
             while self._wait():
-                self._let_go_of_cancelled()
-                self._let_in()
-                self._read()
-                self._round()
+                try:
+                    self._let_go_of_cancelled()
+                    self._let_in()
+                    self._read()
+                    self._round()
+                except Exception as error:  # nothing that one request did gets this far: no ticket may stay open
+                    _log.exception("the batch broke; all requests in it fail")
+                    self._fail_all(error)
         finally:
+            self._closing = True
             self._slots.close()
             if self._gathered is not None:
                 self._gathered.close()
@@ -391,6 +401,16 @@ class Batch:
             seat.answer.room()  # names the reason: it was cancelled
         self._totals.ended[seat.finish().finish_reason] += 1
         self._totals.request_s += _SMOOTHING * (seat.waited_ms() / 1e3 - self._totals.request_s)
+
+    def _fail_all(self, error: Exception) -> None:
+        """Every request ends with this error, and every place starts anew."""
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for seat in [*self._seats, *waiting]:
+            if seat not in self._seats:
+                self._seats.append(seat)
+            self._break_off(seat, error)
 
     def _break_off(self, seat: Seat, error: Exception) -> None:
         """This request has failed, no other."""

@@ -90,11 +90,14 @@ class Seat:
         self._put(Finished(tuple(pieces), generation, self._timings()))
         return generation
 
-    def fail(self, error: BaseException) -> Generation:
+    def fail(self, error: BaseException) -> None:
         """The last event: something broke."""
-        generation = self._generation()
+        generation: Generation | None = None
+        try:
+            generation = self._generation()
+        except Exception:
+            _log.exception("what a failed request got so far is lost")
         self._put(Failed(error, generation, self._timings()))
-        return generation
 
     # ------------------------------------------------------------ inside
 

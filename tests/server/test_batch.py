@@ -296,6 +296,27 @@ def test_a_listener_that_breaks_ends_its_own_request(pair: Pair) -> None:
         wait_for(lambda: batch.status().ended == {"cancelled": 1, "length": 1})
 
 
+def test_whatever_breaks_no_ticket_stays_open(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the batch itself: all who are in it fail, and the next request is answered."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    one = request([1, 2, 3])
+    with Batch(pair, BatchSettings(parallel=2)) as batch:
+        with held(pair.target):  # type: ignore[arg-type]
+            tickets = [batch.submit(one) for _ in range(4)]
+            with monkeypatch.context() as patch:
+                patch.setattr(batch, "_round", broken)
+                pair.target.gate.set()  # type: ignore[attr-defined]
+                for ticket in tickets:
+                    with pytest.raises(RuntimeError, match="a fault of ours"):
+                        ticket.result()
+        assert batch.is_working
+        assert batch.submit(one).result().tokens == alone(pair, one).tokens
+    assert not batch.is_working
+
+
 # ---------------------------------------------------------------- the cache
 
 
