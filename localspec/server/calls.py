@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 class ToolFormat:
     """How a model writes calls: `opening`, then JSON objects with the name and, under the key `arguments`, the
     arguments, then `closing`, with `gap` between markers and objects. listed: the objects stand in one array.
-    id_size: ids of exactly so many letters and digits (0: any id will do).
+    id_size: ids of exactly so many letters and digits (0: any id will do).  separator: if there is one, a call is the
+    name, this, and the arguments alone.
 
     Where `opening` is empty an answer is a call if it is one from its first character on.
     """
@@ -27,11 +28,13 @@ class ToolFormat:
     listed: bool = False
     id_size: int = 0
     gap: str = "\n"
+    separator: str = ""
 
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>")
 LLAMA3 = ToolFormat("llama3", "", "", arguments="parameters")
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", listed=True, id_size=9)
+MISTRAL_NAMED = ToolFormat("mistral, names first", "[TOOL_CALLS]", "", id_size=9, gap="", separator="[ARGS]")
 
 PYTHON_TAG = "<|python_tag|>"
 """Llama 3 may write this before a call."""
@@ -125,16 +128,19 @@ class JsonEnd:
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _START = '{"name":'
+_CALL_ID = "[CALL_ID]"
+_NAMED = re.compile(r"([A-Za-z0-9_.-]*)(?:\[CALL_ID\][A-Za-z0-9]*)?")
 
 
 class _Body:
-    """One call's JSON object in the making; gives out its arguments as they come, where the name stands first."""
+    """One call's JSON object in the making; gives out its arguments as they come, where the name stands first. With a
+    name given, the object is the arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
         self.text = ""
-        self.name: str | None = None
+        self.name = name
         self.whole = JsonEnd()
-        self._arguments: JsonEnd | None = None
+        self._arguments = None if name is None else JsonEnd()
         self._shown = 0
 
     def feed(self, text: str) -> tuple[int, str]:
@@ -248,6 +254,8 @@ class CallReader:
         self._hold(len(self._text) - len(self._text.lstrip()))
         if not self._text:
             return False
+        if self._format.separator:
+            return self._before_arguments(deltas)
         if not self._format.opening and _may_be(self._text, PYTHON_TAG):
             self._hold(len(PYTHON_TAG) if self._text.startswith(PYTHON_TAG) else 0)
             return not _may_be(self._text, PYTHON_TAG)
@@ -258,6 +266,22 @@ class CallReader:
             self._hold(1)
         else:
             self._back_to_text(deltas)
+        return True
+
+    def _before_arguments(self, deltas: list[Delta]) -> bool:
+        """A name, perhaps with an id behind it, up to the separator."""
+        head = _NAMED.match(self._text)
+        assert head is not None  # it may match nothing
+        rest = self._text[head.end() :]
+        separator = self._format.separator
+        if head[1] and rest.startswith(separator + "{"):
+            self._hold(head.end() + len(separator))
+            self._body, self._begun, self._sent = _Body(head[1]), False, ""
+            self._state = self._in_body
+            return True
+        if not rest or _CALL_ID.startswith(rest) or (separator + "{").startswith(rest):
+            return False
+        self._back_to_text(deltas)
         return True
 
     def _in_body(self, deltas: list[Delta]) -> bool:

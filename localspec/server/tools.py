@@ -17,7 +17,16 @@ from localspec.constraint import WHITE_SPACE, Grammar, special_token
 from localspec.engine.template import Message, render, thought_end
 from localspec.errors import PromptError, SettingError, UnknownNameError, UnsupportedModelError
 from localspec.protocols import Tokenizer
-from localspec.server.calls import HERMES, LLAMA3, MISTRAL, PYTHON_TAG, CallArguments, CallReader, ToolFormat
+from localspec.server.calls import (
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL_NAMED,
+    PYTHON_TAG,
+    CallArguments,
+    CallReader,
+    ToolFormat,
+)
 
 AUTO, NONE, REQUIRED = "auto", "none", "required"
 
@@ -136,7 +145,8 @@ class ToolPlan:
         """Special tokens that belong to calls and must be part of the text (`SamplingParams.shown_tokens`)."""
         if not self.tools:
             return frozenset()
-        marks = (self.tool_format.opening, self.tool_format.closing) if self.tool_format.opening else (PYTHON_TAG,)
+        shape = self.tool_format
+        marks = (shape.opening, shape.closing, shape.separator) if shape.opening else (PYTHON_TAG,)
         tokens = (special_token(self.tokenizer, mark) for mark in marks)
         return frozenset(token for token in tokens if token is not None)
 
@@ -166,10 +176,10 @@ def known_format(tokenizer: Tokenizer) -> ToolFormat | None:
         return None
     if _PROBE.description not in text:
         return None
-    for shape in (MISTRAL, HERMES):
+    for shape in (MISTRAL, MISTRAL_NAMED, HERMES):
         reader = CallReader(shape, [_PROBE.name])
         if CallArguments(0, '{"depth": 7}') in [*reader.push(text), *reader.finish()]:
-            gap = re.search(rf'{re.escape(shape.opening)}(\s*)\[?\{{"name": "{_PROBE.name}"', text)
+            gap = re.search(rf'{re.escape(shape.opening)}(\s*)(?:\[?\{{"name": ")?{_PROBE.name}', text)
             return replace(shape, gap=gap[1] if gap is not None else shape.gap)
     return LLAMA3 if f'{{"name": "{_PROBE.name}", "parameters": {{"depth": 7}}' in text else None
 
@@ -281,8 +291,13 @@ def _head(name: str, tool_format: ToolFormat) -> str:
 def _lark(plan: ToolPlan) -> str:
     """The answers that the plan allows, in llguidance's Lark."""
     shape, tools = plan.tool_format, plan.callable_tools
-    heads = [_head(tool.name, shape) for tool in tools]
-    rules = [f'call_{place}: {json.dumps(head)} arguments_{place} "}}"' for place, head in enumerate(heads)]
+    separator = _mark(plan.tokenizer, shape.separator)
+    rules = [
+        f"call_{place}: {json.dumps(tool.name)} {separator} arguments_{place}"
+        if separator
+        else f'call_{place}: {json.dumps(_head(tool.name, shape))} arguments_{place} "}}"'
+        for place, tool in enumerate(tools)
+    ]
     rules += [f"arguments_{place}: %json {_schema(tool)}" for place, tool in enumerate(tools)]
     rules.append("call: " + " | ".join(f"call_{place}" for place in range(len(tools))))
     opening, closing = _mark(plan.tokenizer, shape.opening), _mark(plan.tokenizer, shape.closing)
@@ -301,7 +316,8 @@ def _lark(plan: ToolPlan) -> str:
     elif shape.listed or not opening:
         rules.append(f"start: {opening} calls")
     else:
-        more = rf'("\n" {opening} calls)*' if several else ""
+        between = json.dumps(shape.gap) if shape.gap else ""
+        more = f"({between} {opening} calls)*" if several else ""
         rules.append(f"start: {opening} calls {more}")
     return "\n".join(reversed(rules))
 

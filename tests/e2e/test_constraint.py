@@ -41,6 +41,7 @@ def answer(pair: Pair, drafter: str, params: SamplingParams, acceptance: str = "
         return session.generate(PROMPT, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "trees", "drafters"),
     [
@@ -67,6 +68,7 @@ def test_json_equals_plain_decoding_and_is_valid(
         assert guessed.tokens == plain.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["llamacpp", "mlx"])
 def test_every_sampling_setting_works_inside_a_grammar(backend: str) -> None:
     pair = pair_on(backend, False)
@@ -89,6 +91,7 @@ def test_every_sampling_setting_works_inside_a_grammar(backend: str) -> None:
     assert made.logprobs is not None and len(made.logprobs) == len(made.tokens)
 
 
+@pytest.mark.slow
 def test_random_schemas_are_answered_validly_and_as_plainly() -> None:
     """A sample of what `localspec bench grammar` runs on 200."""
     report = measure(pair_on("llamacpp", False), 4, ("draft_model",), (0.0, 0.8), 96)

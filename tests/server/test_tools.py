@@ -26,6 +26,7 @@ from localspec.server.calls import (
     HERMES,
     LLAMA3,
     MISTRAL,
+    MISTRAL_NAMED,
     CallArguments,
     CallBegin,
     CallEnd,
@@ -77,6 +78,13 @@ MISTRAL_TEMPLATE = (
     "{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids of nine') }}{% endif %}"
     "[TOOL_RESULTS]{{ m.content }} {{ m.tool_call_id }}[/TOOL_RESULTS]"
     "{% else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}"
+)
+NAMED_TEMPLATE = (
+    "{%- if tools is not none %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{%- for m in messages %}{% for call in m.tool_calls or [] %}"
+    "[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}{% endfor %}"
+    "{% if m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
 )
 PRINTING_TEMPLATE = (
     "{{ tools | tojson if tools }}{% for m in messages %}{% for call in m.tool_calls or [] %}"
@@ -178,6 +186,14 @@ ANSWERS: list[tuple[ToolFormat, str, list[Any]]] = [
     ),
     (MISTRAL, 'hi [TOOL_CALLS][{"name": "f", "arguments": {"a": [1,2]}}]', ["hi", ("f", '{"a": [1,2]}', True)]),
     (MISTRAL, "[TOOL_CALLS] []", ["[TOOL_CALLS] []"]),
+    (
+        MISTRAL_NAMED,
+        'So:[TOOL_CALLS]f[ARGS]{"a": {"b": 1}}[TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{}',
+        ["So:", ("f", '{"a": {"b": 1}}', True), ("g", "{}", True)],
+    ),
+    (MISTRAL_NAMED, "[TOOL_CALLS]f[ARG] no", ["[TOOL_CALLS]f[ARG] no"]),
+    (MISTRAL_NAMED, "[TOOL_CALLS]f[ARGS]3", ["[TOOL_CALLS]f[ARGS]3"]),
+    (MISTRAL_NAMED, '[TOOL_CALLS]f[ARGS]{"a": "cut', [("f", '{"a": "cut', False)]),
     (MISTRAL, "[1] and [TOOLS]", ["[1] and [TOOLS]"]),
 ]
 
@@ -200,8 +216,14 @@ def test_what_is_read_does_not_depend_on_how_it_comes(
     assert joined(read(tool_format, text, range(len(text)))) == expected
 
 
-@given(st.sampled_from([HERMES, LLAMA3, MISTRAL]), st.text(alphabet='<>[]{}/"\\:, \nabtool_calTOOL_CALLS', max_size=60))
-def test_text_that_holds_no_call_comes_out_as_it_is(tool_format: ToolFormat, text: str) -> None:
+@given(
+    st.sampled_from([HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED]),
+    st.lists(
+        st.sampled_from([*'<>[]{}/"\\:, \nab', *(MISTRAL.opening, "[ARGS]", HERMES.opening, '{"name"')]), max_size=40
+    ),
+)
+def test_text_that_holds_no_call_comes_out_as_it_is(tool_format: ToolFormat, pieces: list[str]) -> None:
+    text = "".join(pieces)
     deltas = read(tool_format, text, range(len(text)))
     if all(isinstance(delta, TextDelta) for delta in deltas):
         assert "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)) == text
@@ -260,7 +282,9 @@ def test_the_end_of_an_object_is_found(value: dict[str, Any], behind: str, cut: 
         (HERMES_TEMPLATE.replace("<tool_call>\n", "<tool_call>").replace("\n</tool_call>", "</tool_call>"), "no gap"),
         (LLAMA3_TEMPLATE, LLAMA3),
         (MISTRAL_TEMPLATE, replace(MISTRAL, gap=" ")),
-        (MISTRAL_TEMPLATE.replace("[TOOL_CALLS] [", "[TOOL_CALLS]f[ARGS]"), None),
+        (NAMED_TEMPLATE, MISTRAL_NAMED),
+        (NAMED_TEMPLATE.replace("[ARGS]", "[CALL_ID]{{ call.id }}[ARGS]"), MISTRAL_NAMED),
+        (NAMED_TEMPLATE.replace("[ARGS]", "[ARGUMENTS]"), None),
         (HERMES_TEMPLATE.replace('{"name": "{{ call.function.name }}"', "<function={{ call.function.name }}>"), None),
         (HERMES_TEMPLATE.replace("{{ tool | tojson }}", ""), None),  # a call is shown, and no tools
         ("{% for m in messages %}{{ m.content }}<tool_call>{% endfor %}{{ tools }}", None),
@@ -289,7 +313,7 @@ CALLED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("template", [HERMES_TEMPLATE, LLAMA3_TEMPLATE, MISTRAL_TEMPLATE])
+@pytest.mark.parametrize("template", [HERMES_TEMPLATE, LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, NAMED_TEMPLATE])
 def test_a_call_and_its_result_are_rendered_by_the_template(template: str) -> None:
     text = ToolPlan.of(tokenizer(template), [WEATHER]).render(CALLED)
     assert '{"city": "Paris", "unit": "C"}' in text, "arguments must not be a string within JSON"
@@ -385,6 +409,7 @@ CALLS = {
     HERMES_TEMPLATE: '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>',
     LLAMA3_TEMPLATE: '{{"name": "{}", "parameters": {}}}',
     MISTRAL_TEMPLATE: '[TOOL_CALLS] [{{"name": "{}", "arguments": {}}}]',
+    NAMED_TEMPLATE: "[TOOL_CALLS]{}[ARGS]{}",
 }
 
 
@@ -413,6 +438,7 @@ def test_a_named_call_is_that_one_and_only_one(template: str) -> None:
     assert accepts(plan, call("stop", "{}"))
     assert not accepts(plan, call("get_weather", PARIS))
     assert not accepts(plan, call("stop", "{}") + "\n" + call("stop", "{}"))
+    assert not accepts(plan, call("stop", "{}") + call("stop", "{}"))
 
 
 def test_several_calls_where_they_may_be_several() -> None:
@@ -420,6 +446,9 @@ def test_several_calls_where_they_may_be_several() -> None:
     two = call("stop", "{}") + "\n" + call("get_weather", PARIS)
     assert accepts(ToolPlan.of(tokenizer(HERMES_TEMPLATE), [WEATHER, STOP], "required"), two)
     assert not accepts(ToolPlan.of(tokenizer(HERMES_TEMPLATE), [WEATHER, STOP], "required", parallel=False), two)
+    twice = 2 * CALLS[NAMED_TEMPLATE].format("stop", "{}")
+    assert accepts(ToolPlan.of(tokenizer(NAMED_TEMPLATE), [STOP], "required"), twice)
+    assert not accepts(ToolPlan.of(tokenizer(NAMED_TEMPLATE), [STOP], "required", parallel=False), twice)
     listed = '[TOOL_CALLS] [{"name": "stop", "arguments": {}}, {"name": "stop", "arguments": {}}]'
     assert accepts(ToolPlan.of(tokenizer(MISTRAL_TEMPLATE), [STOP], "required"), listed)
     assert not accepts(ToolPlan.of(tokenizer(MISTRAL_TEMPLATE), [STOP], "required", parallel=False), listed)
