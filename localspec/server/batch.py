@@ -154,8 +154,9 @@ class Batch:
         self.pair, self.settings = pair, settings or BatchSettings()
         self._acceptance = make_acceptance(self.settings.acceptance)
         draft = pair.draft
-        batches = draft is not None and draft.capabilities.batches
-        self._gathered = Gathered(draft, self.settings.parallel) if draft is not None and batches else None
+        # on a lazy device nobody waits between the passes of a chain, so there is nothing to gather
+        gathers = draft is not None and draft.capabilities.batches and draft.capabilities.host_scores
+        self._gathered = Gathered(draft, self.settings.parallel) if draft is not None and gathers else None
         self._drafting = pair if self._gathered is None else pair.drafting_with(self._gathered)
         self._changed = threading.Condition()
         self._waiting: deque[Seat] = deque()

@@ -314,7 +314,8 @@ class BackendConformance:
         self.with_prefix(18, check)
 
     def test_many_sequences_go_on_as_each_would_alone(self) -> None:
-        """Rounds of up to five sequences of unlike lengths and widths, which come and go, some rows scored or none."""
+        """Rounds of up to five sequences of unlike lengths and widths, as trees where there are trees, which come and
+        go; some rows scored or none."""
         model, rng = self.model(), np.random.default_rng(24)
         states: list[SequenceState] = []
         texts: list[list[int]] = []
@@ -325,20 +326,26 @@ class BackendConformance:
                     texts.append(self.tokens(rng, int(rng.integers(1, 40))))
                     self.commit(states[-1], texts[-1])
                 new = [self.tokens(rng, int(rng.integers(1, 6))) for _ in states]
+                trees = self.compares_trees()
+                forms = [
+                    random_tree(rng, len(ids)) if trees else np.arange(-1, len(ids) - 1, dtype=np.int32) for ids in new
+                ]
                 rows = [tuple(range(int(rng.integers(0, len(ids) + 1)))) for ids in new]
                 steps = [
-                    Step(state, (HostTokens(np.array(ids, np.int32)),), chain_parents(state, len(ids)), wanted)
-                    for state, ids, wanted in zip(states, new, rows, strict=True)
+                    Step(state, (HostTokens(np.array(ids, np.int32)),), parents, wanted)
+                    for state, ids, parents, wanted in zip(states, new, forms, rows, strict=True)
                 ]
                 if len(steps) == 1 or not model.capabilities.batches:
                     steps = [pad(step, model.capabilities.width_class) for step in steps]
                 got = [scores.rows(range(scores.num_rows)).copy() for scores in model.forward(steps)]
-                for index, (state, ids, wanted) in enumerate(zip(states, new, rows, strict=True)):
-                    want = self.one_by_one(texts[index], ids)[list(wanted)]
+                for index, (state, ids, parents, wanted) in enumerate(zip(states, new, forms, rows, strict=True)):
+                    want = self.tree_rows(texts[index], ids, parents)[list(wanted)]
                     self.assert_rows(got[index], want, f"round {turn}, sequence {index}")
-                    kept = int(rng.integers(0, len(ids) + 1))
-                    state.keep(range(kept))
-                    texts[index] += ids[:kept]
+                    path = TokenTree.from_parents(np.array(ids, np.int32), parents).path(
+                        int(rng.integers(-1, len(ids)))
+                    )
+                    state.keep(path)
+                    texts[index] += [ids[node] for node in path]
                 if turn in (5, 8):
                     states.pop(1).close()
                     texts.pop(1)
