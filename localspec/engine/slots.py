@@ -31,9 +31,11 @@ class Slot:
     """One sequence of the target and the drafter that goes with it.
 
     held: the tokens that `state` has committed, while no request is in the slot.  drafter_key: which drafter it is.
+    place: among the slots.
     """
 
     state: SequenceState
+    place: int = 0
     held: TokenIds = field(default_factory=_nothing)
     drafter: Drafter | None = None
     drafter_key: str = ""
@@ -72,8 +74,8 @@ class Slots:
         self._kept: list[Kept] = []  # least recently used first
         self._clock = 0
         try:
-            for _ in range(num):
-                self._idle.append(Slot(model.open()))
+            for place in range(num):
+                self._idle.append(Slot(model.open(), place))
         except BaseException:
             self.close()
             raise
@@ -102,7 +104,7 @@ class Slots:
         Raises OutOfMemoryError or BackendError if a copy cannot be put back; the slot is then free and empty.
         """
         self._clock += 1
-        slot = max(self._idle, key=lambda one: (self._shared(one.held, prompt), -one.used_at))
+        slot = max(self._idle, key=lambda one: self._merit(one, prompt))
         here = self._shared(slot.held, prompt)
         kept = max(self._kept, key=lambda one: self._shared(one.tokens, prompt), default=None)
         there = 0 if kept is None else self._shared(kept.tokens, prompt)
@@ -146,6 +148,13 @@ class Slots:
         """Tokens at the beginning of `prompt` that need not be read."""
         same = min(common_prefix(tokens, prompt), len(prompt) - 1)
         return 0 if same < len(tokens) and self._model.capabilities.rewind is Rewind.NEVER else same
+
+    def _merit(self, slot: Slot, prompt: TokenIds) -> tuple[int, int, int, int]:
+        """What makes a free slot the right one: a long beginning, then busy neighbours (a backend may run neighbouring
+        sequences at less cost), then any beginning, then that it was not used for long."""
+        shared = self._shared(slot.held, prompt)
+        busy = sum(abs(one.place - slot.place) == 1 for one in self._busy)
+        return shared if shared >= WORTH_COPYING else 0, busy, shared, -slot.used_at
 
     def _best_running(self, running: Iterable[tuple[Slot, TokenIds]], prompt: TokenIds) -> tuple[Slot | None, int]:
         best, length = None, 0

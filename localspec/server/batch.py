@@ -280,6 +280,7 @@ class Batch:
         finally:
             self._closing = True
             self._slots.close()
+            self.pair.experience.lately = None
             if self._gathered is not None:
                 self._gathered.close()
 

@@ -114,6 +114,23 @@ def test_a_running_neighbour_lends_its_beginning(model: ReferenceModel) -> None:
     slots.close()
 
 
+def test_new_requests_sit_side_by_side(model: ReferenceModel) -> None:
+    """Unless a beginning is worth more than that."""
+    slots = Slots(model, 5, 0)
+    taken = [slots.take(spread(number, 40)) for number in range(5)]
+    for number in (4, 1, 3, 0, 2):
+        while read_chunk(model, taken[number].state, spread(number, 40)):
+            pass
+        slots.give_back(taken[number], spread(number, 40))
+    first = slots.take(spread(50, 5))
+    second, third = slots.take(spread(52, 5)), slots.take(spread(54, 5))
+    places = sorted(slot.place for slot in (first, second, third))
+    assert places == list(range(places[0], places[0] + 3))
+    free = next(place for place in (0, 4) if place not in places)
+    assert slots.take(spread(free, 50)).place == free
+    slots.close()
+
+
 def test_a_discarded_slot_starts_anew(model: ReferenceModel) -> None:
     slots = Slots(model, 1, PLENTY)
     slot, _ = read(model, slots, spread(0, 40))

@@ -133,6 +133,17 @@ def test_requests_share_a_forward(pair: Pair, target: Watched) -> None:
     assert target.widest == 3
 
 
+def test_rejection_at_temperature_zero_gives_the_same_texts(pair: Pair) -> None:
+    """Above it the texts are others of the same law."""
+    requests = [request([1, 2, number], most=20, temperature=0.0) for number in range(5)]
+    sampled = [request([1, 2, number], most=20, temperature=0.8, seed=number) for number in range(5)]
+    with Batch(pair, BatchSettings(parallel=3, acceptance="rejection")) as batch:
+        tickets = [batch.submit(one) for one in (*requests, *sampled)]
+        answers = [ticket.result() for ticket in tickets]
+    assert [answer.tokens for answer in answers[:5]] == [alone(pair, one).tokens for one in requests]
+    assert all(answer.acceptance == "rejection" and len(answer.tokens) == 20 for answer in answers)
+
+
 def test_many_sequences_of_llama_cpp_in_one_pass_give_the_texts_of_each_alone() -> None:
     """The bundled pair: 24 requests, six at once, one in ten cancelled."""
     if not get_backend("llamacpp").is_installed():
