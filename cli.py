@@ -19,18 +19,21 @@ from localspec.commands.convert import convert
 from localspec.commands.fit import fit
 from localspec.commands.models import allowed_backends, open_models
 from localspec.commands.options import (
+    chosen_grammar,
     draft_options,
     drafter_spec,
+    grammar_options,
     load_options,
     sampling_options,
     sampling_params,
     view_options,
 )
 from localspec.commands.pairs import pairs, pull
+from localspec.commands.serve import serve
 from localspec.commands.tune import tune
 
 if TYPE_CHECKING:
-    from localspec.engine.session import Generation
+    from localspec.engine.answer import Generation
     from localspec.loading import Pair
 
 
@@ -115,10 +118,13 @@ def _has_colour() -> bool:
 @load_options
 @draft_options
 @sampling_options
+@grammar_options
 @click.option("--system", metavar="TEXT", help="System message.")
 @view_options
 def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: Any) -> None:
     """Talk to a model. With no options: the bundled pair, offline."""
+    from dataclasses import replace
+
     from localspec.doctor import memory_bytes
     from localspec.hub.selection import suggestion
     from localspec.terminal import ChatProgram, decode_argument
@@ -126,7 +132,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
 
     named = any(options[name] is not None for name in ("target", "draft", "pair"))
     system = system and decode_argument(system, "--system")
-    params = sampling_params(options, default_temperature=0.7)
+    params = replace(sampling_params(options, default_temperature=0.7), grammar=chosen_grammar(options))
     spec = drafter_spec(options)
     with TraceWriter(trace) as writer, open_models(options, spec, offer_pull=True) as pair:
         program = ChatProgram(
@@ -157,6 +163,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
 @load_options
 @draft_options
 @sampling_options
+@grammar_options
 def generate(
     prompt: str | None,
     file: Path | None,
@@ -173,7 +180,7 @@ def generate(
     from dataclasses import replace
     from functools import partial
 
-    from localspec.engine.template import render
+    from localspec.engine.template import render, thought_end
     from localspec.errors import SettingError
     from localspec.highlight import Highlight
     from localspec.terminal import decode_argument, notes, prefill_line, print_stream, read_prompt, summary
@@ -185,7 +192,8 @@ def generate(
         raise SettingError("--show-drafts colours text, and --json prints none", fix="Leave one out; see `sources`.")
     text = read_prompt(prompt, file)
     system = system and decode_argument(system, "--system")
-    params = replace(sampling_params(options, default_temperature=0.0), logprobs=logprobs)
+    grammar = chosen_grammar(options)
+    params = replace(sampling_params(options, default_temperature=0.0), logprobs=logprobs, grammar=grammar)
     if trace is not None and params.seed is None:  # the trace's first line names it
         params = replace(params, seed=secrets.randbits(32))
     spec = drafter_spec(options)
@@ -197,6 +205,8 @@ def generate(
         if not raw and pair.target.tokenizer.chat_template is not None:
             messages = [{"role": "system", "content": system}] if system else []
             text = render(pair.target.tokenizer, [*messages, {"role": "user", "content": text}])
+            if grammar is not None:
+                params = replace(params, grammar=grammar.behind(thought_end(text)))
         elif system:
             raise SettingError(
                 "--system needs a chat template", fix="Leave --raw out, or put the text into the prompt."
@@ -204,8 +214,10 @@ def generate(
         writer.begin(pair, session, spec, params)
         stream = partial(session.stream, text, params, on_round=writer.on_round, on_result=writer.on_result)
         if as_json:
-            report = _report(pair, stream().result)
-            click.echo(json.dumps(report, indent=2, ensure_ascii=not _is_utf8(sys.stdout)))
+            result = stream().result
+            click.echo(json.dumps(_report(pair, result), indent=2, ensure_ascii=not _is_utf8(sys.stdout)))
+            if result.complete is False:
+                sys.exit(1)
             return
         highlight = Highlight(colour=_has_colour()) if show_drafts else None
         with prefill_line() as on_prefill:
@@ -216,6 +228,8 @@ def generate(
         legend = highlight.legend(result.stats) if highlight is not None else ""
         for line in filter(None, (summary(result), legend)):
             click.echo(click.style(line, dim=True), err=True)
+        if result.complete is False:
+            sys.exit(1)
 
 
 @main.command("trace")
@@ -265,7 +279,7 @@ def _report(pair: Pair, result: Generation) -> dict[str, Any]:
     return {**result.as_dict(), **described, "vocabularies": relation}
 
 
-for command in (audit, bench, convert, fit, pairs, pull, tune):
+for command in (audit, bench, convert, fit, pairs, pull, serve, tune):
     main.add_command(command)
 
 

@@ -15,8 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from localspec.constraint import Grammar
+    from localspec.engine.answer import Generation, Piece
     from localspec.engine.chat import Chat
-    from localspec.engine.session import Generation, Piece, Session, Stream
+    from localspec.engine.session import Session, Stream
     from localspec.errors import LocalspecError
     from localspec.loading import Pair, open_pair
     from localspec.protocols import LoadSettings
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Chat",
     "Generation",
+    "Grammar",
     "LoadSettings",
     "LocalspecError",
     "Pair",
@@ -40,11 +43,12 @@ __all__ = [
 
 _HOMES = {
     "Chat": "engine.chat",
-    "Generation": "engine.session",
+    "Generation": "engine.answer",
+    "Grammar": "constraint",
     "LoadSettings": "protocols",
     "LocalspecError": "errors",
     "Pair": "loading",
-    "Piece": "engine.session",
+    "Piece": "engine.answer",
     "SamplingParams": "sampling",
     "Session": "engine.session",
     "Stream": "engine.session",

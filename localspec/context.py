@@ -71,6 +71,11 @@ class Context:
         return view
 
     @property
+    def output(self) -> TokenIds:
+        """[T] the current answer, under the same terms."""
+        return self.tokens[self._output_start :]
+
+    @property
     def anchor(self) -> int:
         """The last token: emitted, not yet in the target's cache."""
         return int(self._ids[self._length - 1])

@@ -5,6 +5,7 @@
     │   ├── SettingError           a value out of range, or a setting the backend does not have
     │   ├── UnknownNameError       no drafter, backend or model of that name (nearest one suggested)
     │   ├── PromptError            empty prompt, invalid UTF-8, longer than the context
+    │   │   └── ContextOverflowError  prompt and answer have no room in the context, with both numbers
     │   └── PairMismatchError      target and drafter do not share a vocabulary
     └── FailureError               the request was fine, carrying it out failed: exit code 1
         ├── ModelNotFoundError     no such file or folder
@@ -23,6 +24,9 @@
         ├── UntrustedModelError    pickled weights, code in the repository, file names that leave the cache
         ├── DiskError              no room for a download, or its folder cannot be written
         ├── ContextFullError       the sequence has no room left
+        ├── QueueFullError         more requests wait than are let in, with when to try again
+        ├── ClosedError            a server that is shutting down lets nobody in
+        ├── GrammarError           following a grammar took more than it may
         ├── CatalogFileError       not a catalog of pairs, or an entry that breaks its schema
         ├── TraceFileError         not a trace file, a damaged one, or one that cannot be written
         └── StaleScoresError       scores were read after the model moved on
@@ -40,10 +44,13 @@ __all__ = [
     "BackendError",
     "BackendMissingError",
     "CatalogFileError",
+    "ClosedError",
     "ContextFullError",
+    "ContextOverflowError",
     "DiskError",
     "DownloadError",
     "FailureError",
+    "GrammarError",
     "HubAccessError",
     "HubBusyError",
     "HubError",
@@ -56,6 +63,7 @@ __all__ = [
     "OutOfMemoryError",
     "PairMismatchError",
     "PromptError",
+    "QueueFullError",
     "SettingError",
     "StaleScoresError",
     "TraceFileError",
@@ -118,6 +126,19 @@ class UnknownNameError(UsageError):
 
 class PromptError(UsageError):
     """The prompt cannot be used."""
+
+
+class ContextOverflowError(PromptError):
+    """A prompt that does not fit: `num_tokens` were given, at most `limit` have room."""
+
+    def __init__(self, num_tokens: int, limit: int) -> None:
+        self.num_tokens, self.limit = num_tokens, limit
+        super().__init__(
+            "prompt is too long for the context",
+            got=f"{num_tokens} tokens",
+            expected=f"at most {limit}",
+            fix="Shorten it, or load the model with a larger --context.",
+        )
 
 
 class PairMismatchError(UsageError):
@@ -190,6 +211,27 @@ class DiskError(FailureError):
 
 class ContextFullError(FailureError):
     """The sequence has no room left."""
+
+
+class GrammarError(FailureError):
+    """Following a grammar took more work or memory than it may."""
+
+
+class QueueFullError(FailureError):
+    """More requests wait than are let in; try again in `retry_after_s` seconds."""
+
+    def __init__(self, num_waiting: int, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(
+            "too many requests are waiting", got=num_waiting, fix=f"Try again in {retry_after_s:.0f} seconds."
+        )
+
+
+class ClosedError(FailureError):
+    """A server that is shutting down lets nobody in."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 class CatalogFileError(FailureError):

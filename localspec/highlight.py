@@ -3,7 +3,7 @@ would have missed."""
 
 from __future__ import annotations
 
-from localspec.engine.session import TARGET, Piece
+from localspec.engine.answer import TARGET, Piece
 from localspec.engine.stats import Stats
 
 _COLOURS = (("green", 32), ("cyan", 36), ("magenta", 35), ("blue", 34), ("yellow", 33))

@@ -21,9 +21,19 @@ from types import ModuleType
 from typing import Any, cast
 
 from localspec.compatibility import check_draft, check_whole
-from localspec.drafters import AUTO, Draft, DrafterSpec, DraftModel, Ngram, make_drafter
+from localspec.drafters import (
+    AUTO,
+    Draft,
+    DrafterSpec,
+    DraftModel,
+    Forced,
+    Ngram,
+    Nothing,
+    check_settings,
+    make_drafter,
+)
 from localspec.engine.overhead import round_overhead
-from localspec.engine.session import Session, require_guardable
+from localspec.engine.session import Session, require_guardable, require_trees
 from localspec.errors import (
     BackendError,
     BackendMissingError,
@@ -33,6 +43,7 @@ from localspec.errors import (
     SettingError,
     UnknownNameError,
     UnsupportedModelError,
+    UsageError,
 )
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import EXACT_CHOICES, Bound, Exactness, Mode, wants_guarding
@@ -48,7 +59,7 @@ _log = logging.getLogger("localspec.loading")
 _HOME = Path(__file__).resolve().parent.parent
 _APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 _PREFERENCE = ("mlx", "llamacpp") if _APPLE_SILICON else ("llamacpp", "mlx")
-_COMMON_SETTINGS = frozenset({"context", "num_sequences", "trees"})
+_COMMON_SETTINGS = frozenset({"context", "num_sequences", "trees", "batch"})
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 
 BUNDLED = "tiny"
@@ -304,7 +315,7 @@ class Pair:
         # on a device a chain is guessed without waiting for it, a tree waits once per level
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
         form = "tree" if branches else "chain"
-        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None)]
+        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None), Forced()]
         if self.draft is None:
             return Scheduled(free, [], experience)
         if form == "tree" and not self.draft.capabilities.trees:
@@ -312,6 +323,25 @@ class Pair:
         size = 16 if self.drafting is not None and not self.drafting.relation.same else 48
         draft = make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting)
         return Scheduled(free, [draft], experience)
+
+    def drafting_with(self, draft: LanguageModel) -> Pair:
+        """The same pair with something in front of its draft model; what sessions learn is shared. Not to be closed."""
+        other = Pair(self.target, draft, self._found)
+        other._experiences = self._experiences
+        return other
+
+    def check_drafter(self, spec: DrafterSpec) -> None:
+        """Raise what `drafter` or the first session with it would, as far as that shows without opening anything:
+        UsageError for a draft model that is not there, UnsupportedModelError for what the target cannot verify."""
+        resolved = spec.resolved(self.draft)
+        parts = (resolved, *resolved.others)
+        if any(part.needs_draft for part in parts) and self.draft is None:
+            raise UsageError(f"drafter {spec.name!r} needs a draft model", fix="Load the model with one (--draft).")
+        check_settings(parts)
+        if not spec.decides and any(part.name != Nothing.name for part in parts):
+            require_rewind(self.target)
+        if spec.asks_for_trees:
+            require_trees(self.target, spec.name)
 
     def session(
         self,
@@ -392,7 +422,8 @@ def open_pair(
         if draft_path is None:
             return Pair(model, None, found)
         # a drafter's trees need not be exact, so it is spared what that costs
-        helper = load_model(draft_path, backend, replace(settings, context=model.info.context_length, trees=False))
+        own = replace(settings, context=model.info.context_length, trees=False)
+        helper = load_model(draft_path, backend, own)
         try:
             pair = Pair(model, helper, found)
             if pair.drafting is not None and pair.drafting.relation.same:

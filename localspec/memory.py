@@ -169,8 +169,8 @@ def largest_context(
 
 
 def settle(parts: Sequence[Part], settings: LoadSettings, machine: Machine) -> tuple[LoadSettings, tuple[str, ...]]:
-    """(settings whose context fits, what was decided). One conversation must fit; that the others which
-    `num_sequences` allows may not is said.
+    """(settings whose context fits, what was decided). One conversation must fit, with `batch` all, whose caches are
+    made at once; that the others which `num_sequences` allows may not is said.
 
     Raises OutOfMemoryError where a context that was asked for does not fit, naming the longest that would,
     and where no useful context does.
@@ -179,16 +179,17 @@ def settle(parts: Sequence[Part], settings: LoadSettings, machine: Machine) -> t
         return settings, ()
     asked = settings.context
     wanted = asked or default_context(parts[0].model)
-    plan = make_plan(parts, settings, wanted, machine)
+    at_once = settings.num_sequences if settings.batch else 1
+    plan = make_plan(parts, settings, wanted, machine, num_sequences=at_once)
     if plan.fits:
         full = make_plan(parts, settings, wanted, machine, num_sequences=settings.num_sequences)
         if full.fits:
             return settings, ()
         note = f"memory suffices for one conversation of {wanted} tokens, not for {settings.num_sequences} at once"
         return settings, (f"{note} ({describe(full)})",)
-    most = largest_context(parts, settings, wanted, machine)
+    most = largest_context(parts, settings, wanted, machine, num_sequences=at_once)
     if asked is None and most is not None and most >= min(_LEAST, wanted):
-        smaller = make_plan(parts, settings, most, machine)
+        smaller = make_plan(parts, settings, most, machine, num_sequences=at_once)
         note = f"the context is {most} tokens instead of {wanted}, which memory does not allow ({describe(plan)})"
         return replace(settings, context=most), (f"{note}; {size(smaller.in_memory)} are needed now",)
     fix = (
@@ -196,6 +197,8 @@ def settle(parts: Sequence[Part], settings: LoadSettings, machine: Machine) -> t
         if most is not None
         else "Use a smaller model or one with fewer bits."
     )
+    if at_once > 1:
+        fix += f" Or answer fewer requests at once than {at_once}."
     raise OutOfMemoryError(f"a context of {wanted} tokens does not fit into memory", got=describe(plan), fix=fix)
 
 

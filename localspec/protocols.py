@@ -19,7 +19,7 @@ is the suite that any implementation must pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -160,7 +160,9 @@ class Capabilities:
     width_steps: the widths that a plan should keep to, where each other one is dear at first use (kernels are built for
     it); empty: any.
     host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice
-    beats deciding all rows at once.  limits: why trees, their exactness or free rewinding are missing.
+    beats deciding all rows at once.  batches: the steps of one forward run as one pass, in which each takes as many
+    places as the widest, and at least `width_class.min_width`; otherwise one after another.
+    limits: why trees, their exactness or free rewinding are missing.
     """
 
     rewind: Rewind
@@ -171,6 +173,7 @@ class Capabilities:
     host_scores: bool
     exact_trees: bool = True
     max_leaves: int | None = None
+    batches: bool = False
     limits: tuple[str, ...] = ()
     width_steps: tuple[int, ...] = ()
 
@@ -229,8 +232,25 @@ class SequenceState(Protocol):
         """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
         ...
 
+    def save(self) -> SavedState:
+        """A copy outside of all open sequences. Raises ValueError while nodes are pending."""
+        ...
+
     def close(self) -> None:
         """Give the memory back. Using a closed state raises ValueError; closing twice does nothing."""
+        ...
+
+
+class SavedState(Protocol):
+    """The committed tokens of a sequence, as they were when it was saved; takes no sequence of the model."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        ...
+
+    def open(self) -> SequenceState:
+        """A new sequence that holds them, any number of times. Raises as `LanguageModel.open`."""
         ...
 
 
@@ -359,6 +379,8 @@ class LoadSettings:
 
     context: tokens per sequence (None: as trained, at most 4096).  num_sequences: states open at once.
     trees: load so that token trees can be verified exactly, whatever that costs.
+    batch: load so that the steps of one forward run together, where the backend can do that for the model; one that
+    cannot says why in its notes.
     gpu_layers: layers on the GPU (None: all where there is one).  threads: CPU threads.
     flash_attention, extra_buffers: llama.cpp options of those names.  cache_type: what it keeps keys and values in,
     f16 or bf16.  dtype: MLX compute type.
@@ -367,6 +389,7 @@ class LoadSettings:
     context: int | None = None
     num_sequences: int = 4
     trees: bool = False
+    batch: bool = False
     gpu_layers: int | None = None
     threads: int | None = None
     flash_attention: bool | None = None
@@ -446,6 +469,18 @@ class Budget(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Who shares a round. lanes: sequences whose nodes are verified in one pass, each as wide as the widest; 1 where
+    passes run one after another.  drafting: of them, so many share each pass of the draft model, too.  plain: nobody
+    guesses this round, for the reason in `because`."""
+
+    lanes: int
+    drafting: int = 1
+    plain: bool = False
+    because: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftRequest:
     """What the engine wants guessed: at most `max_nodes` nodes in at most `max_depth` levels below the
@@ -458,6 +493,8 @@ class DraftRequest:
     budget: asked before each pass of a drafter that works level by level; None: `max_nodes` decides.
     begins_early: behind empty proposals the target's next pass begins before the last token is read, so that rounds
     without guesses are cheaper in a row.
+    load: where the round is shared. A drafter that decides what is worth verifying then leaves the last word to those
+    who see all lanes: it proposes what it would like, with `Proposal.reach`.
     """
 
     context: Context
@@ -469,6 +506,7 @@ class DraftRequest:
     needs_law: bool = False
     budget: Budget | None = None
     begins_early: bool = False
+    load: Load | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +519,7 @@ class Proposal:
     is accepted if its parent is, where it knows that on the host.  source: who guessed.  sources: [N] who
     guessed each node, where several did.  counts: what else a drafter counts, for the statistics.
     width: verify in a pass of at least that many tokens (some are quicker than narrower ones); the engine pads.
+    reach: [N] chance that the whole path to a node is accepted, where it is left open which nodes are verified.
     because: why nothing is proposed, for people.
     """
 
@@ -492,6 +531,7 @@ class Proposal:
     sources: tuple[str, ...] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     width: int = 0
+    reach: tuple[float, ...] | None = None
     because: str = ""
 
     @property
@@ -502,6 +542,20 @@ class Proposal:
     def depth(self) -> NodeIndices:
         """[N] depth of each node; children of the anchor have depth 0."""
         return depths(self.parents)
+
+    def only(self, nodes: Sequence[int]) -> Proposal:
+        """These nodes alone, ascending, parents included. The tokens are fetched to the host."""
+        place = {node: index for index, node in enumerate(nodes)}
+        tree, chosen = self.tree(), list(nodes)
+        return replace(
+            self,
+            tokens=(HostTokens(tree.token[chosen]),),
+            parents=np.array([place.get(int(self.parents[node]), -1) for node in chosen], np.int32),
+            laws=None if self.laws is None else tuple(self.laws[node] for node in chosen),
+            log_q=None if self.log_q is None else tuple(self.log_q[node] for node in chosen),
+            sources=None if self.sources is None else tuple(self.sources[node] for node in chosen),
+            reach=None if self.reach is None else tuple(self.reach[node] for node in chosen),
+        )
 
     def tree(self) -> TokenTree:
         """The tokens fetched to the host, as a tree. May wait for the device."""
@@ -515,7 +569,8 @@ class Outcome:
     """What became of a proposal. path: accepted nodes of `tree`, root side first.
     tokens: what was emitted: the path's tokens, then the one the target adds.
     width, verify_ms: tokens in the target's pass (of all lanes) and how long it took, where that is known.
-    begun_early: the pass had begun before the round did."""
+    begun_early: the pass had begun before the round did.
+    kept: the nodes of the proposal that were verified, where lanes shared the round; None: all."""
 
     tree: TokenTree
     path: tuple[int, ...]
@@ -523,6 +578,7 @@ class Outcome:
     width: int = 0
     verify_ms: float = 0.0
     begun_early: bool = False
+    kept: tuple[int, ...] | None = None
 
 
 class Drafter(Protocol):

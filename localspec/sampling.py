@@ -1,8 +1,8 @@
 """From a row of logits to a token: settings, the law they define, and the choice made from it.
 
-Order of the settings (as in vLLM and transformers): logit bias, penalties, temperature, top-k,
+Order of the settings (as in vLLM and transformers): logit bias, penalties, grammar, temperature, top-k,
 top-p, min-p. Repetition counts prompt and output; presence and frequency count the output only.
-Temperature 0 takes the best token after bias and penalties; the other settings cannot change it.
+Temperature 0 takes the best token after bias, penalties and grammar; the other settings cannot change it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from localspec.ranking import group_maxima, gumbel_argmax, reaching, row_top, to
 from localspec.types import Logits, NoiseKeys, Probabilities, TokenIds
 
 if TYPE_CHECKING:
+    from localspec.constraint import Constraint, Grammar
     from localspec.context import Context
 
 _LEAST_TEMPERATURE = 1e-5
+_FEW = 4096  # up to so many tokens that a grammar allows, a row is cut down to them
 _FAR = 50.0  # further apart than any two tokens that matter, over temperature; its exponential is still a number
 
 
@@ -35,7 +37,8 @@ class SamplingParams:
 
     seed None draws one at random; the result reports it. top_k 0, top_p 1, min_p 0 and penalties of
     1 (repetition) or 0 switch a setting off. logprobs: number of alternatives reported per token
-    (None: no log-probabilities). They are the model's own, before any setting.
+    (None: no log-probabilities). They are the model's own, before any setting.  grammar: what the answer may look
+    like.  shown_tokens: special tokens whose text is part of the answer.
     Raises SettingError, naming the field, for values out of range.
     """
 
@@ -53,6 +56,8 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = None
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    shown_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0.0, 100.0)
@@ -79,6 +84,8 @@ class SamplingParams:
                 )
         if any(not text for text in self.stop):
             raise SettingError("a stop string is empty", fix="Leave it out.")
+        if self.grammar is not None and self.ignore_eos:
+            raise SettingError("ignore_eos would go on where the grammar ends the answer", fix="Leave one of them out.")
 
 
 def _check(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
@@ -115,73 +122,81 @@ class Sampler:
 
     `is_plain` (greedy or temperature only) means that `Scores.winners` can choose on the device;
     otherwise `choose` works on host rows with the context as it stands at that node.
+    constraint: what the answer may look like; every row is cut down to the tokens that it allows there.
     """
 
-    def __init__(self, params: SamplingParams, seed: int) -> None:
+    def __init__(self, params: SamplingParams, seed: int, constraint: Constraint | None = None) -> None:
         self.params = params
         self.seed = seed
+        self.constraint = constraint
         p = params
         self.uses_counts = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         self.is_greedy = p.temperature == 0.0
         self._truncates = not self.is_greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
-        self.is_plain = not (self.uses_counts or p.logit_bias or self._truncates)
+        self.is_plain = not (self.uses_counts or p.logit_bias or self._truncates or constraint is not None)
         self._bias_ids = np.fromiter(p.logit_bias.keys(), np.int32, len(p.logit_bias))
         self._biases = np.fromiter(p.logit_bias.values(), np.float32, len(p.logit_bias))
         self._copy = np.empty(0, np.float32)
 
     def choose(self, row: Logits, context: Context) -> int:
-        """The token of this row at position `len(context)`: argmax of log p + noise."""
-        row = self._adjusted(row, context)
+        """The token of this row at position `len(context)`: argmax of log p + noise. Raises SettingError where
+        grammar and logit bias leave nothing."""
+        row, few = self._adjusted(row, context)
+        if not len(row):
+            raise nothing_left()
         if self.is_greedy:
-            return int(row.argmax())
+            best = int(row.argmax())
+            return best if few is None else int(few[best])
         position_key = noise.key(self.seed, Purpose.TOKEN, len(context))
-        if not self._truncates:
+        if few is None and not self._truncates:
             return gumbel_argmax(row, self.params.temperature, position_key)
-        return self._noisy_best(row, position_key)
+        return self._noisy_best(row, few, position_key)
 
     def decide(self, row: Logits, context: Context, tolerance: Tolerance) -> tuple[int, bool]:
-        """(what `choose` says, would it say so for every row within the tolerance of this one?)"""
-        row = self._adjusted(row, context)
+        """(what `choose` says, would it say so for every row within the tolerance of this one?) Raises as `choose`."""
+        row, few = self._adjusted(row, context)
+        if not len(row):
+            raise nothing_left()
         p = self.params
         stretch = max(p.repetition_penalty, 1.0 / p.repetition_penalty)
         bound = stretch * tolerance.difference + 2.0 * (stretch - 1.0) * tolerance.shift
         position_key = None if self.is_greedy else noise.key(self.seed, Purpose.TOKEN, len(context))
         if not self._truncates or position_key is None:
-            ids, values = row_top(row, min(2, len(row)), p.temperature, position_key)
+            ids, values = self._ranked(row, few, 2, position_key)
             return int(ids[0]), is_clear(values, p.temperature, bound)
-        token = self._noisy_best(row, position_key)
+        token = self._noisy_best(row, few, position_key)
         loose, tight = (self._shifted(sign * bound / p.temperature) for sign in (1.0, -1.0))
         # whatever could be among the candidates, and how many certainly are
-        rivals = np.flatnonzero(row >= row[loose._candidates(row)[0][-1]] - bound).astype(np.int32)
-        num_certain = len(tight._candidates(row)[0])
-        worst_rank = np.count_nonzero(row > row[token] - bound) - 1
-        sums = row[rivals] / np.float32(p.temperature) + noise.gumbel(position_key, rivals)
+        rivals = np.flatnonzero(row >= row[loose._surviving(row)[0][-1]] - bound).astype(np.int32)
+        num_certain = len(tight._surviving(row)[0])
+        place = token if few is None else int(few.searchsorted(token))
+        worst_rank = np.count_nonzero(row > row[place] - bound) - 1
+        names = rivals if few is None else few[rivals]
+        sums = row[rivals] / np.float32(p.temperature) + noise.gumbel(position_key, names)
         values = np.sort(sums)[::-1][:2]
-        is_best = int(rivals[int(sums.argmax())]) == token
+        is_best = int(names[int(sums.argmax())]) == token
         return token, is_best and int(worst_rank) < num_certain and is_clear(values, p.temperature, bound)
 
     def guesses(self, row: Logits, context: Context, k: int) -> tuple[TokenIds, Probabilities]:
         """([k'] ids, [k'] `chances`) of the at most k tokens that this row makes likeliest to be chosen at
         position `len(context)`, best first. The first is what `choose` would choose."""
-        row = self._adjusted(row, context)
-        temperature = self.params.temperature
-        position_key = noise.key(self.seed, Purpose.TOKEN, len(context))
-        if self._truncates:
-            ids, values = self._candidates(row)
-            values = values + noise.gumbel(position_key, ids)
-            order = np.lexsort((ids, -values))[:k]
-            ids, values = ids[order], values[order]
-        else:
-            ids, values = row_top(row, min(k, len(row)), temperature, position_key)
-        return ids, chances(values, temperature)
+        row, few = self._adjusted(row, context)
+        if not len(row):
+            return np.zeros(0, np.int32), np.zeros(0)
+        position_key = None if self.is_greedy else noise.key(self.seed, Purpose.TOKEN, len(context))
+        ids, values = self._ranked(row, few, k, position_key)
+        return ids, chances(values, self.params.temperature)
 
     def law(self, row: Logits, context: Context) -> Law:
-        """The distribution that this row and these settings define."""
-        row = self._adjusted(row, context)
+        """The distribution that this row and these settings define; empty where nothing is left."""
+        row, few = self._adjusted(row, context)
+        if not len(row):
+            return Law(np.zeros(0, np.int32), np.zeros(0))
         if self.is_greedy:
-            return Law(np.array([row.argmax()], np.int32), np.ones(1))
-        if self._truncates:
-            ids, logits = self._candidates(row)
+            best = np.array([row.argmax()], np.int32)
+            return Law(best if few is None else few[best], np.ones(1))
+        if self._truncates or few is not None:
+            ids, logits = self._candidates(row, few)
         else:
             ids = np.arange(len(row), dtype=np.int32)
             logits = (row - row.max()) / np.float32(self.params.temperature)
@@ -192,7 +207,23 @@ class Sampler:
         """[N, 2] noise keys of the tokens at these positions, for `Scores.winners`."""
         return noise.keys(self.seed, Purpose.TOKEN, positions)
 
-    def _adjusted(self, row: Logits, context: Context) -> Logits:
+    def _adjusted(self, row: Logits, context: Context) -> tuple[Logits, TokenIds | None]:
+        """The row after bias, penalties and grammar; and the ids of its entries, ascending, where it was cut down to
+        few. Empty where nothing is left."""
+        row = self._weighed(row, context)
+        if self.constraint is None:
+            return row, None
+        allowed = self.constraint.mask(context.output)[: len(row)]  # a draft model's row may be padded less
+        if np.count_nonzero(allowed) > _FEW:
+            row, few = np.where(allowed, row, np.float32(-np.inf)), None
+        else:
+            few = allowed.nonzero()[0].astype(np.int32)
+            row = row[few]
+        if row.max(initial=-np.inf) == -np.inf:  # all that the grammar allows is banned by the bias
+            return np.zeros(0, np.float32), np.zeros(0, np.int32)
+        return row, few
+
+    def _weighed(self, row: Logits, context: Context) -> Logits:
         """The row after bias and penalties: itself where nothing changes, else a copy that stands until the next
         row is adjusted (fresh memory for each would take longer than the rest)."""
         if not self.uses_counts and not len(self._bias_ids):
@@ -219,9 +250,22 @@ class Sampler:
             row[produced] -= p.presence_penalty + p.frequency_penalty * counts.astype(np.float32)
         return row
 
-    def _noisy_best(self, row: Logits, position_key: tuple[int, int]) -> int:
+    def _ranked(
+        self, row: Logits, few: TokenIds | None, k: int, position_key: tuple[int, int] | None
+    ) -> tuple[TokenIds, Logits]:
+        """([at most k] ids, what they are ranked by), best first: logits, or with noise logits / temperature + noise,
+        but for a constant."""
+        if position_key is None or (few is None and not self._truncates):
+            ids, values = row_top(row, min(k, len(row)), self.params.temperature, position_key)
+            return (ids if few is None else few[ids]), values
+        ids, values = self._candidates(row, few)
+        values = values + noise.gumbel(position_key, ids)
+        order = np.lexsort((ids, -values))[:k]
+        return ids[order], values[order]
+
+    def _noisy_best(self, row: Logits, few: TokenIds | None, position_key: tuple[int, int]) -> int:
         """The candidate with the best noisy sum."""
-        ids, logits = self._candidates(row)
+        ids, logits = self._candidates(row, few)
         if len(ids) == 1:
             return int(ids[0])
         logits += noise.gumbel(position_key, ids)
@@ -237,8 +281,14 @@ class Sampler:
         min_p = min(1.0, p.min_p * math.exp(-amount))
         return Sampler(replace(p, top_p=max(top_p, least), min_p=min_p), self.seed)
 
-    def _candidates(self, row: Logits) -> tuple[TokenIds, Logits]:
-        """Tokens that survive truncation, best first, and how far below the best they are, over temperature."""
+    def _candidates(self, row: Logits, few: TokenIds | None) -> tuple[TokenIds, Logits]:
+        """Tokens that survive truncation, best first, and how far below the best they are, over temperature.
+        few: the ids of the row's entries, where it does not hold all."""
+        places, logits = self._surviving(row)
+        return (places if few is None else few[places]), logits
+
+    def _surviving(self, row: Logits) -> tuple[TokenIds, Logits]:
+        """The places of those tokens in the row."""
         p = self.params
         temperature = np.float32(p.temperature)
         keep = p.top_k if 0 < p.top_k < len(row) else 0
@@ -270,6 +320,13 @@ class Sampler:
         if p.min_p > 0.0:
             cut = max(1, min(cut, int(np.count_nonzero(weights >= p.min_p))))
         return ids[:cut], best[:cut]
+
+
+def nothing_left() -> SettingError:
+    """For a row of which no token is left."""
+    return SettingError(
+        "nothing can be said here: logit_bias bans all tokens that the grammar allows", fix="Ban fewer tokens."
+    )
 
 
 def _nucleus_size(weights: Probabilities, total: float, top_p: float) -> int:

@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from localspec.drafters import DrafterSpec, Nothing
+from localspec.engine.answer import Generation
 from localspec.engine.chat import Chat
-from localspec.engine.session import Generation, Progress, Stream
+from localspec.engine.session import Progress, Stream
 from localspec.engine.stats import Stats
 from localspec.errors import LocalspecError, ModelNotFoundError, PromptError, SettingError
 from localspec.exactness import AUTO as AUTO_EXACT

@@ -103,6 +103,19 @@ def test_conversations_that_do_not_fit_together_are_said_and_not_refused() -> No
     assert settings.context == 2048 and "not for 8 at once" in notes[0]
 
 
+@pytest.mark.real
+def test_conversations_that_share_a_pass_must_fit_together() -> None:
+    """Their caches are made at once, as one."""
+    parts = plan_parts(bundled_path("tiny", "target"), None, "llamacpp")
+    asked = LoadSettings(context=2048, num_sequences=16, batch=True)
+    with pytest.raises(OutOfMemoryError, match="fewer requests at once than 16"):
+        settle(parts, asked, small(300))
+    assert settle(parts, asked, ROOM) == (asked, ())
+    shared = make_plan(parts, asked, 2048, ROOM, num_sequences=16)
+    apart = make_plan(parts, LoadSettings(context=2048, num_sequences=16), 2048, ROOM, num_sequences=16)
+    assert shared.total < apart.total, "buffers are made once"
+
+
 def test_where_a_machine_tells_nothing_nothing_is_refused(tmp_path: Path) -> None:
     parts = plan_parts(write_gguf(tmp_path / "m.gguf"), None, "llamacpp")
     settings = LoadSettings(context=1 << 24)

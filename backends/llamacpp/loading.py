@@ -31,6 +31,7 @@ from .model import LlamaModel
 from .planner import LlamaPlanner
 from .processors import num_cores
 from .state import LlamaState
+from .streams import SLACK, Streams
 from .tokenizer import LlamaTokenizer
 from .weights import Weights
 
@@ -44,6 +45,8 @@ _MAX_TREE_WIDTH = MAX_IDS - 2  # the sequence's own id is its first leaf's, too;
 _MAX_BATCH = 512
 _MAX_FLASH_BATCH = 63  # from 64 tokens on, flash attention on a CPU works in tiles and rounds otherwise
 _MAX_SEQUENCES = 64
+_STEP = 256
+_ROWS_EACH = 8  # rows of logits that a sequence may have in a shared pass before it is cut
 _ALL_LAYERS = 999
 PLANNER = LlamaPlanner(
     width=_MAX_WIDTH,
@@ -51,6 +54,8 @@ PLANNER = LlamaPlanner(
     batch=_MAX_BATCH,
     flash_batch=_MAX_FLASH_BATCH,
     num_states=recurrent.NUM_IDS,
+    slack=SLACK,
+    rows_each=_ROWS_EACH,
 )
 _FLASH_AUTO, _FLASH_OFF, _FLASH_ON = -1, 0, 1
 CACHE_TYPES = {"f16": 1, "bf16": 30}
@@ -74,6 +79,7 @@ _TREES_NEED_FLASH = (
     "token trees are exact on a CPU only with --flash-attention: without it attention sums over a branch's cells in "
     "another order than over a chain's"
 )
+_ONE_PASS = "it was loaded to run many sequences in one pass (batch), in which each is a chain"
 _TREES_OF_RECURRENT = "its recurrent layers run one chain at a time, so token trees are not verified"
 _NO_SNAPSHOTS = {"deepseek4": "llama.cpp cannot keep a snapshot of its compressed cache beside the sequence"}
 
@@ -262,27 +268,38 @@ def _with_context(
     params = _parameters(context_length, threads, flash)
     params.type_k = params.type_v = CACHE_TYPES[cache_type]
     tiled = flash == _FLASH_ON and not on_gpu and cache_type == "f16"
-    params.n_batch = params.n_ubatch = _MAX_FLASH_BATCH if tiled else _MAX_BATCH
+    longest = _MAX_FLASH_BATCH if tiled else _MAX_BATCH
+    params.n_batch = params.n_ubatch = longest
     params.n_seq_max = recurrent.NUM_IDS if replays else max_width + 2
     params.n_outputs_max = max_width + 2  # llama.cpp aborts if it is below n_seq_max; room for so many rows is made
+    window = max(0, weights.number("n_swa"))
+    batches, said = _batching(settings, replays, window)
+    notes += said
+    if batches:
+        _use_streams(params, context_length, settings.num_sequences)
 
     def make_context() -> native.Context:
         native.forget_errors()
         try:
-            return native.Context(weights.pointer, params, weights.vocab_size, max(0, weights.number("n_swa")))
+            return native.Context(weights.pointer, params, weights.vocab_size, window, longest)
         except BackendError as error:
             raise _context_error(path, native.complaints(), error) from error
 
-    memory = Memory(make_context, settings.num_sequences, recurrent.RecurrentState if replays else LlamaState)
-    exact_trees = (flash == _FLASH_ON or on_gpu) and not replays
-    limits = _limits(replays, exact_trees)
+    memory = (
+        Streams(make_context(), settings.num_sequences, LlamaState)
+        if batches
+        else Memory(make_context, settings.num_sequences, recurrent.RecurrentState if replays else LlamaState)
+    )
+    exact_trees = (flash == _FLASH_ON or on_gpu) and not replays and not batches
+    limits = (_ONE_PASS,) if batches else _limits(replays, exact_trees)
     capabilities = Capabilities(
         rewind=Rewind.REPLAY if replays else Rewind.FREE,
-        trees=not replays,
+        trees=not replays and not batches,
         exact_trees=exact_trees,
+        batches=batches,
         limits=limits,
         max_width=max_width,
-        max_leaves=None if replays else params.n_seq_max - 1,  # one id is kept free to carry a kept branch
+        max_leaves=None if replays or batches else params.n_seq_max - 1,  # one id is kept free to carry a kept branch
         num_sequences=settings.num_sequences,
         width_class=_GPU_CLASS if on_gpu else _CPU_CLASS,
         host_scores=True,
@@ -308,6 +325,31 @@ def _with_context(
         ),
     )
     return LlamaModel(weights, memory, info, capabilities)
+
+
+def _batching(settings: LoadSettings, replays: bool, window: int) -> tuple[bool, tuple[str, ...]]:
+    """(do sequences become streams of one context, what to tell). Raises SettingError beside trees."""
+    if not settings.batch:
+        return False, ()
+    if settings.trees:
+        raise SettingError(
+            "trees and batch exclude each other with llama.cpp",
+            got="both",
+            expected="one of them: sequences that share a pass verify chains only",
+        )
+    why = "its recurrent layers" if replays else "its sliding windows" if window else ""
+    if not why:
+        return True, ()
+    return False, (f"several requests are run one after another, not in one pass: {why} need a context of their own",)
+
+
+def _use_streams(params: Any, context_length: int, num_sequences: int) -> None:
+    cells = -(-(context_length + SLACK) // _STEP) * _STEP  # llama.cpp deals them out in this step
+    params.kv_unified = False
+    params.n_seq_max = num_sequences
+    params.n_ctx = cells * num_sequences
+    params.n_batch = params.n_ubatch = _MAX_BATCH
+    params.n_outputs_max = max(int(params.n_outputs_max), _ROWS_EACH * num_sequences)
 
 
 def _limits(replays: bool, exact_trees: bool) -> tuple[str, ...]:
@@ -338,6 +380,8 @@ def _checked(model: LlamaModel, settings: LoadSettings) -> LlamaModel:
             return _unchecked(model, settings)
         if model.capabilities.rewind is Rewind.REPLAY:
             return _with_replay(model)
+        if model.capabilities.batches:
+            return _with_one_pass(model)
         return _with_trees(model, settings)
     except BaseException:
         model.close()
@@ -388,6 +432,20 @@ def _with_trees(model: LlamaModel, settings: LoadSettings) -> LlamaModel:
     if settings.trees:
         raise UnsupportedModelError(f"{model.info.name} cannot verify token trees exactly: {said}", fix="Load without.")
     model.capabilities = replace(model.capabilities, exact_trees=False, limits=(said,))
+    return model
+
+
+def _with_one_pass(model: LlamaModel) -> LlamaModel:
+    """As with trees: bits where they are promised, rounding elsewhere; else each sequence gets passes of its own."""
+    if model.capabilities.num_sequences < 2:
+        return model
+    difference = selfcheck.batch_difference(model)
+    if not difference or (not model.capabilities.width_class.measured and selfcheck.is_rounding(difference)):
+        return model
+    said = f"rows of sequences in one pass were {difference:.1e} standard deviations away from those of each alone"
+    note = f"several requests are run one after another, not in one pass: {said}"
+    model.capabilities = replace(model.capabilities, batches=False, limits=(*model.capabilities.limits, said))
+    model.info = replace(model.info, notes=(*model.info.notes, note))
     return model
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from numpy import int8
+from numpy import int8, int64
 from numpy.typing import NDArray
 
 from localspec.errors import BackendError
+from localspec.protocols import SavedState
 from localspec.types import Logits, NodeIndices, Positions, TokenIds
 
 from .native import Context, Saved
@@ -29,6 +30,13 @@ class Pass:
     positions: Positions
     ids: list[list[int]] | int
     outputs: NDArray[int8]
+
+    def part(self, places: slice | NDArray[int64]) -> Pass:
+        """Some of its tokens; `outputs` may then be written to without changing the whole."""
+        ids = self.ids
+        if not isinstance(ids, int):
+            ids = ids[places] if isinstance(places, slice) else [ids[place] for place in places.tolist()]
+        return Pass(self.tokens[places], self.positions[places], ids, self.outputs[places].copy())
 
 
 MAX_IDS = 256
@@ -167,8 +175,14 @@ class State(ABC):
         """Drop everything pending and all committed tokens from `length` on. Raises ValueError."""
 
     @abstractmethod
+    def save(self) -> SavedState:
+        """A copy of the committed tokens outside of llama.cpp. Raises ValueError while nodes are pending."""
+
     def fork(self) -> State:
         """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
+        copy = self.save().open()
+        assert isinstance(copy, State)
+        return copy
 
     def close(self) -> None:
         """Empty the cache and give it back. Twice does nothing."""
@@ -199,17 +213,21 @@ class Memory:
     def open(self) -> State:
         """A new, empty sequence. Raises BackendError when all are in use, OutOfMemoryError."""
         if self._num_open >= self._num_sequences:
-            raise BackendError(
-                "too many open sequences",
-                got=self._num_open + 1,
-                expected=f"at most {self._num_sequences}",
-                fix="Close one, or load the model with a larger num_sequences.",
-            )
+            raise self.all_in_use()
         if not self._idle:
             self._caches.append(Cache(self, self._make_context()))
             self._idle.append(self._caches[-1])
         self._num_open += 1
         return self._make_state(self._idle.pop())
+
+    def all_in_use(self) -> BackendError:
+        """The error for one sequence too many."""
+        return BackendError(
+            "too many open sequences",
+            got=self._num_sequences + 1,
+            expected=f"at most {self._num_sequences}",
+            fix="Close one, or load the model with a larger num_sequences.",
+        )
 
     def release(self, cache: Cache) -> None:
         """A sequence was closed; its cache serves the next one."""

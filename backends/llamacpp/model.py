@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from localspec.types import Logits, TokenIds
 from . import native
 from .memory import Memory, Pass, State
 from .native import Context
+from .state import LlamaState
+from .streams import SLACK, joined
 from .tokenizer import LlamaTokenizer
 from .weights import Weights
 
@@ -39,7 +42,7 @@ class LlamaModel:
         return self._memory.open()
 
     def forward(self, steps: Sequence[Step]) -> list[Scores]:
-        """Run the steps, each in its sequence's own context.
+        """Run the steps: as one pass where sequences are streams of one context, else each in its own.
 
         Raises ContextFullError if a sequence would outgrow the context, BackendError if llama.cpp
         fails, ValueError for steps that break the contract; in each case no step has happened.
@@ -52,7 +55,10 @@ class LlamaModel:
                 tokens, outputs = _gathered(step)
                 state.plan(tokens, step.parents, outputs)
             self._generation[0] += 1
-            rows = [state.run(partial(self._in_one_context, state.cache.context)) for state in states]
+            if self.capabilities.batches and _are_alike([step.num_tokens for step in steps]):
+                rows = self._in_one_pass(states)
+            else:
+                rows = [state.run(partial(self._in_one_context, state.cache.context)) for state in states]
         except BaseException:
             for state in states:
                 state.undo()
@@ -79,27 +85,49 @@ class LlamaModel:
 
     # ------------------------------------------------------------ one pass
 
+    def _in_one_pass(self, states: Sequence[State]) -> list[Logits]:
+        """Per state [N, V] its scored rows, of a pass in which each is as wide as the widest."""
+        streams = [state for state in states if isinstance(state, LlamaState)]
+        context, count = streams[0].cache.context, len(streams)
+        whole, places = joined(streams, self.capabilities.width_class.min_width)
+        width = len(whole.tokens) // count
+        columns = np.arange(len(whole.tokens)).reshape(count, width)
+        num_parts = -(-width * count // min(context.max_batch, context.max_outputs))
+        cuts = [width * part // num_parts for part in range(num_parts + 1)]
+        number = np.cumsum(whole.outputs) - 1  # of a token's row
+        rows: Logits | None = None if num_parts == 1 else np.zeros((int(number[-1]) + 1, self.vocab_size), np.float32)
+        for start, end in pairwise(cuts):
+            chosen = columns[:, start:end].reshape(-1)
+            found = self._decode(context, whole.part(chosen))
+            if rows is None:
+                rows = found
+            else:
+                rows[number[chosen[whole.outputs[chosen] == 1]]] = found
+        for state in streams:
+            state.drop_padding()
+        assert rows is not None
+        return [rows[number[place[0]] + 1 - whole.outputs[place[0]] : number[place[-1]] + 1] for place in places]
+
     def _in_one_context(self, context: Context, whole: Pass) -> Logits:
         """[N, V] scored rows of a pass, cut into as many decodes as it takes."""
-        cuts = _cuts(whole.outputs, context.max_batch, self.capabilities.max_width)
+        cuts = _cuts(whole.outputs, context.longest, self.capabilities.max_width)
         parts: list[Logits] = []
         for start, end in cuts:
-            part = self._decode(context, whole, start, end)
+            part = self._decode(context, whole.part(slice(start, end)))
             parts.append(part.copy() if len(cuts) > 1 else part)
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.zeros((0, self.vocab_size), np.float32)
 
-    def _decode(self, context: Context, whole: Pass, start: int, end: int) -> Logits:
-        """[N', V] scored rows among tokens start to end."""
-        outputs = whole.outputs[start:end]
+    def _decode(self, context: Context, part: Pass) -> Logits:
+        """[N, V] scored rows of one decode."""
+        outputs = part.outputs
         count = int(np.count_nonzero(outputs))
         extra = self._widen(outputs) if count == 1 else None
-        ids = whole.ids if isinstance(whole.ids, int) else whole.ids[start:end]
         native.forget_errors()
-        code = context.decode(whole.tokens[start:end], whole.positions[start:end], ids, outputs)
+        code = context.decode(part.tokens, part.positions, part.ids, outputs)
         if code:
-            if not np.all((whole.tokens >= 0) & (whole.tokens < self.vocab_size)):  # looked at only once it failed
+            if not np.all((part.tokens >= 0) & (part.tokens < self.vocab_size)):  # looked at only once it failed
                 raise ValueError(f"token ids outside 0 to {self.vocab_size - 1}")
             raise BackendError(
                 f"llama.cpp could not run the pass: {native.quoted(native.complaints())}", got=f"code {code}"
@@ -143,6 +171,11 @@ def _gathered(step: Step) -> tuple[TokenIds, NDArray[np.int8]]:
     outputs = np.zeros(step.num_tokens, np.int8)
     outputs[rows] = 1
     return tokens, outputs
+
+
+def _are_alike(widths: Sequence[int]) -> bool:
+    """Do several steps go well into one pass, in which each is as wide as the widest?"""
+    return len(widths) > 1 and min(widths) > 0 and max(widths) - min(widths) < SLACK
 
 
 def _cuts(outputs: NDArray[np.int8], max_batch: int, max_outputs: int) -> list[tuple[int, int]]:

@@ -230,18 +230,24 @@ class Saved:
 
     buffer: Any
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffer."""
+        return len(self.buffer)
+
 
 class Context:
     """A llama_context and its batch: decode, and move cache cells between sequence ids.
 
-    max_batch: tokens per decode.  max_ids: sequence ids 0 to max_ids - 1 exist.  window: of sliding-window
-    attention, else 0.
+    max_batch: tokens per decode.  max_outputs: of them scored.  longest: tokens of one sequence per decode.
+    max_ids: sequence ids 0 to max_ids - 1 exist.  window: of sliding-window attention, else 0.
     """
 
-    def __init__(self, model: Any, params: Any, vocab_size: int, window: int) -> None:
+    def __init__(self, model: Any, params: Any, vocab_size: int, window: int, longest: int) -> None:
         self._lib = library()
-        self.window = window
+        self.window, self.longest = window, longest
         self.max_batch, self.max_ids = int(params.n_batch), int(params.n_seq_max)
+        self.max_outputs = int(params.n_outputs_max)
         self._vocab_size = vocab_size
         self._pointer = self._lib.llama_init_from_model(model, params)
         if not self._pointer:

@@ -26,10 +26,22 @@ class LlamaPlanner:
     """`preparation.MemoryPlanner`. The arguments are the loader's constants.
 
     width, tree_width: widest verify.  batch, flash_batch: tokens of a pass.  num_states: of recurrent layers that
-    a sequence keeps, snapshots included.
+    a sequence keeps, snapshots included.  slack, rows_each: cells beyond the context, and rows of logits, of each
+    sequence that shares a context.
     """
 
-    def __init__(self, *, width: int, tree_width: int, batch: int, flash_batch: int, num_states: int) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        tree_width: int,
+        batch: int,
+        flash_batch: int,
+        num_states: int,
+        slack: int,
+        rows_each: int,
+    ) -> None:
+        self._slack, self._rows_each = slack, rows_each
         self._width, self._tree_width, self._num_states = width, tree_width, num_states
         self._batch, self._flash_batch = batch, flash_batch
 
@@ -42,6 +54,12 @@ class LlamaPlanner:
         tiled = flash and settings.cache_type in {None, "f16"}
         batch = self._flash_batch if tiled else self._batch
         num_ids = self._num_states if model.is_recurrent else num_rows
+        shared = settings.batch and not model.is_recurrent  # one context, whose buffers all sequences use
+        buffers = MemoryScope.MODEL if shared else MemoryScope.SEQUENCE
+        if shared:
+            cells += -(-self._slack // _STEP) * _STEP
+            num_rows = max(num_rows, self._rows_each * settings.num_sequences)
+            num_ids, batch = settings.num_sequences, self._batch
         repacked = ", repacked" if not share and self._repacks(settings) else ""
         tables = _GRAPHS + _TOKEN * model.vocab_size
 
@@ -58,8 +76,8 @@ class LlamaPlanner:
                 MemoryScope.SEQUENCE,
             ),
             item("cells", cells * _CELL, MemoryScope.SEQUENCE, movable=False),
-            item("compute buffer", _compute(model, cells, batch, num_rows, num_ids, flash), MemoryScope.SEQUENCE),
-            item("rows of logits", num_rows * model.vocab_size * _F32, MemoryScope.SEQUENCE, movable=False),
+            item("compute buffer", _compute(model, cells, batch, num_rows, num_ids, flash), buffers),
+            item("rows of logits", num_rows * model.vocab_size * _F32, buffers, movable=False),
         ]
         if model.state_values:
             states = model.state_values * _F32 * self._num_states

@@ -24,7 +24,7 @@ from localspec.replay import History, Mark
 from localspec.tree.mask import check_path
 from localspec.types import Logits, NodeIndices, TokenIds
 
-from .memory import Cache, Decode, Pass, State
+from .memory import Cache, Decode, Memory, Pass, Piece, State
 
 NUM_SNAPSHOTS = 3
 """Older snapshots that are kept beside the newest, for going back further."""
@@ -218,23 +218,50 @@ class RecurrentState(State):
         self.cache.empty(sorted(unused))
         self._ids -= unused
 
-    def fork(self) -> State:
-        """An independent copy of the committed tokens; of the snapshots it gets the newest. Raises ValueError
-        while nodes are pending."""
+    def save(self) -> RecurrentSaved:
+        """A copy of the committed tokens outside of llama.cpp; of the snapshots it gets the newest. Raises
+        ValueError while nodes are pending."""
         self.check_open()
         if self._parents:
-            raise ValueError("cannot fork while nodes are pending")
-        copy = self.cache.memory.open()
-        assert isinstance(copy, RecurrentState)
+            raise ValueError("cannot copy while nodes are pending")
+        mark = self._newest()
+        pieces = self.cache.copied(self._work, mark.length) if mark is not None else []
+        tokens = tuple(self._history.since(None).tolist())
+        length = 0 if mark is None else mark.length
+        return RecurrentSaved(self.cache.memory, tokens, length, tuple(pieces), self._num_fresh)
+
+    def fill(self, saved: RecurrentSaved) -> None:
+        """Become what was saved; for an empty state only."""
+        if saved.mark:
+            self.cache.insert(self._work, saved.pieces)
+            self._history.extend(saved.tokens[: saved.mark])
+            self._remember()
+        self._history.extend(saved.tokens[saved.mark :])
+        self._num_fresh = saved.num_fresh
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentSaved:
+    """Committed tokens, and the state at the first `mark` of them. `protocols.SavedState`."""
+
+    memory: Memory
+    tokens: tuple[int, ...]
+    mark: int
+    pieces: tuple[Piece, ...]
+    num_fresh: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the state."""
+        return sum(piece.cells.num_bytes for piece in self.pieces)
+
+    def open(self) -> State:
+        """A new sequence that holds them. Raises as `Memory.open`."""
+        state = self.memory.open()
+        assert isinstance(state, RecurrentState)
         try:
-            mark = self._newest()
-            if mark is not None:
-                copy.cache.insert(copy._work, self.cache.copied(self._work, mark.length))
-                copy._history.extend(self._history.since(None)[: mark.length].tolist())
-                copy._remember()
-            copy._history.extend(self._waiting(False).tolist())
+            state.fill(self)
         except BaseException:
-            copy.close()
+            state.close()
             raise
-        copy._num_fresh = self._num_fresh
-        return copy
+        return state

@@ -43,6 +43,30 @@ def tree_difference(model: LanguageModel) -> float:
         state.close()
 
 
+def batch_difference(model: LanguageModel) -> float:
+    """How far the rows of two sequences in one pass are from those of each alone, in standard deviations of a row; 0.0
+    for equal bits."""
+    ids = _ids(model, 24)
+    parts = ((ids[:9], ids[9:12]), (ids[12:17], ids[17:22]))
+    states, want = [], []
+    try:
+        for prefix, tokens in parts:
+            state = model.open()
+            states.append(state)
+            _commit(model, state, prefix)
+            want.append(_rows(model, state, tokens, chain_parents(state, len(tokens))))
+            state.keep(())
+        steps = [
+            Step(state, (HostTokens(np.array(tokens, np.int32)),), chain_parents(state, len(tokens)))
+            for state, (_, tokens) in zip(states, parts, strict=True)
+        ]
+        got = [scores.rows(range(scores.num_rows)).copy() for scores in model.forward(steps)]
+    finally:
+        for state in states:
+            state.close()
+    return _distance(np.concatenate(got), np.concatenate(want))
+
+
 def replay_difference(model: LanguageModel) -> float:
     """How far rows after tokens were taken back are from a chain's that never were, in standard deviations of a
     row; 0.0 for equal bits."""

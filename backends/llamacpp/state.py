@@ -19,7 +19,7 @@ from localspec.errors import BackendError
 from localspec.tree.mask import check_path
 from localspec.types import Logits, NodeIndices, Positions, TokenIds
 
-from .memory import Cache, Decode, Pass, State
+from .memory import Cache, Decode, Memory, Pass, Piece, State
 
 
 @dataclass(slots=True)
@@ -127,12 +127,22 @@ class LlamaState(State):
         return line
 
     def run(self, decode: Decode) -> Logits:
-        """Share the old cells with the borrowed ids, then one pass; [N, V] its scored rows."""
+        """One pass; [N, V] its scored rows."""
+        return decode(self.planned())
+
+    def planned(self) -> Pass:
+        """The pass that was planned, its old cells shared with the borrowed ids."""
         plan = self._plan
         assert plan is not None
         for source, target, end in plan.copies:
             self.cache.context.share(source, target, end)
-        return decode(Pass(self._tokens, plan.positions, plan.ids, self._outputs))
+        return Pass(self._tokens, plan.positions, plan.ids, self._outputs)
+
+    def drop_padding(self) -> None:
+        """Forget the cells behind the planned chain."""
+        plan = self._plan
+        assert plan is not None and isinstance(plan.ids, int)
+        self.cache.context.remove(plan.ids, self._length + plan.depths[-1] + 1)
 
     def commit(self) -> None:
         """The tokens are in the cache: they are pending nodes now."""
@@ -196,18 +206,40 @@ class LlamaState(State):
             self.cache.context.remove(self._id, length)
             self._length = length
 
-    def fork(self) -> State:
-        """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
+    def save(self) -> LlamaSaved:
+        """A copy of the committed tokens outside of llama.cpp. Raises ValueError while nodes are pending."""
         self.check_open()
         if self._parents:
-            raise ValueError("cannot fork while nodes are pending")
-        copy = self.cache.memory.open()
-        assert isinstance(copy, LlamaState)
+            raise ValueError("cannot copy while nodes are pending")
+        pieces = self.cache.copied(self._id, self._length) if self._length else []
+        return LlamaSaved(self.cache.memory, self._length, tuple(pieces))
+
+    def fill(self, saved: LlamaSaved) -> None:
+        """Become what was saved; for an empty state only."""
+        self.cache.insert(self._id, saved.pieces)
+        self._length = saved.length
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSaved:
+    """Committed cells of a sequence. `protocols.SavedState`."""
+
+    memory: Memory
+    length: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the cells."""
+        return sum(piece.cells.num_bytes for piece in self.pieces)
+
+    def open(self) -> State:
+        """A new sequence that holds them. Raises as `Memory.open`."""
+        state = self.memory.open()
+        assert isinstance(state, LlamaState)
         try:
-            if self._length:
-                copy.cache.insert(copy._id, self.cache.copied(self._id, self._length))
+            state.fill(self)
         except BaseException:
-            copy.close()
+            state.close()
             raise
-        copy._length = self._length
-        return copy
+        return state

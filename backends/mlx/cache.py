@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -10,6 +10,9 @@ from mlx_lm.models.cache import KVCache
 from .layout import Layout
 
 _BLOCK = KVCache.step
+
+if TYPE_CHECKING:
+    from .together import JointLayout
 
 
 class Pass:
@@ -21,12 +24,12 @@ class Pass:
 
     def __init__(self, blocks: bool = False) -> None:
         self.blocks = blocks
-        self.layout: Layout | None = None
-        self.positions: mx.array | None = None  # [T], where they are not the row numbers
+        self.layout: Layout | JointLayout | None = None
+        self.positions: mx.array | None = None  # [T] or [B, T], where they are not the row numbers
         self.rows: mx.array | None = None  # [R] rows whose logits are wanted; None: all
         self.shift = 0  # added to the offset that models see; only ever set by the self-check
 
-    def begin(self, layout: Layout, rows: tuple[int, ...] | None) -> None:
+    def begin(self, layout: Layout | JointLayout, rows: tuple[int, ...] | None) -> None:
         """Set everything for one pass."""
         positions = layout.positions
         self.layout = layout

@@ -30,10 +30,21 @@ class PlacedRope(nn.Module):
         positions = self._current.positions
         if positions is None:
             return self.inner(x, offset, *args, **kwargs)  # type: ignore[no-any-return]
+        if positions.ndim == 2:
+            return self._turned_together(x, positions, *args, **kwargs)
         if x.ndim != 4 or x.shape[2] != positions.shape[0]:
             raise ValueError(f"cannot place {x.shape} at {positions.shape[0]} positions")
         turned = self.inner(x.transpose(2, 1, 0, 3), *args, offset=positions, **kwargs)
         return turned.transpose(2, 1, 0, 3)  # type: ignore[no-any-return]
+
+    def _turned_together(self, x: mx.array, positions: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """[B, H, T, D] turned; positions [B, T] of several sequences."""
+        if x.ndim != 4 or (x.shape[0], x.shape[2]) != positions.shape:
+            raise ValueError(f"cannot place {x.shape} at {positions.shape} positions")
+        num, heads, width, size = x.shape
+        rows = x.transpose(0, 2, 1, 3).reshape(num * width, heads, 1, size)
+        turned = self.inner(rows, *args, offset=positions.reshape(-1), **kwargs)
+        return turned.reshape(num, width, heads, size).transpose(0, 2, 1, 3)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         """Models read settings of the embedding: those of the inner one."""
@@ -52,7 +63,7 @@ class PlacedTable(nn.Module):
         """[..., T, hidden]; `places` are right where the rows are a chain."""
         positions = self._current.positions
         if positions is not None:
-            places = mx.broadcast_to(positions, places.shape)
+            places = positions if positions.ndim == 2 else mx.broadcast_to(positions, places.shape)
         return self.inner(places)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:

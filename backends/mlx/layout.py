@@ -29,6 +29,10 @@ class Layout:
         self._parents = parents
         self._masks: dict[int | None, mx.array] = {}
 
+    def widened(self, num_new: int) -> Layout:
+        """The same nodes, of which the last `num_new` are new."""
+        return Layout(self.num_committed, self._parents, num_new)
+
     @cached_property
     def is_chain(self) -> bool:
         """Do all pending nodes follow one another?"""
@@ -40,9 +44,14 @@ class Layout:
         return self.num_committed + depths(self._parents)
 
     @property
+    def places(self) -> Positions:
+        """[T] positions of the new rows."""
+        return self._places[len(self._parents) - self.num_new :]
+
+    @property
     def positions(self) -> Positions | None:
         """[T] positions of the new rows, or None where they are simply the row numbers."""
-        return None if self.is_chain else self._places[len(self._parents) - self.num_new :]
+        return None if self.is_chain else self.places
 
     @property
     def num_cells(self) -> int:
@@ -69,10 +78,16 @@ class Layout:
         if window is None:  # the committed part is all ones: made on the device, not sent there
             everything = mx.ones((self.num_new, self.num_committed), mx.bool_)
             return mx.concatenate([everything, mx.array(seen)], axis=1)
+        return mx.array(self.seen(window))
+
+    def seen(self, window: int | None) -> BoolMask:
+        """[T, cells] true where a new row may see a cell."""
         places = np.concatenate([np.arange(self.num_committed, dtype=np.int32), self._places])
-        near = places[len(places) - self.num_new :, None] - places[None] < window
-        near[:, self.num_committed :] &= seen
-        return mx.array(near)
+        near = np.ones((self.num_new, len(places)), np.bool_)
+        if window is not None:
+            near = places[len(places) - self.num_new :, None] - places[None] < window
+        near[:, self.num_committed :] &= self._ancestors()
+        return near
 
     def _ancestors(self) -> BoolMask:
         """[T, P] true where the column is the new row's ancestor or itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .device import describe_device, on_cpu
 from .model import MlxModel
 from .network import Network
 from .scores import Ledger
+from .selfcheck import SelfCheck
 from .tokenizer import MlxTokenizer
 
 _DEFAULT_CONTEXT = 4096
@@ -71,6 +72,8 @@ def assemble(opened: Opened, path: Path, settings: LoadSettings, ledger: Ledger)
     context = settings.context or min(trained, _DEFAULT_CONTEXT)
     if context > trained:
         notes.append(f"A context of {context} tokens is more than the {trained} the model was trained for.")
+    batches, said = _batching(network, settings)
+    notes += said
     info = ModelInfo(
         name=opened.name,
         path=path,
@@ -85,7 +88,24 @@ def assemble(opened: Opened, path: Path, settings: LoadSettings, ledger: Ledger)
         runtime=f"mlx {metadata.version('mlx')}, mlx-lm {metadata.version('mlx-lm')}",
         options=(("dtype", dtype),),
     )
-    return MlxModel(network, info, opened.tokenizer, settings.num_sequences, ledger)
+    model = MlxModel(network, info, opened.tokenizer, settings.num_sequences, ledger)
+    model.capabilities = replace(model.capabilities, batches=batches)
+    return model
+
+
+def _batching(network: Network, settings: LoadSettings) -> tuple[bool, list[str]]:
+    """(do the steps of one forward run as one pass, what to tell). Where the width class promises bits they must be
+    equal, elsewhere rounding may differ."""
+    if not settings.batch:
+        return False, []
+    why = "its memory or its positions allow only one at a time"
+    if network.can_join:
+        difference = SelfCheck(network).together()
+        if difference is not None and difference <= (0.0 if on_cpu() else 0.1):
+            return True, []
+        if difference is not None:
+            why = f"rows of sequences in one pass were {difference:.1e} of a row's spread away from those of each alone"
+    return False, [f"Several requests are run one after another, not in one pass: {why}."]
 
 
 def compute_in(module: Any, dtype: str | None, default: mx.Dtype | None) -> list[str]:

@@ -22,6 +22,7 @@ from .scores import DeviceScores, DeviceTokens, Ledger
 from .state import MlxState
 from .tokenizer import MlxTokenizer
 
+_MOST_TOGETHER = 128  # tokens of each sequence in a pass that several share
 _CHUNK = 512  # tokens per pass; a longer step is cut, which bounds the memory of its activations
 
 
@@ -113,6 +114,8 @@ class MlxModel:
             with translated("the forward pass"):
                 # Begun apart, so that whoever reads them need not wait for this pass, and while the host builds it.
                 mx.async_eval(*(part.array for step in steps for part in step.tokens if isinstance(part, DeviceTokens)))
+                if self.capabilities.batches and _are_alike([step.num_tokens for step in steps]):
+                    return self._run_together(network, steps, states)
                 return [self._run(network, step, state) for step, state in zip(steps, states, strict=True)]
         except Exception:
             for state, num_pending in zip(states, before, strict=True):
@@ -141,6 +144,27 @@ class MlxModel:
         scores = mx.concatenate(parts) if len(parts) > 1 else parts[0] if parts else mx.zeros((0, self.vocab_size))
         return cast("Scores", DeviceScores(scores, self._ledger))
 
+    def _run_together(self, network: Network, steps: Sequence[Step], states: Sequence[MlxState]) -> list[Scores]:
+        """All steps as one pass, each as wide as the widest; the padding's rows are dropped."""
+        width = max(self.capabilities.width_class.min_width, *(step.num_tokens for step in steps))
+        ids, layouts, numbers = [], [], []
+        for step, state in zip(steps, states, strict=True):
+            missing = width - step.num_tokens
+            numbers.append(state.num_pending + step.num_tokens)
+            state.note(step.tokens)
+            state.add(step.parents)
+            padding = np.arange(numbers[-1] - 1, numbers[-1] - 1 + missing, dtype=np.int32)
+            layouts.append(state.add(padding).widened(width))
+            ids.append(mx.pad(_joined(step), (0, missing)))
+        logits = network.run_together(mx.stack(ids), [state.caches for state in states], layouts)
+        scores = []
+        for index, (step, state) in enumerate(zip(steps, states, strict=True)):
+            state.forget(numbers[index])
+            wanted = list(range(step.num_tokens)) if step.rows is None else list(step.rows)
+            scores.append(mx.take(logits[index], mx.array(wanted, mx.int32), axis=0))
+        mx.async_eval(*(array for state in states for array in state.arrays()), *scores)
+        return [cast("Scores", DeviceScores(rows, self._ledger)) for rows in scores]
+
     def _own(self, step: Step) -> MlxState:
         state = step.state
         if not isinstance(state, MlxState) or state.owner is not self:
@@ -165,6 +189,11 @@ class MlxModel:
         room = self.info.context_length - state.length - state.num_pending
         if num_tokens > room:
             raise ContextFullError("context full", got=f"{num_tokens} more tokens", expected=f"at most {room}")
+
+
+def _are_alike(widths: Sequence[int]) -> bool:
+    """Do several steps go well into one pass, in which each is as wide as the widest?"""
+    return len(widths) > 1 and min(widths) > 0 and max(widths) <= _MOST_TOGETHER
 
 
 def _check_parents(parents: NodeIndices, num_pending: int, trees: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,12 +11,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from localspec.errors import ModelFileError
 
-from .cache import Pass
+from .cache import Pass, TreeCache
 from .device import builds_attention
 from .grafts import Body, place_positions, wrap_body
 from .layout import Layout
 from .memory import planned, states_in
 from .selfcheck import SelfCheck, refuse_broken, small_budgets
+from .together import JointCache, JointLayout
 
 
 class Network:
@@ -57,6 +59,20 @@ class Network:
             if self._graft is None and rows is not None:
                 logits = mx.take(logits, mx.array(rows, mx.int32), axis=0)
             return logits
+        finally:
+            self.current.end()
+
+    @property
+    def can_join(self) -> bool:
+        """Could several sequences go into one pass? Only the self-check knows whether they may."""
+        return self.trees and all(isinstance(cache, TreeCache) for cache in self.caches())
+
+    def run_together(self, ids: mx.array, caches: Sequence[list[Any]], layouts: Sequence[Layout]) -> mx.array:
+        """[B, T, V] lazy logits of one pass over ids [B, T], each with caches and a layout of its own."""
+        self.current.begin(JointLayout(layouts), None)
+        try:
+            joined = [JointCache(lanes) for lanes in zip(*caches, strict=True)]
+            return self._module(ids, cache=joined)  # type: ignore[no-any-return]
         finally:
             self.current.end()
 

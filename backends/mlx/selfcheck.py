@@ -162,6 +162,30 @@ class SelfCheck:
                 return f"a tree's rows are not those of chains ({difference:.2g} of a row's spread): {where}"
         return None
 
+    def together(self) -> float | None:
+        """How far rows of two sequences in one pass are from those of each alone, in spreads of a row (0.0 for equal
+        bits); None where they cannot be run so."""
+        network = self._network
+        longer, shorter = network.caches(), network.caches()
+        lengths = (len(_PREFIX), 2)
+        try:
+            for caches, length in ((longer, lengths[0]), (shorter, lengths[1])):
+                self._run(caches, 0, _PREFIX[:length])
+            alone = [
+                self._run([copied(cache) for cache in caches], length, _CHAIN)
+                for caches, length in ((longer, lengths[0]), (shorter, lengths[1]))
+            ]
+            layouts = [Layout(length, chain(len(_CHAIN)), len(_CHAIN)) for length in lengths]
+            rows = network.run_together(mx.array([_CHAIN, _CHAIN], mx.int32), [longer, shorter], layouts)
+            want = mx.stack(alone)
+            if rows.shape != want.shape:
+                return None
+            return float(mx.abs(rows - want).max()) / float(mx.std(want))
+        except Exception as error:  # whatever a model file does with several sequences
+            if is_memory_error(error):
+                raise
+            return None
+
     # ------------------------------------------------------------ helpers
 
     def _fork(self) -> list[Any]:

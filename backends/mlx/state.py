@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -106,6 +107,21 @@ class MlxState:
             raise ValueError("cannot fork while nodes are pending")
         return self._on_fork(self)
 
+    def save(self) -> MlxSaved:
+        """A copy outside of the open sequences, which shares memory until either is written to. Raises ValueError
+        while nodes are pending."""
+        self.check_open()
+        if len(self._parents):
+            raise ValueError("cannot save while nodes are pending")
+        held = object.__new__(type(self))
+        vars(held).update(vars(self))
+        held.copy_from(self)
+        return MlxSaved(held, sum(array.nbytes for array in self.arrays()))
+
+    def reopened(self) -> MlxState:
+        """An open copy of a saved state."""
+        return self._on_fork(self)
+
     def copy_from(self, other: MlxState) -> None:
         """Become a copy of another state's committed tokens."""
         self.caches = [copied(cache) for cache in other.caches]
@@ -125,3 +141,15 @@ class MlxState:
     def _rewind(self, num_rows: int) -> None:
         for cache in self._rows:
             cache.num_rows = num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class MlxSaved:
+    """A state outside of the open ones. `protocols.SavedState`."""
+
+    held: MlxState
+    num_bytes: int
+
+    def open(self) -> MlxState:
+        """A new sequence that holds the same. Raises BackendError when all are in use."""
+        return self.held.reopened()

@@ -112,10 +112,28 @@ class TableState:
 
     def fork(self) -> TableState:
         """A copy."""
-        return TableState()
+        return self.save().open()
+
+    def save(self) -> TableSaved:
+        """A copy."""
+        return TableSaved(self.length)
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableSaved:
+    """A number of tokens."""
+
+    length: int
+    num_bytes: int = 0
+
+    def open(self) -> TableState:
+        """A state that has counted so far."""
+        state = TableState()
+        state.length = self.length
+        return state
 
 
 class Foresight:

@@ -12,7 +12,7 @@ from localspec.audit.difference import Difference, explain
 from localspec.audit.rows import RowReport, measure_rows
 from localspec.bench.prompts import Prompt
 from localspec.drafters import Nothing
-from localspec.engine.session import Generation
+from localspec.engine.answer import Generation
 from localspec.errors import SettingError
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.loading import Pair

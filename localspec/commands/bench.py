@@ -13,11 +13,13 @@ import click
 from localspec.commands.expand import expand
 from localspec.commands.models import open_models
 from localspec.commands.options import F, apply_options, exact_option, in_a_folder, load_options
+from localspec.commands.serving import serve, soak
 from localspec.commands.speed import speed
 
 if TYPE_CHECKING:
     from localspec.bench.cross import Report as CrossReport
     from localspec.bench.equality import Report
+    from localspec.bench.grammar import Report as GrammarReport
     from localspec.bench.trees import Report as TreeReport
     from localspec.loading import Pair
 
@@ -45,6 +47,8 @@ def bench() -> None:
 
 bench.add_command(expand)
 bench.add_command(speed)
+bench.add_command(serve)
+bench.add_command(soak)
 
 
 def workload_options(
@@ -192,6 +196,41 @@ def cross(
         finally:
             model.close()
     _finish_bench(table(report), report.as_dict(), output)
+
+
+@bench.command()
+@click.option("--schemas", type=click.IntRange(min=1), default=200, show_default=True, help="Random JSON schemas.")
+@click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
+@click.option(
+    "--at", "temperatures", multiple=True, type=float, default=(0.0, 0.8), show_default=True, help="Temperatures."
+)
+@drafters_option("draft_model", "auto")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    callback=in_a_folder,
+    help="Also write every measurement as JSON.",
+)
+@load_options
+def grammar(
+    schemas: int,
+    tokens: int,
+    temperatures: Sequence[float],
+    drafters: Sequence[str],
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Answers in JSON of random schemas: are they valid, equal to plain decoding, and what is accepted?"""
+    from localspec.bench.grammar import measure, table
+
+    def save(report: GrammarReport) -> None:
+        if output is not None:
+            output.write_text(json.dumps(report.as_dict(), indent=1))
+
+    with _open_for(options, drafters) as pair:
+        report = measure(pair, schemas, drafters, temperatures, tokens, save)
+    _finish_bench(table(report), report.as_dict(), output)
+    sys.exit(1 if report.wrong else 0)
 
 
 @bench.command()

@@ -24,6 +24,7 @@ def open_models(
     *specs: DrafterSpec,
     quiet: bool = False,
     num_sequences: int = 1,
+    batch: bool = False,
     offer_pull: bool = False,
 ) -> Pair:
     """Load the pair that the options name, fit for these drafters, with a sign of life on the terminal."""
@@ -33,7 +34,7 @@ def open_models(
     from localspec.verify import WALK
 
     trees = any(spec.asks_for_trees for spec in specs)
-    settings = load_settings(options, num_sequences=num_sequences, trees=trees)
+    settings = load_settings(options, num_sequences=num_sequences, trees=trees, batch=batch)
     target, draft, backend = named_models(options, offer_pull=offer_pull)
     with loading(quiet=quiet) as status:
         pair = open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])

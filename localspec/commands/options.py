@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from localspec.constraint import Grammar
     from localspec.drafters import DrafterSpec
     from localspec.sampling import SamplingParams
 
@@ -93,7 +94,7 @@ def draft_options(command: F) -> F:
             default="auto",
             show_default=True,
             metavar="NAME[:SETTING=VALUE,...]",
-            help="auto, draft_model, cross_tokenizer, ngram, nothing; e.g. ngram:max=4,num=8, "
+            help="auto, draft_model, cross_tokenizer, ngram, grammar, nothing; e.g. ngram:max=4,num=8, "
             "draft_model:num=16,shape=tree, or draft_model+ngram for both in one tree.",
         ),
         click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),
@@ -167,6 +168,28 @@ def sampling_options(command: F) -> F:
     return apply_options(options, command)
 
 
+def grammar_options(command: F) -> F:
+    """What an answer may look like."""
+    options = [
+        click.option(
+            "--json-schema",
+            "-j",
+            "-jf",
+            "--json-schema-file",
+            metavar="FILE|JSON",
+            help="Answer in JSON of this schema; {} for any JSON.",
+        ),
+        click.option("--regex", metavar="PATTERN", help="Answer with text that a regular expression matches."),
+        click.option(
+            "--grammar",
+            "--grammar-file",
+            metavar="FILE|TEXT",
+            help="Answer by a grammar: llguidance's Lark, or llama.cpp's GBNF.",
+        ),
+    ]
+    return apply_options(options, command)
+
+
 def view_options(command: F) -> F:
     """How to see what was guessed."""
     options = [
@@ -218,6 +241,39 @@ def drafter_spec(options: dict[str, Any]) -> DrafterSpec:
             raise SettingError("--plain leaves nothing to draft", fix="Leave out --plain, or the drafter's options.")
         return DrafterSpec.parse("nothing")
     return spec.with_settings(given)
+
+
+def chosen_grammar(options: dict[str, Any]) -> Grammar | None:
+    """The grammar that the options name, if any. Raises SettingError."""
+    from localspec.constraint import Grammar
+    from localspec.errors import SettingError
+
+    given = [name for name in ("json_schema", "regex", "grammar") if options[name] is not None]
+    if len(given) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise SettingError(f"{names} each say what the answer looks like", fix="Give one of them.")
+    if options["json_schema"] is not None:
+        return Grammar.json_schema(_read_or_take("--json-schema", options["json_schema"], "{"))
+    if options["grammar"] is not None:
+        return Grammar.lark(_read_or_take("--grammar", options["grammar"], ":"))
+    return None if options["regex"] is None else Grammar.regex(options["regex"])
+
+
+def _read_or_take(option: str, value: str, mark: str) -> str:
+    """The content of a file, or the text itself if there is no such file and it holds what such texts hold."""
+    from localspec.errors import SettingError
+
+    try:
+        if Path(value).is_file():
+            return Path(value).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{option}: {value} is not text", got=error) from None
+    except (OSError, ValueError) as error:
+        if mark not in value:  # it may be text, which is too long for a name
+            raise SettingError(f"{option}: {value} cannot be read", got=error) from None
+    if mark not in value:
+        raise SettingError(f"{option}: no such file: {value}", fix="Check the path, or give the text itself.")
+    return value
 
 
 def sampling_params(options: dict[str, Any], *, default_temperature: float) -> SamplingParams:

@@ -4,12 +4,13 @@ by plus signs, are merged into one tree."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from localspec.drafters.combined import Combined
 from localspec.drafters.cross_tokenizer import CrossTokenizer
 from localspec.drafters.draft_model import DraftModel
+from localspec.drafters.forced import Forced
 from localspec.drafters.ngram import Ngram
 from localspec.drafters.nothing import Nothing
 from localspec.errors import SettingError, UnknownNameError, UsageError
@@ -24,13 +25,15 @@ __all__ = [
     "Draft",
     "DraftModel",
     "DrafterSpec",
+    "Forced",
     "Ngram",
     "Nothing",
+    "check_settings",
     "make_drafter",
 ]
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {
-    maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram)
+    maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Forced)
 }
 """Name -> class. Keyword arguments of the class are its settings on the command line."""
 
@@ -147,6 +150,14 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -
             )
         return maker(model, draft.relation, draft.num_rows, **settings)
     return maker(**settings)
+
+
+def check_settings(specs: Iterable[DrafterSpec]) -> None:
+    """Raise UnknownNameError or SettingError for settings that these drafters, `auto` resolved, do not have."""
+    for spec in specs:
+        arguments = inspect.signature(DRAFTERS[spec.name]).parameters
+        for key, value in spec.settings.items():
+            _convert(spec.name, key, value, arguments)
 
 
 def _convert(name: str, key: str, value: str, arguments: Mapping[str, inspect.Parameter]) -> int | float | str:

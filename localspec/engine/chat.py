@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from localspec.engine.answer import Generation
 from localspec.engine.round import RoundResult
-from localspec.engine.session import Generation, Progress, Session, Stream
-from localspec.engine.template import Message, render
+from localspec.engine.session import Progress, Session, Stream
+from localspec.engine.template import Message, render, thought_end
 from localspec.errors import PromptError
 from localspec.sampling import SamplingParams
 
@@ -39,6 +41,8 @@ class Chat:
         self.session.stop()  # an answer that is still being written joins the history first
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         prompt = render(self.session.model.tokenizer, messages)
+        if params is not None and params.grammar is not None:
+            params = replace(params, grammar=params.grammar.behind(thought_end(prompt)))
 
         def remember(result: Generation) -> None:
             self.messages = [*messages, {"role": "assistant", "content": result.text}]

@@ -45,15 +45,14 @@ def may_begin(capabilities: Capabilities, lane: Lane) -> bool:
     return lazy and lane.acceptance.chooses_winners(lane.sampler) and lane.sampler.params.logprobs is None
 
 
-def take(lanes: Sequence[Lane], proposals: Sequence[Proposal]) -> list[tuple[Scores, int]] | None:
-    """(scores, width) per lane, if the pass of this round has begun and is the one that is wanted. Else what has
-    begun is dropped."""
-    begun = [(lane.early.scores, lane.early.width) for lane in lanes]
-    taken = [(scores, width) for scores, width in begun if scores is not None]
+def take(lanes: Sequence[Lane], proposals: Sequence[Proposal]) -> tuple[list[Scores], int] | None:
+    """(scores per lane, tokens in the pass), if the pass of this round has begun and is the one that is wanted. Else
+    what has begun is dropped."""
+    taken = [lane.early.scores for lane in lanes if lane.early.scores is not None]
     if len(taken) == len(lanes) and not any(proposal.num_nodes for proposal in proposals):
         for lane in lanes:
             lane.early.scores = None
-        return taken
+        return taken, sum(lane.early.width for lane in lanes)
     for lane in lanes:
         lane.early.drop(lane.state)
     return None

@@ -6,25 +6,28 @@ are q; whatever the drafters do, the acceptance rule alone decides what is emitt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 
+from localspec.constraint import obey
 from localspec.context import Context
 from localspec.engine import early
 from localspec.engine.recheck import Recheck
 from localspec.engine.stats import NOT_RECHECKED, RecheckRecord, RoundRecord, count_sources, sibling_ranks
-from localspec.engine.width import pad
+from localspec.engine.width import pad, pass_width
 from localspec.protocols import (
     Drafter,
     DraftRequest,
     HostTokens,
     LanguageModel,
+    Load,
     Outcome,
     Proposal,
-    Scores,
     SequenceState,
     Step,
     WidthClass,
@@ -75,20 +78,47 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """What one lane got out of a round. anchor: the token all guesses hang from.  sources: [N] who guessed."""
+    """What one lane got out of a round. anchor: the token all guesses hang from.  sources: [N] who guessed.
+    failure: what went wrong when the lane's outcome was committed; its state is then of no use any more."""
 
     verdict: Verdict
     record: RoundRecord
     logprobs: tuple[TokenLogprob, ...] | None
     anchor: int
     sources: tuple[str, ...]
+    failure: Exception | None = None
 
 
-def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]) -> list[RoundResult]:
-    """One round of all lanes. rooms: per lane, how much may be proposed at most.
+class Shared(Protocol):
+    """What lanes have in common: one pass. Tells drafters how many they are, and settles what is verified of all."""
 
-    If a pass or a rule raises, every lane is left as it was before the round; if a re-check does, no lane's context has
-    changed, but their states may be shorter than before, or longer by what was accepted.
+    @property
+    def load(self) -> Load:
+        """For the requests to drafters."""
+        ...
+
+    def ask(self, works: Sequence[Callable[[], Proposal]]) -> list[Proposal]:
+        """Let all drafters work, one after another or side by side; their proposals in order."""
+        ...
+
+    def settle(self, proposals: Sequence[Proposal]) -> tuple[list[tuple[int, ...] | None], int]:
+        """Per lane the nodes of its proposal that are verified (None: all); and how wide each lane's part of the pass
+        is at least."""
+        ...
+
+    def observe(self, outcomes: Sequence[Outcome], round_ms: float) -> None:
+        """What became of all of them, and how long the round took."""
+        ...
+
+
+def run_round(
+    model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room], shared: Shared | None = None
+) -> list[RoundResult]:
+    """One round of all lanes. rooms: per lane, how much may be proposed at most.  shared: settles what lanes verify
+    of their proposals; without it each drafter decides for itself.
+
+    If a drafter, a pass or a rule raises, every lane is left as it was before the round. A lane that fails after
+    that, when its last token is re-checked or its outcome committed, does so alone: see `RoundResult.failure`.
     """
     started = perf_counter()
     anchors = [lane.context.anchor for lane in lanes]
@@ -96,18 +126,33 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
     lengths = [lane.state.length for lane in lanes]
     try:
         trees = model.capabilities.trees and model.capabilities.exact_trees
-        may_begin = [early.may_begin(model.capabilities, lane) for lane in lanes]
-        proposals = [
-            _propose(lane, room, trees, begins) for lane, room, begins in zip(lanes, rooms, may_begin, strict=True)
+        # where rounds are shared lanes come and go, so no pass is begun ahead
+        may_begin = [shared is None and early.may_begin(model.capabilities, lane) for lane in lanes]
+        load = None if shared is None else shared.load
+        works = [
+            partial(_propose, lane, room, trees, begins, load)
+            for lane, room, begins in zip(lanes, rooms, may_begin, strict=True)
         ]
+        proposals = [work() for work in works] if shared is None else shared.ask(works)
+        kept: list[tuple[int, ...] | None] = [None] * len(lanes)
+        if shared is not None:
+            kept, at_least = shared.settle(proposals)
+            proposals = [
+                replace(one if nodes is None else one.only(nodes), width=max(one.width, at_least))
+                for one, nodes in zip(proposals, kept, strict=True)
+            ]
         drafted = perf_counter()
         taken = early.take(lanes, proposals)
-        passes = taken or _verified(model, _steps(model, lanes, proposals))
+        if taken is None:
+            steps = _steps(model, lanes, proposals)
+            scores, width = model.forward(steps), pass_width(model.capabilities, steps)
+        else:
+            scores, width = taken
         verified = perf_counter()
         on_host = model.capabilities.host_scores
         trials = [
-            Trial(proposal, scores, lane.context, lane.sampler, lane.stop_tokens, on_host, _tolerance(lane))
-            for lane, proposal, (scores, _) in zip(lanes, proposals, passes, strict=True)
+            Trial(proposal, rows, lane.context, lane.sampler, lane.stop_tokens, on_host, _tolerance(lane))
+            for lane, proposal, rows in zip(lanes, proposals, scores, strict=True)
         ]
         begun = all(may_begin) and _foreseen(lanes, proposals, rooms)
         if begun:
@@ -124,30 +169,64 @@ def run_round(model: LanguageModel, lanes: Sequence[Lane], rooms: Sequence[Room]
             if lane.state.length > length:  # the anchor, if the next pass had begun
                 lane.state.truncate(length)
         raise
-    width, verify_ms = sum(width for _, width in passes), (verified - drafted) * 1e3
-    for lane, verdict in zip(lanes, verdicts, strict=True):
-        if not begun:
-            lane.state.keep([0, *(node + 1 for node in verdict.path)])
-        lane.early.quiet = 0 if len(verdict.tree) else lane.early.quiet + 1
-    rechecks = [_rechecked(lane, index, verdicts, logprobs) for index, lane in enumerate(lanes)]
-    for lane, verdict in zip(lanes, verdicts, strict=True):
-        lane.context.extend(verdict.tokens)
-        outcome = Outcome(verdict.tree, verdict.path, verdict.tokens, width, verify_ms, taken is not None)
-        lane.drafter.observe(outcome)
-    host_ms = (perf_counter() - verified) * 1e3 - sum(recheck.ms for recheck in rechecks)
+    verify_ms = (verified - drafted) * 1e3
+    committed = []
+    for index, (lane, nodes) in enumerate(zip(lanes, kept, strict=True)):
+        about = _Pass(width, verify_ms, taken is not None, begun, nodes)
+        committed.append(_commit(lane, index, verdicts, logprobs, about))
+    if shared is not None:
+        shared.observe([outcome for outcome, _, _ in committed], (perf_counter() - started) * 1e3)
+    host_ms = (perf_counter() - verified) * 1e3 - sum(recheck.ms for _, recheck, _ in committed)
     times = ((drafted - started) * 1e3, verify_ms, host_ms)
     results = []
-    for index, (lane, proposal, verdict) in enumerate(zip(lanes, proposals, verdicts, strict=True)):
+    for index, (lane, proposal) in enumerate(zip(lanes, proposals, strict=True)):
         sources = proposal.sources or (proposal.source,) * proposal.num_nodes
         num_replayed = lane.state.num_replayed - replayed[index]
-        record = _record(proposal, sources, verdict, width, times, num_replayed, rechecks[index])
-        results.append(RoundResult(verdict, record, logprobs[index], anchors[index], sources))
+        _, recheck, failure = committed[index]
+        record = _record(proposal, sources, verdicts[index], width, times, num_replayed, recheck)
+        results.append(RoundResult(verdicts[index], record, logprobs[index], anchors[index], sources, failure))
     return results
 
 
-def _verified(model: LanguageModel, steps: Sequence[Step]) -> list[tuple[Scores, int]]:
-    """(scores, width) of each step."""
-    return [(scores, step.num_tokens) for scores, step in zip(model.forward(steps), steps, strict=True)]
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What a lane's outcome says of its pass. begun: the next one has begun, so the anchor is committed."""
+
+    width: int
+    verify_ms: float
+    begun_early: bool
+    begun: bool
+    kept: tuple[int, ...] | None
+
+
+def _commit(
+    lane: Lane,
+    index: int,
+    verdicts: list[Verdict],
+    logprobs: list[tuple[TokenLogprob, ...] | None],
+    about: _Pass,
+) -> tuple[Outcome, RecheckRecord, Exception | None]:
+    """Have a lane's last token decided where its own row could not, and commit what was accepted; and what went
+    wrong, if anything did: other lanes are committed nevertheless."""
+    recheck, failure = NOT_RECHECKED, None
+    try:
+        if not about.begun:
+            lane.state.keep([0, *(node + 1 for node in verdicts[index].path)])
+        recheck = _rechecked(lane, index, verdicts, logprobs)
+    except Exception as error:
+        failure = error
+    verdict = verdicts[index]
+    outcome = Outcome(
+        verdict.tree, verdict.path, verdict.tokens, about.width, about.verify_ms, about.begun_early, about.kept
+    )
+    if failure is None:
+        try:
+            lane.early.quiet = 0 if len(verdict.tree) else lane.early.quiet + 1
+            lane.context.extend(verdict.tokens)
+            lane.drafter.observe(outcome)
+        except Exception as error:
+            failure = error
+    return outcome, recheck, failure
 
 
 def _foreseen(lanes: Sequence[Lane], proposals: Sequence[Proposal], rooms: Sequence[Room]) -> bool:
@@ -158,7 +237,7 @@ def _foreseen(lanes: Sequence[Lane], proposals: Sequence[Proposal], rooms: Seque
     )
 
 
-def _propose(lane: Lane, room: Room, trees: bool, begins_early: bool) -> Proposal:
+def _propose(lane: Lane, room: Room, trees: bool, begins_early: bool, load: Load | None) -> Proposal:
     """The drafter's proposal, held to the request: no drafter may widen a pass or draw in secret."""
     request = DraftRequest(
         context=lane.context,
@@ -169,6 +248,7 @@ def _propose(lane: Lane, room: Room, trees: bool, begins_early: bool) -> Proposa
         trees=trees,
         needs_law=lane.acceptance.needs_law,
         begins_early=begins_early,
+        load=load,
     )
     proposal = lane.drafter.propose(request)
     if proposal.num_nodes > room.nodes:
@@ -184,21 +264,26 @@ def _propose(lane: Lane, room: Room, trees: bool, begins_early: bool) -> Proposa
         raise ValueError(f"drafter {proposal.source!r} proposed a tree, and this target verifies chains only")
     if proposal.laws is not None and len(proposal.laws) != proposal.num_nodes:
         raise ValueError(f"drafter {proposal.source!r} gave {len(proposal.laws)} laws for {proposal.num_nodes} nodes")
-    for name, values in (("log_q", proposal.log_q), ("sources", proposal.sources)):
+    for name, values in (("log_q", proposal.log_q), ("sources", proposal.sources), ("reach", proposal.reach)):
         if values is not None and len(values) != proposal.num_nodes:
             raise ValueError(f"drafter {proposal.source!r} gave {len(values)} {name} for {proposal.num_nodes} nodes")
-    return proposal
+    return obey(proposal, request)
 
 
 def _steps(model: LanguageModel, lanes: Sequence[Lane], proposals: Sequence[Proposal]) -> list[Step]:
-    """Anchor and nodes of each lane, none narrower than the width class."""
+    """Anchor and nodes of each lane, none narrower than the width class. Where they run as one pass the backend sees
+    to that."""
     steps = []
     for lane, proposal in zip(lanes, proposals, strict=True):
         anchor = HostTokens(np.array([lane.context.anchor], np.int32))
         parents = np.concatenate([np.array([-1], np.int32), proposal.parents + 1])
         step = Step(lane.state, (anchor, *proposal.tokens), parents)
-        steps.append(pad(step, lane.widths or model.capabilities.width_class, proposal.width))
-    return steps
+        steps.append(step)
+    batched = model.capabilities.batches and len(steps) > 1
+    return [
+        pad(step, WidthClass() if batched else lane.widths or model.capabilities.width_class, proposal.width)
+        for step, lane, proposal in zip(steps, lanes, proposals, strict=True)
+    ]
 
 
 def _tolerance(lane: Lane) -> Tolerance | None:

@@ -16,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from localspec.errors import PromptError, UnsupportedModelError
 from localspec.protocols import Tokenizer
 
+_THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<thinking>": "</thinking>", "<thought>": "</thought>"}
+
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."} and whatever else a template reads."""
 
@@ -30,9 +32,15 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As transformers has it: not escaped for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=16)
@@ -61,8 +69,15 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], **variables: objec
         raise UnsupportedModelError(
             "this model brings no chat template", fix="Use `generate` with a plain prompt, or a chat-tuned model."
         )
-    names = {**tokenizer.template_tokens, **variables}
+    # None, not missing: templates ask `tools is not none`
+    names = {**tokenizer.template_tokens, "tools": None, "documents": None, **variables}
     try:
         return _compile(source).render(messages=list(messages), add_generation_prompt=True, **names)
     except Exception as error:  # the template is somebody else's program and may raise anything
         raise PromptError(f"the chat template refuses this conversation: {error}") from error
+
+
+def thought_end(prompt: str) -> str:
+    """What ends the thought that a rendered prompt has begun, and so comes before the answer; "" if it begins none."""
+    end = prompt.rstrip()
+    return next((closing for opening, closing in _THOUGHTS.items() if end.endswith(opening)), "")

@@ -6,11 +6,12 @@ narrower than the class is widened by throw-away nodes below its last token; nob
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from localspec.protocols import HostTokens, Step, WidthClass
+from localspec.protocols import Capabilities, HostTokens, Step, WidthClass
 
 
 def pad(step: Step, width_class: WidthClass, at_least: int = 0) -> Step:
@@ -28,3 +29,11 @@ def pad(step: Step, width_class: WidthClass, at_least: int = 0) -> Step:
     parents = np.concatenate([step.parents, np.arange(last, last + missing, dtype=np.int32)])
     padding = HostTokens(np.zeros(missing, np.int32))
     return replace(step, tokens=(*step.tokens, padding), parents=parents, rows=rows)
+
+
+def pass_width(capabilities: Capabilities, steps: Sequence[Step]) -> int:
+    """Tokens that one forward over these steps runs, padding included."""
+    widths = [step.num_tokens for step in steps]
+    if capabilities.batches and len(widths) > 1:
+        return len(widths) * max(capabilities.width_class.min_width, *widths)
+    return sum(widths)

@@ -10,7 +10,7 @@ all sizes are compared: the curve is a staircase, and the first drop of the valu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from localspec.protocols import WidthClass
 from localspec.schedule.cost import Costs
@@ -22,10 +22,17 @@ _MEMORY = 200.0  # observations after which older ones count half
 _TRUST = 2.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
 _OPTIMISM = 0.9
+_SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.98  # of what was seen of a width, per round at another one
 _SHARE_OF_CHANGE = 1.0 / 3.0  # of what another width costs at first: it is paid once for some rounds
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
+_LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
+
+
+def about(lanes: int) -> int:
+    """The power of two from `lanes` on: what is learned with 9 lanes holds with 16."""
+    return 1 << (lanes - 1).bit_length()
 
 
 @dataclass(slots=True)
@@ -42,16 +49,32 @@ class _Seen:
         self.weight = weight + 1.0
 
 
+@dataclass(slots=True)
+class _Learned:
+    """With about so many lanes: passes by width, behind one of another width and behind one of the same; the ratio of
+    all, and how often it was seen; what a pass in a row takes over a first one; drafting's ratio."""
+
+    first: dict[int, _Seen] = field(default_factory=dict)
+    again: dict[int, _Seen] = field(default_factory=dict)
+    general: float = 1.0
+    count: int = 0
+    steady: float = 1.0
+    draft: float = 1.0
+
+
 class LiveCosts:
     """The measured table, corrected by what rounds really took here and now.
 
+    Widths are those of one lane; where `lanes` share a pass, each is as wide. What was learned with about so many lanes
+    is kept apart from what was learned with others, and starts from the same table; with several lanes nothing is
+    flattered, for all of them would pay.
     A pass may be quicker if the one before had its width (graphs and kernels are reused; the table, measured in mixed
     order, does not show that). So passes in a row are told apart from first ones.
-
     optimism: share of its table time that a width is taken to cost until it was tried, so that it is tried: what is
     never used would never be corrected. What was seen of a width is forgotten while others are used, for the same
     reason: a few rounds in which the machine was busy would shut it out. Plain decoding's own width is not flattered,
     and not forgotten.
+    steps: the widths to keep to; none: any.
     """
 
     def __init__(
@@ -69,48 +92,38 @@ class LiveCosts:
         most = min(max_width, width_class.max_width or max_width, MOST_NODES + 1)
         self._steps = frozenset(step for step in steps if self.min_width <= step <= most)
         self.max_width = max(self._steps, default=most)
-        self._first: dict[int, _Seen] = {}  # by width, behind another one
-        self._again: dict[int, _Seen] = {}  # behind the same one
-        self._general = 1.0
-        self._steady = 1.0  # what a pass in a row takes, over a first one
-        self._last = 0
-        self._draft_general = 1.0
-        self._cache: tuple[int, list[float], list[int]] | None = None
+        self._learned: dict[int, _Learned] = {}
+        self._last = (0, 0)  # lanes, width
+        self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
 
-    def verify_ms(self, width: int, context: int) -> float:
+    def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width, behind what ran last."""
-        first, again = self._ratios(width)
-        ratio = again if width == self._last else again + _SHARE_OF_CHANGE * (first - again)
-        return self.costs.target.at(width, context) * ratio
+        first, again = self._ratios(width, about(lanes))
+        ratio = again if (lanes, width) == self._last else again + _SHARE_OF_CHANGE * (first - again)
+        return self.costs.target.at(lanes * width, context) * ratio
 
-    def plain_ms(self, context: int) -> float:
+    def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A pass of plain decoding among others of its kind, padded where a wider one is quicker."""
-        alone = self.costs.target.at(self.min_width, context) * self._ratios(self.min_width)[1]
-        return min(alone, self.by_nodes(context)[0][0])
+        alone = self.costs.target.at(lanes * self.min_width, context) * self._ratios(self.min_width, about(lanes))[1]
+        return min(alone, self.by_nodes(context, lanes)[0][0])
 
-    def _ratios(self, width: int) -> tuple[float, float]:
-        """(of a first pass, of one in a row) to the table."""
-        trust, hope = (_TRUST, self._optimism) if width > self.min_width else (_TRUST_PLAIN, 1.0)
+    def draft_ms(self, width: int, context: int, lanes: int = 1) -> float:
+        """A pass of the draft model, of which each of `lanes` has `width` tokens; 0 without one."""
+        if self.costs.draft is None:
+            return 0.0
+        return self.costs.draft.at(width * lanes, context) * self._of(about(lanes)).draft
 
-        def believed(seen: _Seen | None, otherwise: float) -> float:
-            return otherwise if seen is None else (seen.weight * seen.ratio + trust * otherwise) / (seen.weight + trust)
-
-        first = believed(self._first.get(width), hope * self._general)
-        return first, believed(self._again.get(width), first * self._steady)
-
-    def draft_ms(self, width: int, context: int) -> float:
-        """A pass of the draft model; 0 without one."""
-        return 0.0 if self.costs.draft is None else self.costs.draft.at(width, context) * self._draft_general
-
-    def by_nodes(self, context: int) -> tuple[list[float], list[int]]:
-        """(milliseconds, width) of verifying 0, 1, 2, ... nodes: padded where a wider pass is quicker."""
+    def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
+        """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""
         bucket = context >> 5
-        if self._cache is not None and self._cache[0] == bucket:
-            return self._cache[1], self._cache[2]
+        if lanes in self._cache and self._cache[lanes][0] == bucket:
+            return self._cache[lanes][1:]
         ms: list[float] = []
         widths: list[int] = []
-        for width in range(self.max_width, 0, -1):
-            own = self.verify_ms(max(width, self.min_width), context)
+        most = min(self.max_width, max(self.min_width + _LEAST_ROOM, self.max_width * _WIDER // lanes))
+        most = max((step for step in self._steps if step <= most), default=most)
+        for width in range(most, 0, -1):
+            own = self.verify_ms(max(width, self.min_width), context, lanes)
             if ms and (ms[-1] < _WORTH_PADDING * own or (self._steps and width not in self._steps)):
                 ms.append(ms[-1])
                 widths.append(widths[-1])
@@ -119,32 +132,49 @@ class LiveCosts:
                 widths.append(max(width, self.min_width))
         ms.reverse()
         widths.reverse()
-        self._cache = (bucket, ms, widths)
+        self._cache[lanes] = (bucket, ms, widths)
         return ms, widths
 
-    def observe_verify(self, width: int, context: int, ms: float) -> None:
+    def observe_verify(self, width: int, context: int, ms: float, lanes: int = 1) -> None:
         """What a pass took. A stall (another program, a page fault) counts as at most three times what was usual."""
         if width < 1 or ms <= 0.0:
             return
-        in_a_row = width == self._last
-        self._last = width
-        first, again = self._ratios(width)
-        usual = again if in_a_row else first
-        ratio = min(ms / self.costs.target.at(width, context), 3.0 * usual)
-        for by_width in (self._first, self._again):
+        load = about(lanes)
+        learned, in_a_row = self._of(load), (lanes, width) == self._last
+        self._last = (lanes, width)
+        first, again = self._ratios(width, load)
+        ratio = min(ms / self.costs.target.at(lanes * width, context), 3.0 * (again if in_a_row else first))
+        for by_width in (learned.first, learned.again):
             for other, seen in by_width.items():
                 if other != width and other > self.min_width:
                     seen.weight *= _FORGETTING
-        (self._again if in_a_row else self._first).setdefault(width, _Seen(ratio)).add(ratio)
-        if in_a_row and width in self._first:
-            self._steady += 0.05 * (min(ratio / self._first[width].ratio, 1.0) - self._steady)
-        self._general += 0.03 * (ratio / (self._steady if in_a_row else 1.0) - self._general)
-        self._cache = None
+        (learned.again if in_a_row else learned.first).setdefault(width, _Seen(ratio)).add(ratio)
+        if in_a_row and width in learned.first:
+            learned.steady += 0.05 * (min(ratio / learned.first[width].ratio, 1.0) - learned.steady)
+        learned.count += 1
+        step = _SLOWLY if load == 1 else max(_SLOWLY, 1.0 / learned.count)  # several lanes: the table is a guess
+        learned.general += step * (ratio / (learned.steady if in_a_row else 1.0) - learned.general)
+        self._cache.clear()
 
-    def observe_draft(self, expected_ms: float, ms: float) -> None:
+    def observe_draft(self, expected_ms: float, ms: float, lanes: int = 1) -> None:
         """What drafting took, beside what the table says for its passes."""
         if expected_ms > 0.0:
-            self._draft_general += 0.05 * (min(self._draft_general * ms / expected_ms, 5.0) - self._draft_general)
+            learned = self._of(about(lanes))
+            learned.draft += 0.05 * (min(learned.draft * ms / expected_ms, 5.0) - learned.draft)
+
+    def _of(self, load: int) -> _Learned:
+        return self._learned.setdefault(load, _Learned())
+
+    def _ratios(self, width: int, load: int) -> tuple[float, float]:
+        """(of a first pass, of one in a row) to the table."""
+        learned = self._of(load)
+        trust, hope = (_TRUST, self._optimism) if width > self.min_width else (_TRUST_PLAIN, 1.0)
+
+        def believed(seen: _Seen | None, otherwise: float) -> float:
+            return otherwise if seen is None else (seen.weight * seen.ratio + trust * otherwise) / (seen.weight + trust)
+
+        first = believed(learned.first.get(width), learned.general * (hope if load == 1 else 1.0))
+        return first, believed(learned.again.get(width), first * learned.steady)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +188,18 @@ class Choice:
 
 
 class Valuation:
-    """One round's prices: `rate` tokens per millisecond, and the pass's cost by number of nodes."""
+    """One round's prices: `rate` tokens per millisecond, and the pass's cost by number of nodes.
 
-    def __init__(self, live: LiveCosts, rate: float, context: int, max_nodes: int) -> None:
-        self._ms, self._widths = live.by_nodes(context)
+    lanes: so many share the pass, each with as many nodes; a lane then pays its part. `rate` counts all their tokens.
+    drafting: of them, so many share the passes of the draft model.
+    """
+
+    def __init__(
+        self, live: LiveCosts, rate: float, context: int, max_nodes: int, lanes: int = 1, drafting: int = 1
+    ) -> None:
+        self._drafting = drafting
+        whole, self._widths = live.by_nodes(context, lanes)
+        self._ms = whole if lanes == 1 else [ms / lanes for ms in whole]
         self.rate = rate
         self.max_nodes = min(max_nodes, len(self._ms) - 1)
         self._live, self._context = live, context
@@ -177,13 +215,31 @@ class Valuation:
                 best, nodes = value, count
         return Choice(nodes, self._widths[nodes], best)
 
+    def best_together(self, reaches: Sequence[Sequence[float]], least: int = 0) -> Choice:
+        """The best number of leading nodes in every lane, for a pass in which each is as wide as the widest.
+
+        reaches: of each lane [N], best first.  least: nodes that some lane has in any case. A lane that has fewer is
+        padded, so all lanes compete for the next place by what it brings to any of them: the search is over all.
+        """
+        most = min(self.max_nodes, max(map(len, reaches), default=0))
+        gains = [sum(reach[count] for reach in reaches if count < len(reach)) for count in range(most)]
+        total = sum(gains[:least])
+        base, share = self._ms[min(least, len(self._ms) - 1)], len(reaches)
+        best, nodes = total, least
+        for count in range(least + 1, most + 1):
+            total += gains[count - 1]
+            value = total - self.rate * share * (self._ms[count] - base)
+            if value > best:
+                best, nodes = value, count
+        return Choice(nodes, self._widths[min(nodes, len(self._widths) - 1)], best)
+
     def total(self, reach: Sequence[float]) -> float:
         """The value of verifying exactly these nodes."""
         return sum(reach) - self.rate * (self._ms[len(reach)] - self._ms[0])
 
     def draft_ms(self, width: int) -> float:
-        """Milliseconds of a pass of the draft model."""
-        return self._live.draft_ms(width, self._context)
+        """Milliseconds of a pass of the draft model, or a lane's part of it."""
+        return self._live.draft_ms(width, self._context, self._drafting) / self._drafting
 
     def draft_price(self, width: int) -> float:
         """Tokens that its time is worth."""

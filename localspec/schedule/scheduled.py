@@ -15,12 +15,13 @@ from time import perf_counter
 
 import numpy as np
 
+from localspec.constraint import obey
 from localspec.context import Context
-from localspec.protocols import Budget, Capabilities, Drafter, DraftRequest, HostTokens, Outcome, Proposal
+from localspec.protocols import Budget, Capabilities, Drafter, DraftRequest, HostTokens, Load, Outcome, Proposal
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
 from localspec.schedule.guard import Guard
-from localspec.schedule.plan import LiveCosts, Rate, Valuation
+from localspec.schedule.plan import LiveCosts, Rate, Valuation, about
 from localspec.tree.grow import Grower, merge
 from localspec.tree.token_tree import TokenTree
 
@@ -30,7 +31,7 @@ _STALL = 4.0  # drafting that takes so many times what was expected is the machi
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
 _EARLY_ROUNDS = 3  # until passes begin before the last token is read
-_LOOKING = "a plain round now and then shows what plain decoding takes"
+LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
 
 
@@ -38,7 +39,7 @@ _NOTHING_WORTH = "no guess was worth its time"
 class Record:
     """What is known of one drafter, for greedy or for sampled text: how reliable it is, what it gains."""
 
-    reliability: Reliability = field(default_factory=Reliability)
+    reliability: Reliability
     guard: Guard = field(default_factory=Guard)
     usual_value: float = 1.0  # tokens a round that asking it is expected to bring, its own time paid
     usual_edge: float = 0.8  # chance of a node's best child
@@ -48,6 +49,8 @@ class Record:
 class Experience:
     """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record.
 
+    Speed, and what drafting gains, are different things with one lane in a pass and with sixteen. So they are learned
+    apart for loads of about 1, 2, 4, 8, ... lanes; how reliable a drafter is does not depend on that.
     by_clock: False believes the costs and never looks at a clock, so that the same text is decided alike every time.
     """
 
@@ -56,24 +59,58 @@ class Experience:
         hope = {} if by_clock else {"optimism": 1.0}
         known = capabilities
         self.live = LiveCosts(costs, known.width_class, known.max_width, steps=known.width_steps, **hope)
-        self.rounds_since_plain = 0
-        self.plain_rounds = 0
-        self.rate = Rate(1.0 / (self.live.by_nodes(0)[0][0] + costs.overhead_ms))
-        self.records: dict[tuple[str, bool], Record] = {}
+        self._pace: dict[int, _Pace] = {}
+        self._reliability: dict[tuple[str, bool], Reliability] = {}
+        self._records: dict[tuple[str, bool, int], Record] = {}
+        self.lately: Load | None = None
+        """The last round that several lanes shared, or might have."""
 
-    def record(self, name: str, greedy: bool) -> Record:
+    def record(self, name: str, greedy: bool, lanes: int = 1) -> Record:
         """Of the drafter with that name, at temperature 0 or above."""
-        return self.records.setdefault((name, greedy), Record())
+        key = (name, greedy, about(lanes))
+        if key not in self._records:
+            reliability = self._reliability.setdefault((name, greedy), Reliability())
+            self._records[key] = Record(reliability)
+        return self._records[key]
 
-    def wants_plain(self, begins_early: bool) -> bool:
+    def rate(self, context: int, lanes: int = 1) -> float:
+        """Tokens per millisecond, of all lanes together: what was reached lately, at least plain decoding's."""
+        plain = lanes / self.plain_ms(context, lanes)
+        return max(self._paced(lanes).rate.value * lanes / about(lanes), plain)
+
+    def wants_plain(self, lanes: int = 1, *, begins_early: bool = False) -> bool:
         """Is it time to see again what plain decoding takes? All gains are judged by it, and a table that was wrong
         about its width would never be found out. begins_early: it takes some rounds in a row to see, so less often."""
+        pace = self._paced(lanes)
         every = _PLAIN_EVERY * (_EARLY_ROUNDS if begins_early else 1)
-        return self.by_clock and (self.plain_rounds < _FIRST_PLAIN or self.rounds_since_plain >= every)
+        return self.by_clock and (pace.plain_rounds < _FIRST_PLAIN or pace.rounds_since_plain >= every)
 
-    def plain_ms(self, context: int) -> float:
+    def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A plain round."""
-        return self.live.plain_ms(context) + self.live.costs.overhead_ms
+        return self.live.plain_ms(context, lanes) + self.live.costs.overhead_ms
+
+    def observe(self, tokens: int, round_ms: float, *, plain: bool, lanes: int = 1) -> None:
+        """A round emitted so many tokens in all lanes. plain: nobody guessed anything, and it took what that usually
+        does."""
+        pace = self._paced(lanes)
+        pace.rounds_since_plain = 0 if plain else pace.rounds_since_plain + 1
+        pace.plain_rounds += plain
+        pace.rate.add(tokens * about(lanes) / lanes, round_ms)
+
+    def _paced(self, lanes: int) -> _Pace:
+        load = about(lanes)
+        if load not in self._pace:
+            self._pace[load] = _Pace(Rate(load / self.plain_ms(0, load)))
+        return self._pace[load]
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How fast it went with about so many lanes, and how long ago that was without speculation."""
+
+    rate: Rate
+    rounds_since_plain: int = 0
+    plain_rounds: int = 0
 
 
 @dataclass(slots=True)
@@ -113,16 +150,20 @@ class Scheduled:
         self._greedy = True
         self._begins_early = False
         self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
+        self._load: Load | None = None
+        self._open: tuple[list[float], list[_Asked]] | None = None  # reach and owner of nodes that others choose from
         self._context = Context()
         self._read: dict[str, int] = {}  # how much of the context each drafter has seen
 
     def begin(self, context: Context) -> None:
-        """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again."""
+        """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again,
+        and with several lanes each when it is first asked, so that reading counts as what it costs."""
         self._context = context
         self._asked = []
         self._read = {}
+        self._load = self.experience.lately
         for part in self.parts:
-            if part in self._free or not self._record(part.name).guard.parked:
+            if part in self._free or (self._lanes == 1 and not self._record(part.name).guard.parked):
                 self._begin(part)
 
     def _begin(self, part: Drafter) -> None:
@@ -137,20 +178,30 @@ class Scheduled:
         live = self.experience.live
         return live.draft_ms(1 + missed, len(self._context)) - live.draft_ms(1, len(self._context))
 
+    @property
+    def _lanes(self) -> int:
+        return 1 if self._load is None else self._load.lanes
+
+    @property
+    def _drafting(self) -> int:
+        return 1 if self._load is None else self._load.drafting
+
     def propose(self, request: DraftRequest) -> Proposal:
-        """The guesses that are worth verifying."""
-        self._expected = None
+        """The guesses that are worth verifying; where the round is shared, those that might be."""
+        self._expected = self._open = None
         self._greedy = request.sampler.is_greedy
-        self._asked = []
+        self._asked, self._load = [], request.load
         experience = self.experience
         context = len(request.context)
-        rate = max(experience.rate.value, 1.0 / experience.plain_ms(context))
-        prices = Valuation(experience.live, rate, context, request.max_nodes)
+        rate = experience.rate(context, self._lanes)
+        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, self._drafting)
         self._begins_early = request.begins_early
+        if self._load is not None and self._load.plain:
+            return Proposal(self.name, because=self._load.because)
         if not request.max_nodes or not request.max_depth:
             return Proposal(self.name)
-        if experience.wants_plain(request.begins_early):
-            return Proposal(self.name, width=self._plain_width(prices, request), because=_LOOKING)
+        if self._load is None and experience.wants_plain(begins_early=request.begins_early):
+            return Proposal(self.name, width=self._plain_width(prices, request), because=LOOKING)
         if request.needs_law:
             return self._drawn(request, prices)
         best = 0.0
@@ -177,26 +228,27 @@ class Scheduled:
         """The outcome, for all; and what it teaches."""
         for part in self.parts:
             part.observe(outcome)
-        experience, asked = self.experience, self._asked
+        experience, asked, lanes = self.experience, self._asked, self._lanes
         context = len(self._context) - len(outcome.tokens)
-        plain_ms = experience.plain_ms(context)
+        plain_ms = experience.plain_ms(context, lanes)
+        width = outcome.width if self._load is None else max(len(outcome.tree) + 1, experience.live.min_width)
         verify_ms = outcome.verify_ms
         plain = not len(outcome.tree)
         usual = outcome.begun_early or not (plain and self._begins_early)  # plain decoding is quicker in a row
-        if not experience.by_clock:
-            verify_ms = experience.live.verify_ms(outcome.width, context)
+        if lanes > 1:
+            width = outcome.width // lanes
+        if not experience.by_clock or self._load is not None:
+            verify_ms = experience.live.verify_ms(width, context, lanes)
         elif verify_ms > 0.0 and usual:
-            experience.live.observe_verify(outcome.width, context, verify_ms)
-        experience.rounds_since_plain += 1
-        if plain and usual:
-            experience.rounds_since_plain = 0
-            experience.plain_rounds += 1
+            experience.live.observe_verify(width, context, verify_ms)
         draft_ms = sum(one.ms for one in asked)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
-        experience.rate.add(len(outcome.tokens), round_ms)
+        if self._load is None:
+            experience.observe(len(outcome.tokens), round_ms, plain=plain and usual)
+        self._see_what_was_kept(outcome)
         used = [one for one in asked if one.used]
         # by the corrected table, not by this round's clock: one stall would outweigh many rounds
-        extra = experience.live.verify_ms(outcome.width, context) + experience.live.costs.overhead_ms - plain_ms
+        extra = experience.live.verify_ms(width, context, lanes) + experience.live.costs.overhead_ms - plain_ms
         names = {one.name for one in asked}
         brought = float(len(outcome.path))
         if self._expected is not None:  # half of what was expected is noise as good as gone
@@ -206,10 +258,21 @@ class Scheduled:
             tree = one.tree if one.tree is not None else outcome.tree
             record.reliability.observe(tree, outcome.tokens)
             share = extra / len(used) if one.used else 0.0
-            record.guard.observe(brought / len(used) if one.used else 0.0, one.ms + share, plain_ms)
+            # while one lane drafts, all wait
+            record.guard.observe(brought / len(used) if one.used else 0.0, lanes * one.ms + share, plain_ms)
         for part in self.parts:
             if part.name not in names:
-                self._record(part.name).guard.idle(round_ms, plain_ms, self._entry_ms(part) / plain_ms)
+                self._record(part.name).guard.idle(round_ms, plain_ms, lanes * self._entry_ms(part) / plain_ms)
+
+    def _see_what_was_kept(self, outcome: Outcome) -> None:
+        """Of what was left open: what others chose, whose it was, and what was expected of it."""
+        if self._open is None:
+            return
+        reach, owners = self._open
+        kept = range(len(reach)) if outcome.kept is None else outcome.kept
+        self._expected = sum(reach[node] for node in kept)
+        for node in kept:
+            owners[node].used = True
 
     def close(self) -> None:
         """Close all."""
@@ -219,7 +282,7 @@ class Scheduled:
     # ------------------------------------------------------------ inside
 
     def _record(self, name: str) -> Record:
-        return self.experience.record(name, self._greedy)
+        return self.experience.record(name, self._greedy, self._lanes)
 
     def _may_beat(self, record: Record, best: float, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing? In a tree both would
@@ -239,8 +302,11 @@ class Scheduled:
             self._begin(part)
         entry_ms = self._entry_ms(part)
         started = perf_counter()
-        proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget))
-        ms = max((perf_counter() - started) * 1e3 - entry_ms, 0.0)  # reading is no part of what a round costs
+        proposal = obey(part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget)), request)
+        ms = (perf_counter() - started) * 1e3 / self._drafting  # all that draft side by side take this long together
+        drafted_ms = max(ms - entry_ms, 0.0)
+        if self._lanes == 1:  # else all wait while one reads
+            ms = drafted_ms
         self._read[part.name] = len(self._context)
         expected_ms = 0.0 if budget is None else budget.expected_ms
         if budget is not None and proposal.num_nodes and proposal.log_q is None:  # not planned pass by pass
@@ -248,8 +314,8 @@ class Scheduled:
         if not self.experience.by_clock:
             ms = expected_ms
         elif budget is not None:
-            self.experience.live.observe_draft(expected_ms, ms)
-            ms = min(ms, _STALL * expected_ms)
+            self.experience.live.observe_draft(expected_ms, drafted_ms, self._drafting)
+            ms = min(ms, _STALL * expected_ms + (entry_ms if self._lanes > 1 else 0.0))
         if proposal.num_nodes:
             record.states_chances = proposal.log_q is not None
         tree, chances = None, []
@@ -327,7 +393,16 @@ class Scheduled:
         request: DraftRequest,
         counts: Mapping[str, int],
     ) -> Proposal:
-        """The best nodes, as many as pay. A child never reaches further than its parent, so parents are kept."""
+        """The best nodes, as many as pay; all of them where others choose, for whom they are marked. A child never
+        reaches further than its parent, so parents are kept."""
+        if self._load is not None:
+            self._open = reach, list(owners)
+            log_q = None if tree.log_q is None else tuple(tree.log_q.tolist())
+            sources = tuple(owner.proposal.source for owner in owners)
+            tokens = (HostTokens(tree.token),)
+            return Proposal(
+                self.name, tokens, tree.parent, log_q=log_q, sources=sources, counts=counts, reach=tuple(reach)
+            )
         order = sorted(range(len(reach)), key=reach.__getitem__, reverse=True)
         choice = prices.best([reach[node] for node in order])
         kept = sorted(order[: choice.nodes])

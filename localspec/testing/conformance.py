@@ -313,6 +313,75 @@ class BackendConformance:
 
         self.with_prefix(18, check)
 
+    def test_many_sequences_go_on_as_each_would_alone(self) -> None:
+        """Rounds of up to five sequences of unlike lengths and widths, as trees where there are trees, which come and
+        go; some rows scored or none."""
+        model, rng = self.model(), np.random.default_rng(24)
+        states: list[SequenceState] = []
+        texts: list[list[int]] = []
+        try:
+            for turn in range(12):
+                if len(states) < min(5, model.capabilities.num_sequences - 1) and turn % 2 == 0:
+                    states.append(model.open())
+                    texts.append(self.tokens(rng, int(rng.integers(1, 40))))
+                    self.commit(states[-1], texts[-1])
+                new = [self.tokens(rng, int(rng.integers(1, 6))) for _ in states]
+                trees = self.compares_trees()
+                forms = [
+                    random_tree(rng, len(ids)) if trees else np.arange(-1, len(ids) - 1, dtype=np.int32) for ids in new
+                ]
+                rows = [tuple(range(int(rng.integers(0, len(ids) + 1)))) for ids in new]
+                steps = [
+                    Step(state, (HostTokens(np.array(ids, np.int32)),), parents, wanted)
+                    for state, ids, parents, wanted in zip(states, new, forms, rows, strict=True)
+                ]
+                if len(steps) == 1 or not model.capabilities.batches:
+                    steps = [pad(step, model.capabilities.width_class) for step in steps]
+                got = [scores.rows(range(scores.num_rows)).copy() for scores in model.forward(steps)]
+                for index, (state, ids, parents, wanted) in enumerate(zip(states, new, forms, rows, strict=True)):
+                    want = self.tree_rows(texts[index], ids, parents)[list(wanted)]
+                    self.assert_rows(got[index], want, f"round {turn}, sequence {index}")
+                    path = TokenTree.from_parents(np.array(ids, np.int32), parents).path(
+                        int(rng.integers(-1, len(ids)))
+                    )
+                    state.keep(path)
+                    texts[index] += [ids[node] for node in path]
+                if turn in (5, 8):
+                    states.pop(1).close()
+                    texts.pop(1)
+            for state, text in zip(states, texts, strict=True):
+                self.assert_same_future(state, text, "after all rounds")
+        finally:
+            for state in states:
+                state.close()
+
+    def test_a_saved_state_outlives_its_own(self) -> None:
+        """It can be opened again and again, and neither knows of the other; nothing pending may be saved."""
+
+        def check(rng: np.random.Generator, state: SequenceState, prefix: list[int]) -> None:
+            saved = state.save()
+            assert saved.num_bytes > 0
+            more = self.tokens(rng, 5)
+            self.commit(state, more)
+            for _ in range(2):
+                opened = saved.open()
+                try:
+                    self.assert_same_future(opened, prefix, "opened again")
+                    self.commit(opened, self.tokens(rng, 2))
+                    opened.truncate(len(prefix) // 2)
+                    self.assert_same_future(opened, prefix[: len(prefix) // 2], "opened again and cut")
+                finally:
+                    opened.close()
+            self.assert_same_future(state, prefix + more, "the one that was saved")
+            self.run(state, more, chain_parents(state, len(more)), ())
+            try:
+                state.save()
+            except ValueError:
+                return
+            raise AssertionError("a state was saved while nodes were pending")
+
+        self.with_prefix(25, check)
+
     def test_random_rounds_leave_the_state_of_a_fresh_prefill(self) -> None:
         """Propose, keep, truncate and fork in random order."""
         rng = np.random.default_rng(19)

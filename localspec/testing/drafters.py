@@ -16,7 +16,8 @@ import numpy as np
 
 from localspec.context import Context
 from localspec.drafters.nothing import Nothing
-from localspec.engine.session import Generation, Session
+from localspec.engine.answer import Generation
+from localspec.engine.session import Session
 from localspec.protocols import Drafter, DraftRequest, Outcome, Proposal, WidthClass
 from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.reference import ReferenceModel

@@ -113,9 +113,14 @@ class ReferenceState:
         self.check_open()
         if self.pending:
             raise ValueError("cannot fork while nodes are pending")
-        copy = self.model.open()
-        copy.committed = list(self.committed)
-        return copy
+        return self.save().open()
+
+    def save(self) -> ReferenceSaved:
+        """A copy of the committed cells, outside."""
+        self.check_open()
+        if self.pending:
+            raise ValueError("cannot save while nodes are pending")
+        return ReferenceSaved(self.model, tuple(self.committed))
 
     def close(self) -> None:
         """Forget everything."""
@@ -123,6 +128,25 @@ class ReferenceState:
             self.closed = True
             self.model.num_open -= 1
             self.committed, self.pending, self.parents = [], [], []
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceSaved:
+    """Cells that a state had committed."""
+
+    model: ReferenceModel
+    cells: tuple[Cell, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(cell.keys.nbytes + cell.values.nbytes for cell in self.cells)
+
+    def open(self) -> ReferenceState:
+        """A new sequence with these cells."""
+        state = self.model.open()
+        state.committed = list(self.cells)
+        return state
 
 
 class ReferenceModel:

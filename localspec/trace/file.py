@@ -11,8 +11,9 @@ from typing import Any
 
 from localspec import __version__
 from localspec.drafters import DrafterSpec
+from localspec.engine.answer import Generation
 from localspec.engine.round import RoundResult
-from localspec.engine.session import Generation, Session
+from localspec.engine.session import Session
 from localspec.engine.stats import Stats
 from localspec.errors import SettingError, TraceFileError
 from localspec.loading import Pair

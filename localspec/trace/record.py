@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from localspec.engine.answer import Generation
 from localspec.engine.round import RoundResult
-from localspec.engine.session import Generation
 from localspec.engine.stats import NOT_RECHECKED, RecheckRecord, RoundRecord, count_sources, sibling_ranks
 from localspec.protocols import Tokenizer
 from localspec.trace.text import printable

@@ -16,7 +16,7 @@ import numpy as np
 
 from localspec import noise
 from localspec.noise import Purpose
-from localspec.sampling import Law, Sampler
+from localspec.sampling import Law, Sampler, nothing_left
 from localspec.verify.trial import Trial, Verdict
 
 
@@ -41,6 +41,8 @@ class Rejection:
         try:
             while True:
                 p = sampler.law(read(node + 1), context)
+                if not len(p.ids):
+                    raise nothing_left()
                 accepted = None
                 for attempt, child in enumerate(tree.children(node)):
                     x = int(tree.token[child])

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -45,9 +45,18 @@ def module(name: str) -> Any:
 
 
 @cache
-def opened(name: str, flash_attention: bool = False, cache_type: str | None = None) -> LanguageModel:
+def opened(
+    name: str, flash_attention: bool = False, cache_type: str | None = None, *, batch: bool = False
+) -> LanguageModel:
     path = ROOT / "models" / "tiny" / f"{name}.gguf"
-    return BACKEND.load(path, LoadSettings(context=768, flash_attention=flash_attention, cache_type=cache_type))
+    settings = LoadSettings(
+        context=768,
+        flash_attention=flash_attention,
+        cache_type=cache_type,
+        batch=batch,
+        num_sequences=6 if batch else 4,
+    )
+    return BACKEND.load(path, settings)
 
 
 def step(state: SequenceState, ids: list[int], rows: tuple[int, ...] | None = None) -> Step:
@@ -95,6 +104,39 @@ class TestTargetWithFlashAttention(BackendConformance):
 class TestDraftWithFlashAttention(BackendConformance):
     def model(self) -> LanguageModel:
         return opened("draft", flash_attention=True)
+
+
+@pytest.mark.parametrize("flash_attention", [False, True], scope="class")
+class TestManyInOnePass(BackendConformance):
+    """Sequences as streams of one context: chains only, and all of them in one pass."""
+
+    flash_attention: ClassVar[bool]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _variant(cls, flash_attention: bool) -> None:
+        TestManyInOnePass.flash_attention = flash_attention
+
+    def model(self) -> LanguageModel:
+        return opened("target", self.flash_attention, batch=True)
+
+    def test_it_runs_them_together(self) -> None:
+        assert self.model().capabilities.batches
+
+
+def test_what_one_pass_excludes_is_refused() -> None:
+    path = ROOT / "models" / "tiny" / "target.gguf"
+    with pytest.raises(SettingError, match="exclude each other"):
+        BACKEND.load(path, LoadSettings(context=256, batch=True, trees=True))
+    model = opened("target", batch=True)
+    state = model.open()
+    try:
+        bush = Step(state, (HostTokens(np.array([1, 2], np.int32)),), np.array([-1, -1], np.int32))
+        with pytest.raises(ValueError, match="chains only"):
+            model.forward([bush])
+        assert state.num_pending == 0
+    finally:
+        state.close()
 
 
 # ---------------------------------------------------------------- bits

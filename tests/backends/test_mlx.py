@@ -106,6 +106,33 @@ class TestConformance(BackendConformance):
 
 
 @needs_mlx
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "window"], scope="class")
+class TestManyInOnePass(BackendConformance):
+    """Sequences side by side on the batch axis, trees and windows included."""
+
+    num_random_rounds = 5
+    opened: ClassVar[LanguageModel]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _file(cls, kind: str, folder: Path) -> None:
+        path = write_safetensors(
+            folder / f"many-{kind}", architecture="llama" if kind == "window" else kind, num_layers=2
+        )
+        if kind == "window":
+            types = ["full_attention", "sliding_attention"]
+            change_json(path / "config.json", layer_types=types, sliding_window=8)
+        TestManyInOnePass.opened = BACKEND.load(path, LoadSettings(context=512, num_sequences=6, batch=True))
+
+    def model(self) -> LanguageModel:
+        return self.opened
+
+    def test_it_runs_them_together(self) -> None:
+        capabilities = self.model().capabilities
+        assert capabilities.batches and capabilities.trees
+
+
+@needs_mlx
 @pytest.mark.slow
 @pytest.mark.real
 class TestConformanceOfTheBundledDraft(BackendConformance):

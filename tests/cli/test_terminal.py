@@ -21,7 +21,8 @@ import cli
 import localspec.loading
 from localspec import terminal
 from localspec.doctor import Report
-from localspec.engine.session import TARGET, Generation, Piece, Stream
+from localspec.engine.answer import TARGET, Generation, Piece
+from localspec.engine.session import Stream
 from localspec.errors import PromptError
 from localspec.highlight import Highlight
 from localspec.loading import Pair

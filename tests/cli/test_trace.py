@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 import cli
 import localspec.loading
-from localspec.engine.session import TARGET, Piece
+from localspec.engine.answer import TARGET, Piece
 from localspec.engine.stats import Stats
 from localspec.highlight import Highlight
 from localspec.loading import Pair

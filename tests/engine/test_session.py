@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from localspec.drafters import DraftModel, Ngram, Nothing
+from localspec.engine.answer import TARGET
 from localspec.engine.chat import Chat
 from localspec.engine.round import Lane, Room, run_round
-from localspec.engine.session import TARGET, Session
+from localspec.engine.session import Session
 from localspec.engine.width import pad
 from localspec.errors import PromptError, UnsupportedModelError
 from localspec.protocols import Drafter, HostTokens, Rewind, Scores, Step, WidthClass, chain_parents

@@ -10,8 +10,9 @@ import pytest
 
 from localspec.context import Context
 from localspec.drafters import DraftModel, Nothing
+from localspec.engine.answer import TARGET
 from localspec.engine.round import RoundResult
-from localspec.engine.session import TARGET, Session
+from localspec.engine.session import Session
 from localspec.engine.stats import Stats, sibling_ranks
 from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, Rewind
 from localspec.sampling import SamplingParams

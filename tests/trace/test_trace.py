@@ -18,8 +18,8 @@ from rich.console import Console
 
 from localspec.context import Context
 from localspec.drafters import DrafterSpec
+from localspec.engine.answer import Generation
 from localspec.engine.round import RoundResult
-from localspec.engine.session import Generation
 from localspec.errors import SettingError, TraceFileError
 from localspec.loading import Pair
 from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal

@@ -24,6 +24,7 @@ from localspec.protocols import (
     DraftRequest,
     ModelInfo,
     Rewind,
+    SavedState,
     Scores,
     Step,
     WidthClass,
@@ -54,6 +55,9 @@ class MarkovState:
         self.length, self.num_pending = length, 0
 
     def fork(self) -> MarkovState:
+        raise NotImplementedError
+
+    def save(self) -> SavedState:
         raise NotImplementedError
 
     def close(self) -> None:
