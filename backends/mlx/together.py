@@ -34,12 +34,16 @@ class JointLayout:
         """[B, T] positions of the new rows."""
         return np.stack([layout.places for layout in self._layouts])
 
-    def mask(self, window: int | None, as_array: bool) -> mx.array:
-        """[B, 1, T, cells] true where a new row may see a cell of its own sequence."""
+    @property
+    def num_cells(self) -> int:
+        """Rows in the longest cache once the new ones are there."""
+        return max(layout.num_cells for layout in self._layouts)
+
+    def mask(self, window: int | None, as_array: bool, num_shown: int) -> mx.array:
+        """[B, 1, T, num_shown] true where a new row may see a cell of its own sequence."""
         if window not in self._masks:
             parts = [layout.seen(window) for layout in self._layouts]
-            most = max(part.shape[1] for part in parts)
-            padded = [np.pad(part, ((0, 0), (0, most - part.shape[1]))) for part in parts]
+            padded = [np.pad(part, ((0, 0), (0, num_shown - part.shape[1]))) for part in parts]
             self._masks[window] = mx.array(np.stack(padded)[:, None])
         return self._masks[window]
 

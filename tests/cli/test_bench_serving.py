@@ -76,9 +76,11 @@ def test_the_ratio_pairs_runs_of_the_same_turn() -> None:
 class Misled(Pair):
     """A pair whose sessions run another model than its batch does."""
 
-    def session(self, drafter: str | DrafterSpec | Drafter = "auto", *, acceptance: str = "walk") -> Session:
+    def session(
+        self, drafter: str | DrafterSpec | Drafter = "auto", *, acceptance: str = "walk", exact: str = "auto"
+    ) -> Session:
         assert isinstance(self.target, ReferenceModel)
-        return Pair(self.target.perturbed(2.0), None).session(drafter, acceptance=acceptance)
+        return Pair(self.target.perturbed(2.0), None).session(drafter, acceptance=acceptance, exact=exact)
 
 
 def test_a_wrong_text_is_found() -> None:

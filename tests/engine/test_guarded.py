@@ -12,9 +12,10 @@ import pytest
 
 from localspec.context import Context
 from localspec.drafters import DraftModel, Ngram, Nothing
+from localspec.engine.answer import Generation
 from localspec.engine.recheck import Recheck
 from localspec.engine.round import Lane, Room, RoundResult, run_round
-from localspec.engine.session import Generation, Session
+from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UnsupportedModelError
 from localspec.exactness import Bound, Exactness
 from localspec.loading import Pair

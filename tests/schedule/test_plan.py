@@ -90,7 +90,7 @@ def test_passes_in_a_row_are_told_apart_from_first_ones() -> None:
     flat = Curve((1, 2, 3, 4), (0,), ((9.0, 9.0, 9.0, 9.0),))
     costs = LiveCosts(Costs(flat, None, 0.0), WidthClass(1), 4, optimism=1.0)
     for width in [1] * 8 + [4] * 8 + [1, 4, 1, 4] + [4] * 8:
-        costs.observe_verify(width, 0, 6.0 if width == costs._last else 9.0)
+        costs.observe_verify(width, 0, 6.0 if (1, width) == costs._last else 9.0)
     assert costs.verify_ms(4, 0) == pytest.approx(6.0, rel=0.1)
     assert 6.5 < costs.verify_ms(1, 0) < 8.0, "a change costs, but is paid once for some rounds"
     assert costs.plain_ms(0) == pytest.approx(6.0, rel=0.1), "gains are judged by plain decoding in a row"
