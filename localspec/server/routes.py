@@ -83,6 +83,8 @@ class Service:
 
     async def health(self, _: Request) -> Response:
         """`/health`."""
+        if not self.desk.batch.is_working:
+            raise Refusal(503, "nobody answers requests here any more", "not_working")
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, _: Request) -> Response:
