@@ -18,7 +18,7 @@ from localspec.testing.files import write_gguf, write_safetensors
 from tests.conftest import Pair
 
 NUM_TOKENS = 16
-SETTINGS = LoadSettings(context=512, threads=1)
+SETTINGS = LoadSettings(context=512, threads=1, extra_buffers=False)  # as `by_hand`
 MLX_SETTINGS = LoadSettings(context=512)
 
 

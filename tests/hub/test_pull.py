@@ -227,12 +227,21 @@ def test_killed_twenty_times_it_resumes_to_identical_bytes(
         assert partial.read_bytes() == data[:held]
     assert held < size
     loopback.heal()
-    before = loopback.content_bytes
+    before = _settled(loopback)
     result = pull(HubName.parse("tiny/model"), hub=hub)
     assert result.path.read_bytes() == data
     assert result.num_bytes == loopback.content_bytes - before == size - held
     starts = [request.range for request in loopback.requests if request.server == "storage"]
     assert len(starts) == 21 and starts[0] is None and all(starts[1:])
+
+
+def _settled(loopback: LoopbackHub) -> int:
+    """What was sent, once the thread that served a killed process has noticed."""
+    sent = -1
+    while sent != loopback.content_bytes:
+        sent = loopback.content_bytes
+        time.sleep(0.1)
+    return sent
 
 
 def _wait_for(root: Path, size: int, process: multiprocessing.process.BaseProcess) -> Path:
