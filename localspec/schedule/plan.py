@@ -168,12 +168,14 @@ class LiveCosts:
     def _ratios(self, width: int, load: int) -> tuple[float, float]:
         """(of a first pass, of one in a row) to the table."""
         learned = self._of(load)
-        trust, hope = (_TRUST, self._optimism) if width > self.min_width else (_TRUST_PLAIN, 1.0)
+        trust = _TRUST if width > self.min_width else _TRUST_PLAIN
+        untried = width > self.min_width and width not in learned.first and width not in learned.again
+        hope = self._optimism if untried and load == 1 else 1.0  # once is enough: more would go on trying what loses
 
         def believed(seen: _Seen | None, otherwise: float) -> float:
             return otherwise if seen is None else (seen.weight * seen.ratio + trust * otherwise) / (seen.weight + trust)
 
-        first = believed(learned.first.get(width), learned.general * (hope if load == 1 else 1.0))
+        first = believed(learned.first.get(width), learned.general * hope)
         return first, believed(learned.again.get(width), first * learned.steady)
 
 
