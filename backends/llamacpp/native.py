@@ -6,6 +6,7 @@ quoted. Everything above this file sees ints, bytes, numpy arrays and the error 
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import ctypes
 import hashlib
@@ -41,6 +42,7 @@ _REBUILD_SHARED = (
 
 _SPIN_COUNT = "1000"
 _GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
+_MOMENT = 0.01  # s
 _LEVEL_WARNING, _LEVEL_ERROR, _LEVEL_CONTINUED = 3, 4, 5
 _LOG_LEVELS = {_LEVEL_WARNING: logging.INFO, _LEVEL_ERROR: logging.INFO}  # the rest is for debugging
 
@@ -192,10 +194,25 @@ def _install_log(binding: Any) -> None:
     global _callback
     _callback = binding.llama_log_callback(_log.receive)
     binding.llama_log_set(_callback, None)
+    _repeat_lost_interrupts()
     # Destructors of the library may log after the interpreter is gone. This C function exists until
     # the very end and takes no notice of its arguments.
     harmless = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, binding.llama_log_callback)
     atexit.register(binding.llama_log_set, harmless, None)
+
+
+def _repeat_lost_interrupts() -> None:
+    """Ctrl-C within a callback from C ends nothing there, and Python drops it: it is raised once more, a moment later
+    (at once it would be raised in the hook, and dropped again)."""
+    previous = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if lost.object == _log.receive and issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(_MOMENT, _thread.interrupt_main).start()
+        else:
+            previous(lost)
+
+    sys.unraisablehook = hook
 
 
 def forget_errors() -> None:

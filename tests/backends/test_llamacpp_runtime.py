@@ -74,3 +74,32 @@ def test_a_build_with_libstdcpp_inside_is_refused(tmp_path: Path, monkeypatch: p
 @pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.cpp: pip install llama-cpp-python")
 def test_the_installed_build_is_sound() -> None:
     assert module("runtime").private_runtime(import_module("llama_cpp._ggml").libggml) is None
+
+
+_INTERRUPTED = """
+import logging, time
+from importlib import import_module
+from localspec.loading import get_backend
+
+class Interrupted(logging.Filter):
+    def filter(self, record):
+        raise KeyboardInterrupt
+
+get_backend("llamacpp")
+native = import_module("localspec_backend_llamacpp.native")
+native.library()
+logger = logging.getLogger("localspec.llamacpp")
+logger.addFilter(Interrupted())
+logger.setLevel(logging.DEBUG)
+try:
+    native._callback(4, b"a line\\n", None)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_within_the_log_is_not_lost() -> None:
+    """Python drops what is raised in a callback from C. In a process of its own: pytest takes what is dropped, too."""
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "interrupted", done.stderr
