@@ -14,7 +14,7 @@ import numpy as np
 import localspec
 from localspec.context import Context
 from localspec.drafters import Nothing
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SequenceState
 
 
 class AfterAnchor:
@@ -30,6 +30,9 @@ class AfterAnchor:
     def __init__(self, *, num: int = 4, branches: int = 2) -> None:
         self.num = num
         self.branches = branches
+
+    def attach(self, state: SequenceState) -> None:
+        """The target's states are not read."""
 
     def begin(self, context: Context) -> None:
         """Nothing is remembered between rounds, so there is nothing to prepare."""

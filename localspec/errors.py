@@ -11,6 +11,7 @@
         ├── ModelNotFoundError     no such file or folder
         │   └── NotPulledError     a Hub id that is not on this machine (with the command that fetches it)
         ├── ModelFileError         truncated, corrupt, missing or misshapen tensors
+        │   └── HeadFileError      the same of a trained head, or a header that nobody here knows
         ├── UnsupportedModelError  a readable model this backend cannot run, with the reason
         ├── BackendMissingError    the runtime is not installed (with the command that installs it)
         ├── BackendError           the runtime failed; its own message is quoted
@@ -51,6 +52,7 @@ __all__ = [
     "DownloadError",
     "FailureError",
     "GrammarError",
+    "HeadFileError",
     "HubAccessError",
     "HubBusyError",
     "HubError",
@@ -159,6 +161,10 @@ class NotPulledError(ModelNotFoundError):
 
 class ModelFileError(FailureError):
     """A model file is truncated, corrupt, or lacks tensors."""
+
+
+class HeadFileError(ModelFileError):
+    """A trained head's file is so, or its header is not one that is known: the tensor or key is named."""
 
 
 class UnsupportedModelError(FailureError):

@@ -29,7 +29,7 @@ import numpy as np
 from localspec.errors import UnsupportedModelError
 from localspec.tree.mask import depths
 from localspec.tree.token_tree import TokenTree
-from localspec.types import Logits, NodeIndices, NoiseKeys, TokenIds
+from localspec.types import Logits, NodeIndices, NoiseKeys, Probabilities, TokenIds
 
 if TYPE_CHECKING:
     from localspec.context import Context
@@ -370,6 +370,84 @@ class Tokenizer(Protocol):
         ...
 
 
+# ---------------------------------------------------------------- heads
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInfo:
+    """What a loaded head is, for people, for statistics and for whoever grows trees with it.
+
+    kind: dspark, dflash, eagle3, medusa, mtp, jetspec, early_exit; also the name of its drafter.  taps: layers of the
+    target whose output it reads, -1 for the embedding.  levels: most levels below the anchor that it can guess; None:
+    any number.  one_pass: `start` does the work of all levels, and `extend` costs next to nothing; otherwise each level
+    is a pass of its own.  confident: it says how sure it is (`HeadState.confidence`).  trees: may a guess have two
+    children?  host_scores: as in `Capabilities`.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    num_parameters: int
+    taps: tuple[int, ...]
+    levels: int | None = None
+    one_pass: bool = False
+    confident: bool = False
+    trees: bool = True
+    host_scores: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class HeadState(Protocol):
+    """A head beside one sequence of its target.
+
+    What it makes of the features of committed tokens is part of that sequence: fed by `keep`, dropped by `truncate`,
+    copied by `fork` and `save`, gone with `close`. Here are its guesses, numbered from 0 since `start`; a guess's
+    parent is such a number, or -1 for the anchor.
+    """
+
+    @property
+    def room(self) -> int:
+        """How many more guesses can be fed."""
+        ...
+
+    def start(self, anchor: int) -> Scores:
+        """Forget earlier guesses; [1, V] what may follow the anchor, the token behind the committed ones. Ids are the
+        target's; a token that the head cannot guess has -inf."""
+        ...
+
+    def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
+        """Feed guesses; [N, V] what may follow each of them. Raises ValueError beyond `HeadInfo.levels` - 1 levels,
+        behind which the head guesses nothing."""
+        ...
+
+    def confidence(self) -> Probabilities | None:
+        """[N] of the rows scored last: the chance that the best guess behind each is accepted if the guess itself is.
+        May wait for the device. None for heads that do not say."""
+        ...
+
+    def close(self) -> None:
+        """Forget the guesses, and feed no more. Closing twice does nothing."""
+        ...
+
+
+class DraftHead(Protocol):
+    """A small network trained to read a target's hidden states, or a part of the target itself; bound to one loaded
+    target. Loaded by `Backend.load_head` before the target has open sequences."""
+
+    @property
+    def info(self) -> HeadInfo: ...
+
+    def open(self, state: SequenceState) -> HeadState:
+        """The head's part of a sequence of its target, from here on or as a copied sequence brought it along (there is
+        one per sequence). Tokens committed before it was opened are missing from what it sees: its guesses are poorer
+        for it, the text is not. Raises ValueError for a sequence of another model."""
+        ...
+
+    def close(self) -> None:
+        """Give all memory back, before the target is closed. Closing twice does nothing."""
+        ...
+
+
 # ---------------------------------------------------------------- backends
 
 
@@ -454,6 +532,12 @@ class Backend(Protocol):
 
     def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
         """Open a model. Raises members of the error tree only."""
+        ...
+
+    def load_head(self, path: Path, target: LanguageModel) -> DraftHead:
+        """Open a trained head for a target of this backend that has no open sequences. Raises members of the error tree
+        only: HeadFileError names the tensor or key that is wrong, UnsupportedModelError what this backend or this
+        target cannot do."""
         ...
 
 
@@ -590,6 +674,11 @@ class Drafter(Protocol):
     @property
     def needs_trees(self) -> bool:
         """Was it set up to branch? Then a target that verifies chains only is refused, not served badly."""
+        ...
+
+    def attach(self, state: SequenceState) -> None:
+        """The target's sequence that it will guess for, before the target reads anything more into it; again whenever
+        another sequence takes its place. For drafters that read the target's hidden states; others need nothing."""
         ...
 
     def begin(self, context: Context) -> None:

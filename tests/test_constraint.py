@@ -35,6 +35,7 @@ from localspec.protocols import (
     LanguageModel,
     Outcome,
     Proposal,
+    SequenceState,
     Step,
     Tokenizer,
     chain_parents,
@@ -485,6 +486,8 @@ class Chosen:
 
     name = "chosen"
     needs_trees = False
+
+    def attach(self, state: SequenceState) -> None: ...
 
     def begin(self, context: Context) -> None: ...
 

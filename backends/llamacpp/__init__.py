@@ -15,8 +15,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from localspec.errors import LocalspecError
-from localspec.protocols import Backend, BackendReport, LanguageModel, LoadSettings, Tokenizer
+from localspec.errors import LocalspecError, UnsupportedModelError
+from localspec.protocols import Backend, BackendReport, DraftHead, LanguageModel, LoadSettings, Tokenizer
 
 from . import loading, native, probe
 from .quantizer import LlamaQuantizer
@@ -44,6 +44,10 @@ class LlamaCppBackend:
     def load(self, path: Path, settings: LoadSettings) -> LanguageModel:
         """Open a model. Raises members of the error tree only."""
         return loading.load(path, settings)
+
+    def load_head(self, path: Path, target: LanguageModel) -> DraftHead:
+        """None is known yet. Raises UnsupportedModelError."""
+        raise UnsupportedModelError("the llamacpp backend runs no trained heads yet", got=path)
 
     def open_tokenizer(self, path: Path) -> Tokenizer:
         """The tokenizer of a model file. Raises members of the error tree only."""

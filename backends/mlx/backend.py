@@ -9,8 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from localspec.errors import BackendMissingError, LocalspecError, ModelNotFoundError, SettingError
-from localspec.protocols import BackendReport, LanguageModel, LoadSettings, Tokenizer
+from localspec.errors import (
+    BackendMissingError,
+    LocalspecError,
+    ModelNotFoundError,
+    SettingError,
+    UnsupportedModelError,
+)
+from localspec.protocols import BackendReport, DraftHead, LanguageModel, LoadSettings, Tokenizer
 
 from .border import translated
 from .planner import MlxPlanner
@@ -114,6 +120,10 @@ class MlxBackend:
             if self._ledger is None:
                 self._ledger = Ledger()
             return cast("LanguageModel", open_model(path, settings, self._ledger))
+
+    def load_head(self, path: Path, target: LanguageModel) -> DraftHead:
+        """None is known yet. Raises UnsupportedModelError."""
+        raise UnsupportedModelError("the mlx backend runs no trained heads yet", got=path)
 
 
 def _check_settings(settings: LoadSettings) -> None:

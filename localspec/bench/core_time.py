@@ -23,6 +23,7 @@ from localspec.protocols import (
     Proposal,
     Rewind,
     Scores,
+    SequenceState,
     Step,
     WidthClass,
 )
@@ -144,6 +145,9 @@ class Foresight:
 
     def __init__(self, rows: Logits, num: int, right: int) -> None:
         self._rows, self._num, self._right = rows, num, right
+
+    def attach(self, state: SequenceState) -> None:
+        """The target's states are not read."""
 
     def begin(self, context: Context) -> None:
         """Nothing to prepare."""

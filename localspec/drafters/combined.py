@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from localspec.context import Context
 from localspec.errors import SettingError
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SequenceState
 from localspec.tree.grow import merge, prune
 from localspec.tree.token_tree import TokenTree
 
@@ -37,6 +37,11 @@ class Combined:
     def needs_trees(self) -> bool:
         """Two guesses seldom agree, so their union is a tree."""
         return True
+
+    def attach(self, state: SequenceState) -> None:
+        """The sequence, for all."""
+        for part in self.parts:
+            part.attach(state)
 
     def begin(self, context: Context) -> None:
         """A new turn, for all."""

@@ -22,7 +22,7 @@ from localspec.drafters.mirror import SKIP
 from localspec.drafters.shape import Shape
 from localspec.errors import SettingError
 from localspec.fingerprint import Relation
-from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome, Proposal
+from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome, Proposal, SequenceState
 
 AUTO, INTERSECTION, BYTES = "auto", "intersection", "bytes"
 _MODES = (AUTO, INTERSECTION, BYTES)
@@ -90,6 +90,9 @@ class CrossTokenizer:
     def needs_trees(self) -> bool:
         """True unless it guesses chains."""
         return not self.shape.is_chain
+
+    def attach(self, state: SequenceState) -> None:
+        """The target's states are not read."""
 
     def begin(self, context: Context) -> None:
         """Bring the mirror to the new context, and choose the mode by what it consists of."""

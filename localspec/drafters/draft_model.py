@@ -19,7 +19,16 @@ from localspec.drafters.draft_cache import ANCHOR, DraftCache, GuessCache
 from localspec.drafters.shape import MOST_CHILDREN, Shape
 from localspec.errors import SettingError
 from localspec.noise import Purpose
-from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome, Proposal, Scores, Tokens
+from localspec.protocols import (
+    DraftRequest,
+    HostTokens,
+    LanguageModel,
+    Outcome,
+    Proposal,
+    Scores,
+    SequenceState,
+    Tokens,
+)
 from localspec.sampling import Law, Sampler, chances
 from localspec.tree.grow import Grower, shape
 from localspec.types import Logits, Positions, Probabilities, TokenIds
@@ -81,6 +90,9 @@ class DraftModel:
     def num(self) -> int:
         """Most nodes of a proposal."""
         return self.shape.num
+
+    def attach(self, state: SequenceState) -> None:
+        """The target's states are not read."""
 
     def begin(self, context: Context) -> None:
         """Keep what the cache shares with the new context."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from localspec.context import Context
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal
+from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SequenceState
 
 
 class Forced:
@@ -18,6 +18,9 @@ class Forced:
 
     name = "grammar"
     needs_trees = False
+
+    def attach(self, state: SequenceState) -> None:
+        """The target's states are not read."""
 
     def begin(self, context: Context) -> None:
         """Nothing to read: the grammar comes with each request."""

@@ -16,7 +16,7 @@ import numpy as np
 from localspec.context import Context, common_prefix
 from localspec.drafters.shape import Shape
 from localspec.errors import SettingError
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal
+from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SequenceState
 from localspec.tree.grow import Grower
 from localspec.tree.token_tree import TokenTree
 from localspec.types import TokenIds
@@ -64,6 +64,9 @@ class Ngram:
     def needs_trees(self) -> bool:
         """True unless it guesses chains."""
         return not self.shape.is_chain
+
+    def attach(self, state: SequenceState) -> None:
+        """The target's states are not read."""
 
     def begin(self, context: Context) -> None:
         """Index the new turn's context, keeping what it shares with the last one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from localspec.context import Context
-from localspec.protocols import DraftRequest, Outcome, Proposal
+from localspec.protocols import DraftRequest, Outcome, Proposal, SequenceState
 
 
 class Nothing:
@@ -11,6 +11,9 @@ class Nothing:
 
     name = "nothing"
     needs_trees = False
+
+    def attach(self, state: SequenceState) -> None:
+        """The target's states are not read."""
 
     def begin(self, context: Context) -> None:
         """Nothing to prepare."""

@@ -9,7 +9,15 @@ import numpy as np
 
 from localspec.context import Context
 from localspec.engine.round import Lane, Room, run_round
-from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome, Proposal, require_rewind
+from localspec.protocols import (
+    DraftRequest,
+    HostTokens,
+    LanguageModel,
+    Outcome,
+    Proposal,
+    SequenceState,
+    require_rewind,
+)
 from localspec.sampling import Sampler, SamplingParams
 from localspec.verify import make_acceptance
 
@@ -28,6 +36,8 @@ class _Fixed:
         self._proposal = Proposal(
             self.name, (HostTokens(np.array(tokens, np.int32)),), np.arange(-1, len(tokens) - 1, dtype=np.int32)
         )
+
+    def attach(self, state: SequenceState) -> None: ...
 
     def begin(self, context: Context) -> None: ...
 

@@ -85,11 +85,15 @@ class Session:
         self.model = model
         self.exactness = exactness or Exactness.of_class(model)
         self.acceptance = make_acceptance(acceptance) if isinstance(acceptance, str) else acceptance
-        self.use(drafter)
         self._context = Context()
         self._live: Stream | None = None
         self._num_written = 0  # tokens in the state as the prefill wrote them
         self._state = model.open()
+        try:
+            self.use(drafter)
+        except BaseException:
+            self._state.close()
+            raise
 
     def use(self, drafter: Drafter, acceptance: Acceptance | None = None) -> None:
         """Draft with another drafter, and accept by another rule, from the next answer on; the former drafter
@@ -101,6 +105,7 @@ class Session:
             require_trees(self.model, drafter.name)
         if self.exactness.bound is not None:
             require_guardable(acceptance or self.acceptance)
+        drafter.attach(self._state)
         self.drafter = drafter
         if acceptance is not None:
             self.acceptance = acceptance

@@ -46,6 +46,14 @@ class Slot:
         if self.drafter is not None:
             self.drafter.close()
         self.drafter, self.drafter_key = drafter, key if drafter is not None else ""
+        if drafter is not None:
+            drafter.attach(self.state)
+
+    def hold(self, state: SequenceState) -> None:
+        """Another sequence, in the place of a closed one."""
+        self.state = state
+        if self.drafter is not None:
+            self.drafter.attach(state)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -178,9 +186,9 @@ class Slots:
         slot.state.close()
         slot.held = _nothing()
         try:
-            slot.state = self._model.open() if saved is None else saved.open()
+            slot.hold(self._model.open() if saved is None else saved.open())
         except BaseException:
-            slot.state = self._model.open()
+            slot.hold(self._model.open())
             raise
 
     def _keep(self, slot: Slot, besides: SavedState | None = None) -> None:

@@ -17,7 +17,17 @@ import numpy as np
 
 from localspec.constraint import obey
 from localspec.context import Context
-from localspec.protocols import Budget, Capabilities, Drafter, DraftRequest, HostTokens, Load, Outcome, Proposal
+from localspec.protocols import (
+    Budget,
+    Capabilities,
+    Drafter,
+    DraftRequest,
+    HostTokens,
+    Load,
+    Outcome,
+    Proposal,
+    SequenceState,
+)
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
 from localspec.schedule.guard import Guard
@@ -154,6 +164,11 @@ class Scheduled:
         self._open: tuple[list[float], list[_Asked]] | None = None  # reach and owner of nodes that others choose from
         self._context = Context()
         self._read: dict[str, int] = {}  # how much of the context each drafter has seen
+
+    def attach(self, state: SequenceState) -> None:
+        """The sequence, for all."""
+        for part in self.parts:
+            part.attach(state)
 
     def begin(self, context: Context) -> None:
         """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again,

@@ -13,7 +13,7 @@ from localspec.drafters import AUTO, DRAFTERS, Combined, DrafterSpec, DraftModel
 from localspec.drafters.draft_cache import DraftCache
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UsageError
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, Step
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, SequenceState, Step
 from localspec.sampling import Law, Sampler, SamplingParams
 from localspec.testing.drafters import DrafterConformance
 from localspec.testing.reference import ReferenceModel, ReferenceState, random_tree
@@ -122,6 +122,8 @@ class Adversary:
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(3)
+
+    def attach(self, state: SequenceState) -> None: ...
 
     def begin(self, context: Context) -> None:
         pass

@@ -14,7 +14,17 @@ from localspec.drafters import Nothing
 from localspec.engine.round import Lane, Room, run_round
 from localspec.engine.session import Session
 from localspec.errors import BackendError
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, Step, WidthClass
+from localspec.protocols import (
+    Drafter,
+    DraftRequest,
+    HostTokens,
+    Outcome,
+    Proposal,
+    Scores,
+    SequenceState,
+    Step,
+    WidthClass,
+)
 from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.reference import ReferenceModel
 from localspec.verify import Walk
@@ -53,6 +63,8 @@ class Moody:
         self.busy, self.round = busy, 0
         self.early: list[bool] = []
         self.plain: list[bool] = []
+
+    def attach(self, state: SequenceState) -> None: ...
 
     def begin(self, context: Context) -> None: ...
 

@@ -14,7 +14,7 @@ from localspec.engine.answer import TARGET
 from localspec.engine.round import RoundResult
 from localspec.engine.session import Session
 from localspec.engine.stats import Stats, sibling_ranks
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, Rewind
+from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, Rewind, SequenceState
 from localspec.sampling import SamplingParams
 from localspec.terminal import summary
 from localspec.testing.reference import ReferenceModel, ReferenceState, random_tree
@@ -39,6 +39,8 @@ class Two:
     def __init__(self, vocab_size: int) -> None:
         self.rng = np.random.default_rng(1)
         self.vocab_size = vocab_size
+
+    def attach(self, state: SequenceState) -> None: ...
 
     def begin(self, context: Context) -> None:
         pass

@@ -12,7 +12,7 @@ from localspec.context import Context
 from localspec.drafters import make_drafter
 from localspec.engine.session import Session
 from localspec.engine.stats import Stats
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SequenceState
 from localspec.sampling import Sampler, SamplingParams
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.scheduled import Experience, Scheduled
@@ -78,6 +78,8 @@ class Wrong:
 
     def __init__(self) -> None:
         self.asked = 0
+
+    def attach(self, state: SequenceState) -> None: ...
 
     def begin(self, context: object) -> None:
         """Nothing to prepare."""

@@ -22,7 +22,7 @@ from localspec.engine.answer import Generation
 from localspec.engine.round import RoundResult
 from localspec.errors import SettingError, TraceFileError
 from localspec.loading import Pair
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal
+from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SequenceState
 from localspec.sampling import SamplingParams
 from localspec.testing.reference import ReferenceModel, random_tree
 from localspec.trace.console import round_text, show_trace
@@ -57,6 +57,8 @@ class Bush:
         self.rng = np.random.default_rng(1)
         self.size = size
         self.scored = scored
+
+    def attach(self, state: SequenceState) -> None: ...
 
     def begin(self, context: Context) -> None:
         pass
