@@ -498,6 +498,7 @@ class Chosen:
     def close(self) -> None: ...
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chain", "tree", "chosen"])
 def test_rejection_keeps_to_the_law_inside_the_grammar(kind: str) -> None:
     """Chi-square over the nine answers of two tokens; a false alarm once in 10,000 runs for each kind."""
