@@ -152,7 +152,7 @@ def test_many_sequences_of_llama_cpp_in_one_pass_give_the_texts_of_each_alone() 
         assert tiny.target.capabilities.batches
         report = run(tiny, random_requests(tiny, 24, 48), at_once=6)
     assert report.is_clean, report
-    assert report.num_compared == 24 and report.num_cached
+    assert report.num_compared == 24
 
 
 # ---------------------------------------------------------------- events
