@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from localspec.bench.prompts import Prompt, load_prompts
 from localspec.schedule import store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,13 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared"):
             item.add_marker(skip)
+
+
+def brief_prompts(*domains: str) -> list[Prompt]:
+    """The first held-out prompt of each domain, texts cut to 80 characters: MLX on a CPU, and the
+    reference model, take as long for a token of the prompt as for one of the answer."""
+    prompts = load_prompts(domains=domains, per_domain=1)
+    return [replace(prompt, text=prompt.text and prompt.text[:80]) for prompt in prompts]
 
 
 @pytest.fixture(scope="session")

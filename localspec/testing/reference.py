@@ -27,7 +27,7 @@ HIDDEN, HEADS, HEAD_DIM, LAYERS = 32, 2, 16, 2
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One token's keys and values, per layer [LAYERS, HEADS, HEAD_DIM], and its sequence."""
+    """One token's keys and values, [1, LAYERS, HEADS, HEAD_DIM] each."""
 
     token: int
     keys: Array
@@ -267,32 +267,34 @@ class ReferenceModel:
     def compute(self, token: int, position: int, cells: list[Cell]) -> tuple[Array, Cell]:
         """(hidden [HIDDEN], own cell) of one token."""
         hidden = self.embedding[token].copy()
-        own_keys, own_values = (np.zeros((LAYERS, HEADS, HEAD_DIM)) for _ in range(2))
+        own = Cell(token, *(np.zeros((1, LAYERS, HEADS, HEAD_DIM)) for _ in range(2)))
+        keys = np.concatenate([*(cell.keys for cell in cells), own.keys])
+        values = np.concatenate([*(cell.values for cell in cells), own.values])
+        angle = position * self.frequencies
+        cos, sin = np.cos(angle), np.sin(angle)
         for layer in range(LAYERS):
             x = _normed(hidden)
             query, key, value = (
                 (weights[layer] @ x).reshape(HEADS, HEAD_DIM) for weights in (self.query, self.key, self.value)
             )
-            query, key = self._rotated(query, position), self._rotated(key, position)
-            own_keys[layer], own_values[layer] = key, value
-            keys = np.stack([*(cell.keys[layer] for cell in cells), key])
-            values = np.stack([*(cell.values[layer] for cell in cells), value])
-            weights = np.einsum("hd,thd->ht", query, keys) / np.sqrt(HEAD_DIM)
+            query = _rotated(query, cos, sin)
+            own.keys[0, layer] = keys[-1, layer] = _rotated(key, cos, sin)
+            own.values[0, layer] = values[-1, layer] = value
+            weights = np.einsum("hd,thd->ht", query, keys[:, layer]) / np.sqrt(HEAD_DIM)
             weights = np.exp(weights - weights.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
-            hidden = hidden + self.output[layer] @ np.einsum("ht,thd->hd", weights, values).reshape(-1)
+            hidden = hidden + self.output[layer] @ np.einsum("ht,thd->hd", weights, values[:, layer]).reshape(-1)
             hidden = hidden + self.down[layer] @ np.tanh(self.up[layer] @ _normed(hidden))
-        return hidden, Cell(token, own_keys, own_values)
+        return hidden, own
 
-    def _rotated(self, x: Array, position: int) -> Array:
-        angle = position * self.frequencies
-        first, second = x[:, : HEAD_DIM // 2], x[:, HEAD_DIM // 2 :]
-        cos, sin = np.cos(angle), np.sin(angle)
-        return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1)
+
+def _rotated(x: Array, cos: Array, sin: Array) -> Array:
+    first, second = x[:, : HEAD_DIM // 2], x[:, HEAD_DIM // 2 :]
+    return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1)
 
 
 def _normed(x: Array) -> Array:
-    return np.asarray(x / np.sqrt(np.mean(x * x) + 1e-6))
+    return np.asarray(x / np.sqrt(np.add.reduce(x * x) / len(x) + 1e-6))
 
 
 def random_tree(rng: np.random.Generator, num_nodes: int) -> NodeIndices:
