@@ -214,6 +214,7 @@ def test_a_lossy_walk_is_named_as_the_cause(monkeypatch: pytest.MonkeyPatch, dra
         assert "the rule is lossy" in difference.explanation
 
 
+@pytest.mark.slow
 def test_a_lossy_rejection_rule_fails_the_distribution_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Levels of one in 1,000; with the right rule the same seeds pass."""
     one = Plan(PROMPTS, (0.8,), 10, 32, ("rejection",))

@@ -166,6 +166,7 @@ def test_width_one_joins_a_class_where_it_was_found_equal_deep_into_the_context(
     assert class_to_use(claimed, late) == (claimed, "")
 
 
+@pytest.mark.slow
 def test_width_one_alone_is_the_class_where_wider_passes_cost_more_than_they_bring() -> None:
     claimed = WidthClass(2, None, "read in the source")
     result = deep(lambda width, place, context: float(width == 1))
