@@ -131,7 +131,7 @@ def keep_bound(target: LanguageModel, bound: Bound, folder: Path | None = None) 
 
 def options_for(
     path: Path, backend: str, draft: Path | None = None, folder: Path | None = None
-) -> dict[str, bool | int]:
+) -> dict[str, bool | int | str]:
     """The `LoadSettings` fields that won for a target with this draft model (None: without one) on this machine; empty
     if `localspec tune` was not run for them."""
     report = find_report(path, backend, draft, folder)
@@ -140,7 +140,7 @@ def options_for(
 
 def find_report(
     path: Path, backend: str, draft: Path | None, folder: Path | None = None
-) -> tuple[dict[str, bool | int], Mapping[str, Any]] | None:
+) -> tuple[dict[str, bool | int | str], Mapping[str, Any]] | None:
     """(the options that won, all that `localspec tune` said) for a target with a draft model, if it was run."""
     key = _options_key(path, backend, draft)
     return _find(_file(folder, _OPTIONS, key), key, lambda data: (_options(data["options"]), dict(data["report"])))
@@ -150,7 +150,7 @@ def keep_report(
     path: Path,
     backend: str,
     draft: Path | None,
-    options: Mapping[str, bool | int],
+    options: Mapping[str, bool | int | str],
     report: Mapping[str, Any],
     folder: Path | None = None,
 ) -> None:
@@ -207,8 +207,8 @@ def _file(folder: Path | None, kind: str, key: Mapping[str, Any]) -> Path:
 # ---------------------------------------------------------------- files
 
 
-def _options(data: Mapping[str, Any]) -> dict[str, bool | int]:
-    if not isinstance(data, dict) or not all(isinstance(value, int) for value in data.values()):
+def _options(data: Mapping[str, Any]) -> dict[str, bool | int | str]:
+    if not isinstance(data, dict) or not all(isinstance(value, int | str) for value in data.values()):
         raise TypeError("options that are neither numbers nor yes or no")
     return dict(data)
 
