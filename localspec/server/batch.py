@@ -86,8 +86,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchStatus:
-    """Gauges, then sums since the start. num_kept, kept_bytes: copies in the prefix cache.  tokens_per_second: of all
-    requests together, over the last rounds; 0 where nothing runs."""
+    """Gauges, then sums since the start. num_kept, kept_bytes: copies in the prefix cache; kept_draft_bytes: of these,
+    what draft models have read.  tokens_per_second: of all requests together, over the last rounds; 0 where nothing
+    runs."""
 
     num_active: int
     num_waiting: int
@@ -95,6 +96,7 @@ class BatchStatus:
     queue: int
     num_kept: int
     kept_bytes: int
+    kept_draft_bytes: int
     tokens_per_second: float
     ended: Mapping[str, int]  # finish reason, or "failed" -> requests
     num_prompt_tokens: int
@@ -221,6 +223,7 @@ class Batch:
             queue=self.settings.queue,
             num_kept=0 if slots is None else slots.num_kept,
             kept_bytes=0 if slots is None else slots.num_bytes,
+            kept_draft_bytes=0 if slots is None else slots.draft_bytes,
             tokens_per_second=totals.rate if is_fresh else 0.0,
             ended=dict(totals.ended),
             num_prompt_tokens=totals.prompt,
@@ -348,9 +351,8 @@ class Batch:
         seat.sit(slot)
         self._totals.prompt += len(seat.prompt)
         self._totals.cached += seat.answer.stats.num_reused
-        if slot.drafter is None or slot.drafter_key != seat.speculation.key:
-            slot.use(None)
-            slot.use(self._drafting.drafter(seat.speculation.drafter, exact=Mode.CLASS.value), seat.speculation.key)
+        spec = seat.speculation
+        slot.draft_with(spec.key, lambda: self._drafting.drafter(spec.drafter, exact=Mode.CLASS.value))
 
     # ------------------------------------------------------------ rounds
 

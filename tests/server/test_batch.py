@@ -370,6 +370,37 @@ def test_neighbours_that_share_a_beginning_read_it_once(pair: Pair, target: Watc
     assert [answer.tokens for answer in answers] == [alone(pair, one).tokens for one in requests]
 
 
+class Counted(ReferenceModel):
+    """A draft model that counts what it reads."""
+
+    num_read = 0
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        self.num_read += sum(step.num_tokens for step in steps)
+        return super().forward(steps)
+
+
+@pytest.mark.parametrize("how", ["auto", "draft_model:num=3", "draft_model:num=3+ngram"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_draft_model_does_not_read_again_what_was_kept(target: Watched, how: str, cached: bool) -> None:
+    """Two conversations that take turns in one place; how much is kept changes no text."""
+    draft = Counted()
+    pair = Pair(target, draft)
+    turns = [[*range(1, 60)], [*range(60, 1, -2), *range(1, 60, 2)]]
+    with Batch(pair, BatchSettings(parallel=1, cache_bytes=1 << 24 if cached else 0)) as batch:
+        read = []
+        for turn in (*turns, *([*turn, 7, 7] for turn in turns)):
+            before = draft.num_read
+            one = request([token % POISON for token in turn], most=1, how=how)
+            assert batch.submit(one).result().tokens == alone(pair, one).tokens
+            read.append(draft.num_read - before)
+        kept = batch.status()
+    assert min(read[:2]) >= 50
+    assert (max(read[2:]) < 20) if cached else (min(read[2:]) >= 50)
+    assert (0 < kept.kept_draft_bytes < kept.kept_bytes) == cached
+    assert draft.num_open == 0
+
+
 # ---------------------------------------------------------------- the end
 
 
