@@ -13,6 +13,7 @@ import click
 from localspec.commands.models import open_models
 from localspec.commands.options import in_a_folder, load_options
 
+_EXACT = {"exact": "class"}  # what a server promises by itself
 _output = click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
@@ -56,7 +57,7 @@ def serve(
         click.echo(f"{run.at_once:3d} at once, {run.how:5}: {run.tokens_per_second:7.1f} tok/s", err=True)
 
     auto = DrafterSpec.parse("auto")
-    with open_models(options, auto, num_sequences=max(at_once), batch=True) as pair:
+    with open_models(options | _EXACT, auto, num_sequences=max(at_once), batch=True) as pair:
         report = measure(
             pair,
             load_prompts(per_domain=per_domain),
@@ -85,7 +86,7 @@ def soak(requests: int, at_once: int, longest: int, seed: int, output: Path | No
     from localspec.drafters import DrafterSpec
 
     auto = DrafterSpec.parse("auto")
-    with open_models(options, auto, num_sequences=at_once, batch=True) as pair:
+    with open_models(options | _EXACT, auto, num_sequences=at_once, batch=True) as pair:
         report = run(pair, random_requests(pair, requests, longest, seed), at_once=at_once)
     click.echo(table(report))
     if output is not None:

@@ -25,7 +25,7 @@ from localspec.errors import (
     UsageError,
 )
 from localspec.loading import Pair, get_backend, open_pair
-from localspec.protocols import LoadSettings, Scores, Step
+from localspec.protocols import LoadSettings, Scores, Step, WidthClass
 from localspec.sampling import SamplingParams
 from localspec.server.batch import Batch, BatchSettings, Request
 from localspec.server.speculation import Speculation
@@ -428,6 +428,25 @@ def test_closing_without_time_cancels(pair: Pair, target: Watched) -> None:
 def test_a_batch_needs_its_sequences(target: Watched) -> None:
     with pytest.raises(BackendError, match="too many open"):
         Batch(Pair(target, None), BatchSettings(parallel=40))
+
+
+def test_close_choices_are_not_rechecked_here_and_nobody_believes_so() -> None:
+    with pytest.raises(SettingError, match=r"not re-checked(?s:.*)localspec tune"):
+        BatchSettings(exact="guarded")
+    with pytest.raises(UnknownNameError):
+        BatchSettings(exact="auto")
+
+
+def test_with_exactness_off_passes_are_of_any_width() -> None:
+    """And every answer says that nothing is promised."""
+    target = Watched()
+    target.capabilities = replace(target.capabilities, width_class=WidthClass(4, 4, "pretended"))
+    pair = Pair(target, target.perturbed(0.2))
+    for exact, most in (("class", 3), ("off", 8)):
+        with Batch(pair, BatchSettings(parallel=2, exact=exact)) as batch:
+            answer = batch.submit(request([1, 2, 3], most=30, how="draft_model:num=8,guess=greedy")).result()
+        assert answer.exact == exact
+        assert len(answer.stats.drafted_by_depth) == most
 
 
 def test_bad_settings_are_refused() -> None:
