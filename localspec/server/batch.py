@@ -193,8 +193,8 @@ class Batch:
 
     @property
     def is_working(self) -> bool:
-        """False once nothing will be answered any more."""
-        return self._thread.is_alive()
+        """False once nobody is let in any more: it is closing, or has broken down."""
+        return self._thread.is_alive() and not self._closing
 
     def encode(self, text: str) -> TokenIds:
         """[T] tokens of a prompt. Depends on the text alone, not on what is cached: else the same request could
@@ -301,8 +301,12 @@ class Batch:
                     _log.exception("the batch broke; all requests in it fail")
                     self._fail_all(error)
         finally:
-            self._closing = True
-            self._slots.close()
+            with self._changed:
+                self._closing = True
+            try:
+                self._fail_all(ClosedError())  # there is nobody left unless something ended the thread
+            finally:
+                self._slots.close()
             self.experience.lately = None
             if self._gathered is not None:
                 self._gathered.close()
