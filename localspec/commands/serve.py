@@ -141,7 +141,11 @@ def serve(host: str, port: int, log_requests: bool, **options: Any) -> None:
     with (
         bind(host, port) as listening,
         open_models(
-            options | {"exact": batch.exact}, spec, num_sequences=batch.num_sequences, batch=True, offer_pull=True
+            options | {"exact": batch.exact},
+            spec,
+            num_sequences=batch.num_sequences,
+            batch=batch.parallel > 1,  # one alone shares no pass, and may have trees
+            offer_pull=True,
         ) as pair,
         Program(pair, batch, settings, log_requests=log_requests) as program,
     ):
