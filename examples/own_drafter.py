@@ -8,13 +8,14 @@ no guess was accepted. `docs/writing-a-drafter.md` explains the class.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
 import localspec
 from localspec.context import Context
 from localspec.drafters import Nothing
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SequenceState
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
 
 
 class AfterAnchor:
@@ -58,6 +59,13 @@ class AfterAnchor:
 
     def observe(self, outcome: Outcome) -> None:
         """The context has the emitted tokens already; nothing else is kept."""
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """No model has read anything."""
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Nothing of it is needed."""
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -665,6 +665,21 @@ class Outcome:
     kept: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedDraft:
+    """What a draft model has read, outside of all open sequences. model: whose `state` it is.  tokens: [T] what was
+    read, in that model's vocabulary."""
+
+    model: LanguageModel
+    tokens: TokenIds
+    state: SavedState
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return self.tokens.nbytes + self.state.num_bytes
+
+
 class Drafter(Protocol):
     """Anything that guesses. One object serves one session."""
 
@@ -691,6 +706,16 @@ class Drafter(Protocol):
 
     def observe(self, outcome: Outcome) -> None:
         """The last proposal's outcome. `context` (from `begin`) already holds the emitted tokens."""
+        ...
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """Copies of what draft models have read of the context, to go on from elsewhere; none where there is nothing
+        that would take a model to read again. Between rounds only."""
+        ...
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Before a `begin`: hold what was saved, by whatever drafter, of models that this one drafts with; others are
+        passed over. Raises as `LanguageModel.open`, and then holds nothing."""
         ...
 
     def close(self) -> None:

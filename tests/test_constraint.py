@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,7 @@ from localspec.protocols import (
     LanguageModel,
     Outcome,
     Proposal,
+    SavedDraft,
     SequenceState,
     Step,
     Tokenizer,
@@ -507,6 +508,11 @@ class Chosen:
         return Proposal(self.name, (HostTokens(ids),), np.full(len(ids), -1, np.int32))
 
     def observe(self, outcome: Outcome) -> None: ...
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
 
     def close(self) -> None: ...
 

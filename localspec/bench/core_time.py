@@ -22,6 +22,7 @@ from localspec.protocols import (
     Outcome,
     Proposal,
     Rewind,
+    SavedDraft,
     Scores,
     SequenceState,
     Step,
@@ -167,6 +168,13 @@ class Foresight:
 
     def observe(self, outcome: Outcome) -> None:
         """Nothing to learn."""
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """No model has read anything."""
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Nothing of it is needed."""
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from localspec.engine.answer import Generation
 from localspec.errors import BackendError
+from localspec.exactness import Mode
 from localspec.loading import Pair
 from localspec.sampling import SamplingParams
 from localspec.server.batch import Batch, BatchSettings, Request
@@ -29,26 +30,45 @@ from localspec.types import TokenIds
 _CANCELLED = 0.1
 _STARTS = 4  # beginnings that requests share
 _TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
+_SAMPLES = 10
 _WAYS = ("auto", "auto", "auto", "ngram", "off")
+
+Text = tuple[tuple[int, ...], str]
+"""Tokens and text of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The trial at a moment: requests ended so far, memory of the process, bytes of copies in the prefix cache."""
+
+    seconds: float
+    num_ended: int
+    memory_mib: float
+    kept_bytes: int
 
 
 @dataclass(slots=True)
 class Report:
-    """memory_mib: of the process, after each tenth of the trial.  differing: requests whose text was not that of the
-    same request alone (a cancelled one's: not its beginning).  failed: what requests failed with."""
+    """num_requests: different ones.  samples: at every tenth of the trial and at its end.  differing: requests whose
+    text was not that of the same request alone (a cancelled one's: not its beginning).  failed: what requests failed
+    with.  interrupted: it was ended before its time; the figures are those of what was done."""
 
     num_requests: int
     at_once: int
     num_finished: int = 0
     num_cancelled: int = 0
-    num_compared: int = 0
     num_cached: int = 0
     seconds: float = 0.0
     differing: list[int] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    memory_mib: list[float] = field(default_factory=list)
-    kept_bytes: list[int] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     left_open: int = 0
+    interrupted: bool = False
+
+    @property
+    def num_compared(self) -> int:
+        """Texts, and beginnings of texts, that were compared."""
+        return self.num_finished + self.num_cancelled
 
     @property
     def is_clean(self) -> bool:
@@ -86,54 +106,80 @@ def run(
     requests: Sequence[Request],
     *,
     at_once: int = 16,
+    seconds: float = 0.0,
     cache_bytes: int = 64 << 20,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[Report, int], None] = lambda report, alone: None,
 ) -> Report:
-    """Answer all, `at_once` at a time and one in ten cancelled in the middle; then each again alone, plainly. The pair
-    must have been opened for `at_once` sequences."""
+    """Answer each request alone, plainly; then all of them `at_once` at a time, one in ten cancelled in the middle, and
+    that again until so many seconds are over. The pair must have been opened for `at_once` sequences.
+
+    on_progress: told, at every tenth of either part, what is known and how many were answered alone. Ctrl-C ends the
+    trial with what there is.
+    """
     report = Report(len(requests), at_once)
-    started = monotonic()
     before = _num_open(pair)
-    ended: dict[int, Generation] = {}
-    gate = threading.Semaphore(at_once + at_once // 2)  # some always wait
-    cuts = random.Random(1)
-    with Batch(pair, BatchSettings(parallel=at_once, queue=len(requests), cache_bytes=cache_bytes)) as batch:
-        for number, request in enumerate(requests):
-            gate.acquire()
-            cut = cuts.randrange(1, 12) if cuts.random() < _CANCELLED else None
-            _Watch(number, cut, ended, report, gate).submit(batch, request)
-            if number % max(1, len(requests) // 10) == 0:
-                report.memory_mib.append(_memory_mib())
-                report.kept_bytes.append(batch.status().kept_bytes)
-            on_progress(number, 2 * len(requests))
-        for _ in range(at_once + at_once // 2):
-            gate.acquire()
-        report.num_cached = batch.status().num_cached_tokens
-        report.memory_mib.append(_memory_mib())
+    started = monotonic()
+    try:
+        texts = _alone(pair, requests, lambda count: on_progress(report, count))
+        started = monotonic()
+        with Batch(pair, BatchSettings(parallel=at_once, queue=2 * at_once, cache_bytes=cache_bytes)) as batch:
+            _together(batch, list(zip(requests, texts, strict=True)), report, seconds, on_progress)
+    except KeyboardInterrupt:
+        report.interrupted = True
     report.left_open = _num_open(pair) - before
     report.seconds = monotonic() - started
-    with pair.session("nothing") as alone:
-        for number, generation in sorted(ended.items()):
-            alone.reset()
-            whole = alone.generate(requests[number].tokens, requests[number].params)
-            report.num_compared += 1
-            is_cut = generation.finish_reason == "cancelled"
-            report.num_cancelled += is_cut
-            report.num_finished += not is_cut
-            want = whole.tokens[: len(generation.tokens)] if is_cut else whole.tokens
-            if generation.tokens != want or not (is_cut or generation.text == whole.text):
-                report.differing.append(number)
-            on_progress(len(requests) + number, 2 * len(requests))
     return report
 
 
-class _Watch:
-    """Follows one request, and cancels it after `cut` tokens."""
+def _alone(pair: Pair, requests: Sequence[Request], on_tenth: Callable[[int], None]) -> list[Text]:
+    texts: list[Text] = []
+    with pair.session("nothing", exact=Mode.CLASS.value) as session:
+        for number, request in enumerate(requests):
+            session.reset()
+            answer = session.generate(request.tokens, request.params)
+            texts.append((answer.tokens, answer.text))
+            if (number + 1) % max(1, len(requests) // _SAMPLES) == 0:
+                on_tenth(number + 1)
+    return texts
 
-    def __init__(
-        self, number: int, cut: int | None, ended: dict[int, Generation], report: Report, gate: threading.Semaphore
-    ) -> None:
-        self._number, self._cut, self._ended = number, cut, ended
+
+def _together(
+    batch: Batch,
+    asked: Sequence[tuple[Request, Text]],
+    report: Report,
+    seconds: float,
+    on_progress: Callable[[Report, int], None],
+) -> None:
+    started = monotonic()
+    most = report.at_once + report.at_once // 2  # some always wait
+    gate, cuts = threading.Semaphore(most), random.Random(1)
+
+    def sample() -> None:
+        status = batch.status()
+        ended = report.num_compared + len(report.failed)
+        report.num_cached, report.seconds = status.num_cached_tokens, monotonic() - started
+        report.samples.append(Sample(round(report.seconds, 1), ended, _memory_mib(), status.kept_bytes))
+        on_progress(report, len(asked))
+
+    number, passed = 0, 0.0
+    while number < len(asked) or passed < seconds:
+        gate.acquire()
+        cut = cuts.randrange(1, 12) if cuts.random() < _CANCELLED else None
+        request, text = asked[number % len(asked)]
+        _Watch(number % len(asked), text, cut, report, gate).submit(batch, request)
+        number, passed = number + 1, monotonic() - started
+        if min(number / len(asked), passed / seconds if seconds else 1.0) * _SAMPLES >= len(report.samples) + 1:
+            sample()
+    for _ in range(most):
+        gate.acquire()
+    sample()
+
+
+class _Watch:
+    """Follows one request, cancels it after `cut` tokens, and compares what came with the text that it should have."""
+
+    def __init__(self, number: int, text: Text, cut: int | None, report: Report, gate: threading.Semaphore) -> None:
+        self._number, self._text, self._cut = number, text, cut
         self._report, self._gate = report, gate
         self._seen = 0
         self._ticket: Ticket | None = None
@@ -148,11 +194,20 @@ class _Watch:
             if self._cut is not None and self._seen >= self._cut and self._ticket is not None:
                 self._ticket.cancel()
         elif isinstance(event, Finished):
-            self._ended[self._number] = event.generation
+            self._compare(event.generation)
             self._gate.release()
         elif isinstance(event, Failed):
             self._report.failed.append(f"{self._number}: {event.error}")
             self._gate.release()
+
+    def _compare(self, found: Generation) -> None:
+        is_cut = found.finish_reason == "cancelled"
+        self._report.num_cancelled += is_cut
+        self._report.num_finished += not is_cut
+        tokens, text = self._text
+        want = tokens[: len(found.tokens)] if is_cut else tokens
+        if found.tokens != want or not (is_cut or found.text == text):
+            self._report.differing.append(self._number)
 
 
 def _num_open(pair: Pair) -> int:
@@ -177,16 +232,27 @@ def _memory_mib() -> float:
         return 0.0
 
 
+def progress_line(report: Report, alone: int) -> str:
+    """Where the trial is."""
+    if not report.samples:
+        return f"alone: {alone} of {report.num_requests}"
+    last = report.samples[-1]
+    wrong = f"differing {len(report.differing)}, failed {len(report.failed)}"
+    return f"together: {last.num_ended} in {last.seconds:.0f} s, {last.memory_mib:.0f} MiB; {wrong}"
+
+
 def table(report: Report) -> str:
     """For people."""
-    memory = ", ".join(f"{value:.0f}" for value in report.memory_mib)
+    memory = ", ".join(f"{sample.memory_mib:.0f}" for sample in report.samples)
+    copies = ", ".join(f"{sample.kept_bytes / 2**20:.0f}" for sample in report.samples)
+    early = "; interrupted" if report.interrupted else ""
     ended = f"{report.num_finished} finished, {report.num_cancelled} cancelled, {len(report.failed)} failed"
     compared = f"{report.num_compared}, differing {len(report.differing)}"
     lines = [
-        f"{report.num_requests} requests, {report.at_once} at once, in {report.seconds:.0f} s: {ended}",
+        f"{report.num_requests} requests, {report.at_once} at once, in {report.seconds:.0f} s: {ended}{early}",
         f"compared with the same request alone, decoded plainly: {compared}",
         f"prompt tokens found in the cache: {report.num_cached}; sequences left open: {report.left_open}",
-        f"memory of the process along the way, MiB: {memory}",
+        f"memory of the process along the way, MiB: {memory}; of it copies: {copies}",
     ]
     lines += [f"failed: {line}" for line in report.failed[:5]]
     if report.differing:

@@ -127,6 +127,7 @@ def serve(host: str, port: int, log_requests: bool, **options: Any) -> None:
     """Serve a model to programs that speak OpenAI's or Anthropic's interface, with a page to watch it.
 
     Requests share the passes of the model. Sampling options and --drafter stand for what a request does not say.
+    --exact is class (auto, too) or off: close choices are not re-checked here.
     """
     _require_extras()
     from localspec.server.listener import address_of, bind
@@ -139,7 +140,13 @@ def serve(host: str, port: int, log_requests: bool, **options: Any) -> None:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     with (
         bind(host, port) as listening,
-        open_models(options, spec, num_sequences=batch.num_sequences, batch=True, offer_pull=True) as pair,
+        open_models(
+            options | {"exact": batch.exact},
+            spec,
+            num_sequences=batch.num_sequences,
+            batch=batch.parallel > 1,  # one alone shares no pass, and may have trees
+            offer_pull=True,
+        ) as pair,
         Program(pair, batch, settings, log_requests=log_requests) as program,
     ):
         for note in notes(pair):
@@ -178,6 +185,7 @@ def _require_extras() -> None:
 
 
 def _batch_settings(options: dict[str, Any]) -> BatchSettings:
+    from localspec.exactness import AUTO, Mode
     from localspec.server.batch import BatchSettings
 
     return BatchSettings(
@@ -185,6 +193,7 @@ def _batch_settings(options: dict[str, Any]) -> BatchSettings:
         queue=options["queue"],
         cache_bytes=options["cache_ram"] * _MIB,
         acceptance=options["acceptance"],
+        exact=Mode.CLASS.value if options["exact"] == AUTO else options["exact"],
     )
 
 

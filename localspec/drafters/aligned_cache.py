@@ -10,7 +10,7 @@ from localspec.context import Context
 from localspec.drafters.draft_cache import DraftCache
 from localspec.drafters.mirror import MAP, Mirror
 from localspec.fingerprint import Relation
-from localspec.protocols import HostTokens, LanguageModel, Scores, Tokens
+from localspec.protocols import HostTokens, LanguageModel, SavedDraft, Scores, Tokens
 from localspec.sampling import HostScores
 
 
@@ -75,6 +75,14 @@ class AlignedCache:
         else:
             self._cache.observe()
 
+    def save(self) -> tuple[SavedDraft, ...]:
+        """A copy of what the draft model has read."""
+        return self._cache.save()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Hold what the draft model had read."""
+        self._cache.restore(saved)
+
     def close(self) -> None:
         """Give the cache back."""
         self._cache.close()
@@ -119,6 +127,14 @@ class SharedTokens:
     def observe(self) -> None:
         """Take in what was emitted."""
         self._aligned.observe()
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """A copy of what the draft model has read."""
+        return self._aligned.save()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Hold what the draft model had read."""
+        self._aligned.restore(saved)
 
     def close(self) -> None:
         """Give the cache back."""

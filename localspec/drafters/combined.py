@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from localspec.context import Context
 from localspec.errors import SettingError
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SequenceState
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
 from localspec.tree.grow import merge, prune
 from localspec.tree.token_tree import TokenTree
 
@@ -77,6 +77,15 @@ class Combined:
         """The outcome, for all."""
         for part in self.parts:
             part.observe(outcome)
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """What any of them has."""
+        return tuple(one for part in self.parts for one in part.save())
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """To each what it can use."""
+        for part in self.parts:
+            part.restore(saved)
 
     def close(self) -> None:
         """Close all."""

@@ -14,6 +14,8 @@ the same authors' token-level method, here also under the walk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from localspec.context import Context
 from localspec.drafters.aligned_cache import AlignedCache, SharedTokens
 from localspec.drafters.draft_model import DraftModel
@@ -22,7 +24,7 @@ from localspec.drafters.mirror import SKIP
 from localspec.drafters.shape import Shape
 from localspec.errors import SettingError
 from localspec.fingerprint import Relation
-from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome, Proposal, SequenceState
+from localspec.protocols import DraftRequest, HostTokens, LanguageModel, Outcome, Proposal, SavedDraft, SequenceState
 
 AUTO, INTERSECTION, BYTES = "auto", "intersection", "bytes"
 _MODES = (AUTO, INTERSECTION, BYTES)
@@ -122,6 +124,14 @@ class CrossTokenizer:
     def observe(self, outcome: Outcome) -> None:
         """Take in what was emitted."""
         self._aligned.observe()
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """What the draft model has read."""
+        return self._aligned.save()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """What the draft model had read."""
+        self._aligned.restore(saved)
 
     def close(self) -> None:
         """Give the draft model's cache back (the model itself belongs to the pair)."""

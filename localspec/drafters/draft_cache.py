@@ -8,7 +8,16 @@ from typing import Protocol
 import numpy as np
 
 from localspec.context import Context, common_prefix
-from localspec.protocols import HostTokens, LanguageModel, Scores, Step, Tokens, chain_parents, require_rewind
+from localspec.protocols import (
+    HostTokens,
+    LanguageModel,
+    SavedDraft,
+    Scores,
+    Step,
+    Tokens,
+    chain_parents,
+    require_rewind,
+)
 
 _PREFILL_CHUNK = 512
 ANCHOR = -1
@@ -30,6 +39,10 @@ class GuessCache(Protocol):
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores: ...
 
     def observe(self) -> None: ...
+
+    def save(self) -> tuple[SavedDraft, ...]: ...
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -128,6 +141,28 @@ class DraftCache:
                 break
             path.append(node)
         self._commit(path, emitted[: len(path)])
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """A copy of what is committed, if anything is; guesses are forgotten."""
+        self._reset_to(self._state.length)
+        if not self._committed:
+            return ()
+        return (SavedDraft(self.model, np.array(self._committed, np.int32), self._state.save()),)
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Hold the longest of those that this model has read, in place of what is held."""
+        own = [one for one in saved if one.model is self.model]
+        if not own:
+            return
+        longest = max(own, key=lambda one: len(one.tokens))
+        self._state.close()
+        self._committed, self._pending, self._parents = [], [], []
+        try:
+            self._state = longest.state.open()
+        except BaseException:
+            self._state = self.model.open()
+            raise
+        self._committed = longest.tokens.tolist()
 
     def close(self) -> None:
         """Give the cache back."""

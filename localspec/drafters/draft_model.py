@@ -25,6 +25,7 @@ from localspec.protocols import (
     LanguageModel,
     Outcome,
     Proposal,
+    SavedDraft,
     Scores,
     SequenceState,
     Tokens,
@@ -117,6 +118,14 @@ class DraftModel:
     def observe(self, outcome: Outcome) -> None:
         """Commit the guesses that were emitted, whoever proposed them."""
         self._cache.observe()
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """What the draft model has read."""
+        return self._cache.save()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """What the draft model had read."""
+        self._cache.restore(saved)
 
     def close(self) -> None:
         """Give the draft model's cache back (the model itself belongs to the pair)."""

@@ -7,10 +7,12 @@ they need no case of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from localspec.context import Context
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SequenceState
+from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
 
 
 class Forced:
@@ -36,6 +38,13 @@ class Forced:
 
     def observe(self, outcome: Outcome) -> None:
         """Nothing to learn."""
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """No model has read anything."""
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Nothing of it is needed."""
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -16,7 +16,7 @@ import numpy as np
 from localspec.context import Context, common_prefix
 from localspec.drafters.shape import Shape
 from localspec.errors import SettingError
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SequenceState
+from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
 from localspec.tree.grow import Grower
 from localspec.tree.token_tree import TokenTree
 from localspec.types import TokenIds
@@ -133,6 +133,13 @@ class Ngram:
 
     def observe(self, outcome: Outcome) -> None:
         """The index catches up when the next proposal is asked for."""
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """No model has read anything."""
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Nothing of it is needed."""
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from localspec.context import Context
-from localspec.protocols import DraftRequest, Outcome, Proposal, SequenceState
+from localspec.protocols import DraftRequest, Outcome, Proposal, SavedDraft, SequenceState
 
 
 class Nothing:
@@ -24,6 +26,13 @@ class Nothing:
 
     def observe(self, outcome: Outcome) -> None:
         """Nothing to learn."""
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """No model has read anything."""
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """Nothing of it is needed."""
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 from time import perf_counter
 
@@ -15,6 +16,7 @@ from localspec.protocols import (
     LanguageModel,
     Outcome,
     Proposal,
+    SavedDraft,
     SequenceState,
     require_rewind,
 )
@@ -45,6 +47,11 @@ class _Fixed:
         return self._proposal
 
     def observe(self, outcome: Outcome) -> None: ...
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
 
     def close(self) -> None: ...
 

@@ -3,19 +3,20 @@
 A slot whose request has ended keeps its tokens until another request needs the place. What that one does not go
 on with is copied out first, and copies stay within a budget of bytes, least recently used out first. So a new prompt
 starts from the longest beginning that any slot or copy shares with it: a system prompt, or the conversation so far.
-The slot's drafter stays in it with a memory of its own, and compares for itself.
+The slot's drafter stays in it with a memory of its own, and compares for itself. What draft models have read is copied
+out and put back beside what the target has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from localspec.context import common_prefix
 from localspec.errors import OutOfMemoryError
-from localspec.protocols import Drafter, LanguageModel, Rewind, SavedState, SequenceState
+from localspec.protocols import Drafter, LanguageModel, Rewind, SavedDraft, SavedState, SequenceState
 from localspec.types import TokenIds
 
 WORTH_COPYING = 32
@@ -31,7 +32,7 @@ class Slot:
     """One sequence of the target and the drafter that goes with it.
 
     held: the tokens that `state` has committed, while no request is in the slot.  drafter_key: which drafter it is.
-    place: among the slots.
+    drafts: what draft models had read of a copy that was put back, until a drafter takes it.  place: among the slots.
     """
 
     state: SequenceState
@@ -39,7 +40,17 @@ class Slot:
     held: TokenIds = field(default_factory=_nothing)
     drafter: Drafter | None = None
     drafter_key: str = ""
+    drafts: tuple[SavedDraft, ...] = ()
     used_at: int = 0
+
+    def draft_with(self, key: str, make: Callable[[], Drafter]) -> None:
+        """Use the drafter of that key, a new one unless it is here already, with what was put back for it."""
+        if self.drafter is None or self.drafter_key != key:
+            self.use(None)  # first: there may be no sequence for a second one
+            self.use(make(), key)
+        assert self.drafter is not None
+        drafts, self.drafts = self.drafts, ()
+        self.drafter.restore(drafts)
 
     def use(self, drafter: Drafter | None, key: str = "") -> None:
         """Draft with another one; the former is closed."""
@@ -60,13 +71,31 @@ class Slot:
         self.use(None)
         self.state.close()
 
+    def save_drafts(self) -> tuple[SavedDraft, ...]:
+        """What draft models have read here, as far as there is memory for copies."""
+        try:
+            return () if self.drafter is None else self.drafter.save()
+        except OutOfMemoryError:
+            return ()  # what cannot be kept is read again
+
 
 @dataclass(slots=True, eq=False)
 class Kept:
-    """A copy of a sequence with its tokens."""
+    """A copy of a sequence with its tokens, and of what draft models had read of them."""
 
     tokens: TokenIds
     saved: SavedState
+    drafts: tuple[SavedDraft, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """What all of it takes."""
+        return self.saved.num_bytes + self.draft_bytes
+
+    @property
+    def draft_bytes(self) -> int:
+        """What the draft models' part takes."""
+        return sum(draft.num_bytes for draft in self.drafts)
 
 
 class Slots:
@@ -101,7 +130,12 @@ class Slots:
     @property
     def num_bytes(self) -> int:
         """What the copies take."""
-        return sum(kept.saved.num_bytes for kept in self._kept)
+        return sum(kept.num_bytes for kept in self._kept)
+
+    @property
+    def draft_bytes(self) -> int:
+        """Of these, what draft models have read."""
+        return sum(kept.draft_bytes for kept in self._kept)
 
     # ------------------------------------------------------------ taking and giving back
 
@@ -120,9 +154,9 @@ class Slots:
         if kept is not None and there >= max(here + WORTH_COPYING, beside):
             self._kept.remove(kept)
             self._kept.append(kept)
-            slot = self._restored(kept.saved, kept.tokens)
+            slot = self._restored(kept)
         elif other is not None and beside >= max(here, there) + WORTH_COPYING:
-            slot = self._restored(other.state.save(), prompt[:beside])
+            slot = self._restored(Kept(prompt[:beside], other.state.save(), other.save_drafts()))
         elif len(slot.held) - here >= WORTH_COPYING:
             self._keep(slot)
         shared = self._shared(slot.held, prompt)
@@ -172,26 +206,26 @@ class Slots:
                 best, length = slot, same
         return best, length
 
-    def _restored(self, saved: SavedState, tokens: TokenIds) -> Slot:
+    def _restored(self, copy: Kept) -> Slot:
         """The least recently used free slot, holding a copy; what it held is kept if it is worth it."""
         slot = min(self._idle, key=lambda one: one.used_at)
         if len(slot.held) >= WORTH_COPYING:
-            self._keep(slot, besides=saved)
-        self._empty(slot, saved)
-        slot.held = tokens
+            self._keep(slot, besides=copy)
+        self._empty(slot, copy.saved)
+        slot.held, slot.drafts = copy.tokens, copy.drafts
         return slot
 
     def _empty(self, slot: Slot, saved: SavedState | None = None) -> None:
         """The slot with a new state; an empty one if the copy finds no room."""
         slot.state.close()
-        slot.held = _nothing()
+        slot.held, slot.drafts = _nothing(), ()
         try:
             slot.hold(self._model.open() if saved is None else saved.open())
         except BaseException:
             slot.hold(self._model.open())
             raise
 
-    def _keep(self, slot: Slot, besides: SavedState | None = None) -> None:
+    def _keep(self, slot: Slot, besides: Kept | None = None) -> None:
         """Copy out what a slot holds; older copies go where there are too many bytes. besides: a copy in use."""
         if not self._max_bytes or any(self._covers(kept.tokens, slot.held) for kept in self._kept):
             return
@@ -203,8 +237,10 @@ class Slots:
             return  # what cannot be kept is read again
         if saved.num_bytes > self._max_bytes:
             return
-        new = Kept(slot.held, saved)
-        self._kept = [one for one in self._kept if one.saved is besides or not self._covers(new.tokens, one.tokens)]
+        new = Kept(slot.held, saved, slot.save_drafts())
+        if new.num_bytes > self._max_bytes:
+            new.drafts = ()
+        self._kept = [one for one in self._kept if one is besides or not self._covers(new.tokens, one.tokens)]
         self._kept.append(new)
         while self.num_bytes > self._max_bytes:
             del self._kept[0]

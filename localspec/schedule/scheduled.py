@@ -26,6 +26,7 @@ from localspec.protocols import (
     Load,
     Outcome,
     Proposal,
+    SavedDraft,
     SequenceState,
 )
 from localspec.schedule.acceptance import Reliability
@@ -288,6 +289,15 @@ class Scheduled:
         self._expected = sum(reach[node] for node in kept)
         for node in kept:
             owners[node].used = True
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        """What those have that were asked; the others hold an earlier context."""
+        return tuple(one for part in self.parts if part.name in self._read for one in part.save())
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None:
+        """To each what it can use."""
+        for part in self.parts:
+            part.restore(saved)
 
     def close(self) -> None:
         """Close all."""

@@ -27,7 +27,7 @@ from localspec.engine.prefill import PREFILL_CHUNK, read_chunk
 from localspec.engine.prefix import encode_prompt
 from localspec.engine.round import Lane, Room, RoundResult, run_round
 from localspec.engine.slots import Slots
-from localspec.errors import ClosedError, LocalspecError, QueueFullError, SettingError
+from localspec.errors import ClosedError, LocalspecError, QueueFullError, SettingError, UnknownNameError
 from localspec.exactness import Mode
 from localspec.loading import Pair
 from localspec.sampling import SamplingParams
@@ -42,6 +42,7 @@ from localspec.verify import make_acceptance
 _PATIENCE = 1.0  # prompt tokens that a millisecond of waiting outweighs when prompts compete
 _SMOOTHING = 0.1
 _LONG_AGO_S = 10.0
+_EXACT = (Mode.CLASS.value, Mode.OFF.value)
 
 _log = logging.getLogger("localspec.server")
 
@@ -50,13 +51,15 @@ _log = logging.getLogger("localspec.server")
 class BatchSettings:
     """parallel: requests that are answered at once.  queue: requests that may wait for that.  cache_bytes: for copies
     of earlier prompts and answers, beside what lies in the places themselves.  chunk: prompt tokens read between two
-    rounds.  acceptance: "walk" (a request's text is that of plain decoding) or "rejection" (equal in distribution)."""
+    rounds.  acceptance: "walk" (a request's text is that of plain decoding) or "rejection" (equal in distribution).
+    exact: "class" (passes stay in the width class) or "off" (of any width, and no text is promised)."""
 
     parallel: int = 4
     queue: int = 64
     cache_bytes: int = 1 << 30
     chunk: int = PREFILL_CHUNK
     acceptance: str = "walk"
+    exact: str = Mode.CLASS.value
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -68,6 +71,15 @@ class BatchSettings:
             if value < least:
                 raise SettingError(f"{name} out of range", got=value, expected=f"at least {least}")
         make_acceptance(self.acceptance)
+        if self.exact == Mode.GUARDED.value:
+            raise SettingError(
+                "close choices are not re-checked where requests share passes and beginnings",
+                got=f"exact {self.exact}",
+                expected="class, or off",
+                fix="Let `localspec tune` look for a width class, or ask one at a time (`localspec chat`).",
+            )
+        if self.exact not in _EXACT:
+            raise UnknownNameError.among("exactness of a server", self.exact, _EXACT)
 
     @property
     def num_sequences(self) -> int:
@@ -86,8 +98,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchStatus:
-    """Gauges, then sums since the start. num_kept, kept_bytes: copies in the prefix cache.  tokens_per_second: of all
-    requests together, over the last rounds; 0 where nothing runs."""
+    """Gauges, then sums since the start. num_kept, kept_bytes: copies in the prefix cache; kept_draft_bytes: of these,
+    what draft models have read.  tokens_per_second: of all requests together, over the last rounds; 0 where nothing
+    runs."""
 
     num_active: int
     num_waiting: int
@@ -95,6 +108,7 @@ class BatchStatus:
     queue: int
     num_kept: int
     kept_bytes: int
+    kept_draft_bytes: int
     tokens_per_second: float
     ended: Mapping[str, int]  # finish reason, or "failed" -> requests
     num_prompt_tokens: int
@@ -155,6 +169,7 @@ class Batch:
     def __init__(self, pair: Pair, settings: BatchSettings | None = None) -> None:
         self.pair, self.settings = pair, settings or BatchSettings()
         self._acceptance = make_acceptance(self.settings.acceptance)
+        self._exactness = pair.exactness(self.settings.exact)
         draft = pair.draft
         # on a lazy device nobody waits between the passes of a chain, so there is nothing to gather
         gathers = draft is not None and draft.capabilities.batches and draft.capabilities.host_scores
@@ -178,8 +193,8 @@ class Batch:
 
     @property
     def is_working(self) -> bool:
-        """False once nothing will be answered any more."""
-        return self._thread.is_alive()
+        """False once nobody is let in any more: it is closing, or has broken down."""
+        return self._thread.is_alive() and not self._closing
 
     def encode(self, text: str) -> TokenIds:
         """[T] tokens of a prompt. Depends on the text alone, not on what is cached: else the same request could
@@ -194,9 +209,9 @@ class Batch:
         """
         target, params = self.pair.target, request.params
         tokens = np.array(request.tokens, np.int32)
-        check_prompt(target, tokens)
+        check_prompt(target, tokens, self._exactness)
         self.pair.check_drafter(request.speculation.drafter)
-        answer = Answer.begin(target, tokens, params, constrain(target, params.grammar))
+        answer = Answer.begin(target, tokens, params, constrain(target, params.grammar), self._exactness)
         ticket = Ticket(on_event, self._notice)
         seat = Seat(ticket, answer, tokens, request.speculation, self._acceptance.name)
         with self._changed:
@@ -221,6 +236,7 @@ class Batch:
             queue=self.settings.queue,
             num_kept=0 if slots is None else slots.num_kept,
             kept_bytes=0 if slots is None else slots.num_bytes,
+            kept_draft_bytes=0 if slots is None else slots.draft_bytes,
             tokens_per_second=totals.rate if is_fresh else 0.0,
             ended=dict(totals.ended),
             num_prompt_tokens=totals.prompt,
@@ -262,9 +278,8 @@ class Batch:
 
     @property
     def experience(self) -> Experience:
-        """What its rounds have learned. Requests stay in the width class: guarded decoding would need a state of known
-        making for each, and slots are passed on."""
-        return self.pair.experience_with(self.pair.exactness(Mode.CLASS.value))
+        """What its rounds have learned."""
+        return self.pair.experience_with(self._exactness)
 
     def _work(self) -> None:
         try:
@@ -286,8 +301,12 @@ class Batch:
                     _log.exception("the batch broke; all requests in it fail")
                     self._fail_all(error)
         finally:
-            self._closing = True
-            self._slots.close()
+            with self._changed:
+                self._closing = True
+            try:
+                self._fail_all(ClosedError())  # there is nobody left unless something ended the thread
+            finally:
+                self._slots.close()
             self.experience.lately = None
             if self._gathered is not None:
                 self._gathered.close()
@@ -332,7 +351,8 @@ class Batch:
             if seat.slot is None:
                 self._take_slot(seat)
             assert seat.slot is not None
-            if read_chunk(self.pair.target, seat.slot.state, seat.prompt, self.settings.chunk):
+            chunk, widths = self.settings.chunk, self._exactness.widths
+            if read_chunk(self.pair.target, seat.slot.state, seat.prompt, chunk, widths=widths):
                 seat.tell_progress()
             if not seat.num_unread:
                 assert seat.slot.drafter is not None
@@ -348,9 +368,8 @@ class Batch:
         seat.sit(slot)
         self._totals.prompt += len(seat.prompt)
         self._totals.cached += seat.answer.stats.num_reused
-        if slot.drafter is None or slot.drafter_key != seat.speculation.key:
-            slot.use(None)
-            slot.use(self._drafting.drafter(seat.speculation.drafter, exact=Mode.CLASS.value), seat.speculation.key)
+        spec = seat.speculation
+        slot.draft_with(spec.key, lambda: self._drafting.drafter(spec.drafter, exact=self.settings.exact))
 
     # ------------------------------------------------------------ rounds
 

@@ -21,6 +21,7 @@ _GAUGES = {
     "num_slots": ("slots", "Requests that can be answered at a time."),
     "num_kept": ("prefix_cache_entries", "Copies of prompts and answers kept for later requests."),
     "kept_bytes": ("prefix_cache_bytes", "Bytes of these."),
+    "kept_draft_bytes": ("prefix_cache_draft_bytes", "Of these, bytes of what draft models have read."),
     "tokens_per_second": ("tokens_per_second", "Tokens written a second by all requests together, of late."),
 }
 _COUNTERS = {

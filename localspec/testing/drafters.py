@@ -102,6 +102,24 @@ class DrafterConformance:
             assert stream.result.finish_reason == "cancelled"
             assert session.generate(tokens, params).tokens == self.answer(Nothing(), tokens, params).tokens
 
+    def test_what_was_saved_can_be_gone_on_from(self) -> None:
+        """After other contexts, by the drafter itself; by one that has other models it is passed over."""
+        params = SamplingParams(temperature=0.8, seed=5, max_tokens=12)
+        first, other, _ = self.prompts()
+        again = [*first, 7, 8]
+        plain = self.answer(Nothing(), again, params).tokens
+        drafter = self.drafter(self.target())
+        with Session(self.target(), drafter) as session:
+            session.generate(first, params)
+            saved = drafter.save()
+            assert all(one.num_bytes > 0 and len(one.tokens) for one in saved)
+            session.generate(other, params)
+            drafter.restore(saved)
+            assert session.generate(again, params).tokens == plain
+        stranger = self.drafter(self.target())
+        stranger.restore(saved)
+        assert self.answer(stranger, again, params).tokens == plain
+
     def test_proposals_keep_to_the_budget_and_are_trees(self) -> None:
         """At most `max_nodes` nodes and `max_depth` levels, parents first, tokens of the vocabulary; 0 gives none."""
         target = self.target()

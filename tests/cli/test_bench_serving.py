@@ -34,6 +34,7 @@ def test_bench_soak_compares_every_request(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--backend", "llamacpp", "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert "compared with the same request alone, decoded plainly: 8, differing 0" in result.output
+    assert "alone: 8 of 8" in result.stderr and "together: 8 in" in result.stderr
     stored = json.loads(output.read_text())
     assert stored["num_finished"] + stored["num_cancelled"] == 8 and not stored["failed"]
 
@@ -89,3 +90,25 @@ def test_a_wrong_text_is_found() -> None:
     report = soak.run(pair, soak.random_requests(pair, 6, 20), at_once=2)
     assert report.differing and not report.is_clean
     assert "differing requests" in soak.table(report)
+
+
+def test_requests_come_again_until_the_time_is_over() -> None:
+    pair = reference()
+    report = soak.run(pair, soak.random_requests(pair, 3, 20), at_once=2, seconds=1.0)
+    assert report.is_clean and report.num_compared > 3 and report.seconds >= 1.0
+    assert len(report.samples) >= 3
+    assert [sample.num_ended for sample in report.samples] == sorted(sample.num_ended for sample in report.samples)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_interrupted_reports_what_was_done(alone: bool) -> None:
+    pair = reference()
+
+    def interrupt(report: soak.Report, _: int) -> None:
+        if alone or report.num_compared:
+            raise KeyboardInterrupt
+
+    report = soak.run(pair, soak.random_requests(pair, 20, 20), at_once=2, on_progress=interrupt)
+    assert report.interrupted and report.is_clean
+    assert report.num_compared < 20 and bool(report.num_compared) != alone
+    assert "interrupted" in soak.table(report)

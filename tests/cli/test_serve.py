@@ -60,6 +60,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:
         (("--drafter", "clairvoyance"), "unknown drafter"),
         (("--temperature", "-1"), "temperature out of range"),
         (("--acceptance", "blind"), "unknown acceptance"),
+        (("--exact", "guarded"), "are not re-checked where requests share passes"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(arguments: tuple[str, ...], words: str) -> None:

@@ -13,7 +13,17 @@ from localspec.drafters import AUTO, DRAFTERS, Combined, DrafterSpec, DraftModel
 from localspec.drafters.draft_cache import DraftCache
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UsageError
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, Scores, SequenceState, Step
+from localspec.protocols import (
+    Drafter,
+    DraftRequest,
+    HostTokens,
+    Outcome,
+    Proposal,
+    SavedDraft,
+    Scores,
+    SequenceState,
+    Step,
+)
 from localspec.sampling import Law, Sampler, SamplingParams
 from localspec.testing.drafters import DrafterConformance
 from localspec.testing.reference import ReferenceModel, ReferenceState, random_tree
@@ -139,6 +149,11 @@ class Adversary:
 
     def observe(self, outcome: Outcome) -> None:
         pass
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
 
     def close(self) -> None:
         pass

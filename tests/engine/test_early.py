@@ -20,6 +20,7 @@ from localspec.protocols import (
     HostTokens,
     Outcome,
     Proposal,
+    SavedDraft,
     Scores,
     SequenceState,
     Step,
@@ -78,6 +79,11 @@ class Moody:
     def observe(self, outcome: Outcome) -> None:
         self.early.append(outcome.begun_early)
         self.plain.append(not len(outcome.tree))
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
 
     def close(self) -> None: ...
 

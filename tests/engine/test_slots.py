@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
+from localspec.context import Context
+from localspec.drafters import Combined, DraftModel, Ngram
 from localspec.engine.prefill import read_chunk
 from localspec.engine.slots import WORTH_COPYING, Slot, Slots
-from localspec.errors import BackendError
-from localspec.testing.reference import ReferenceModel
+from localspec.errors import BackendError, OutOfMemoryError
+from localspec.protocols import Drafter, Scores, Step
+from localspec.testing.reference import ReferenceModel, ReferenceSaved, ReferenceState
 from localspec.types import TokenIds
 
 PLENTY = 1 << 24
@@ -164,3 +167,119 @@ def test_more_slots_than_sequences_are_refused(model: ReferenceModel) -> None:
     with pytest.raises(BackendError):
         Slots(model, 17, 0)
     assert model.num_open == 0
+
+
+# ---------------------------------------------------------------- what draft models have read
+
+
+class Draft(ReferenceModel):
+    """A draft model that counts what it reads, and may find no room."""
+
+    num_read = 0
+    is_full = False
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        self.num_read += sum(step.num_tokens for step in steps)
+        return super().forward(steps)
+
+    def open(self) -> ReferenceState:
+        return _Reluctant(self) if self.is_full else super().open()
+
+
+class _Reluctant(ReferenceState):
+    """A sequence of which no copy can be made."""
+
+    def save(self) -> ReferenceSaved:
+        raise OutOfMemoryError("no room for a copy")
+
+
+def drafted(
+    model: ReferenceModel,
+    slots: Slots,
+    prompt: TokenIds,
+    make: Callable[[], Drafter],
+    running: Sequence[tuple[Slot, TokenIds]] = (),
+) -> Slot:
+    """A slot in which target and drafter have read the prompt."""
+    slot, _ = read(model, slots, prompt, running)
+    slot.draft_with("", make)
+    assert slot.drafter is not None and slot.drafts == ()
+    slot.drafter.begin(Context(prompt))
+    return slot
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_what_a_draft_model_has_read_is_copied_out_and_found_again(model: ReferenceModel, combined: bool) -> None:
+    draft = Draft()
+
+    def make() -> Drafter:
+        return Combined([Ngram(), DraftModel(draft)]) if combined else DraftModel(draft)
+
+    slots = Slots(model, 1, PLENTY)
+    first, second = spread(0, 60), spread(7, 60)
+    for prompt in (first, second):
+        slots.give_back(drafted(model, slots, prompt, make), prompt)
+    assert draft.num_read == 2 * 59
+    assert 0 < slots.draft_bytes < slots.num_bytes
+    for prompt in (first, second):
+        again = np.concatenate([prompt, ids(3, 4)])
+        slots.give_back(drafted(model, slots, again, make), again)
+    assert draft.num_read == 2 * 59 + 2 * 2
+    slots.close()
+    assert draft.num_open == 0
+
+
+def test_another_drafter_goes_on_from_what_the_same_model_has_read(model: ReferenceModel) -> None:
+    draft = Draft()
+    slots = Slots(model, 1, PLENTY)
+    first, second = spread(0, 60), spread(7, 60)
+    slots.give_back(drafted(model, slots, first, lambda: DraftModel(draft)), first)
+    slot, _ = read(model, slots, second)
+    slot.draft_with("lookup", Ngram)
+    slots.give_back(slot, second)
+    slot, _ = read(model, slots, first)
+    slot.draft_with("tree", lambda: DraftModel(draft, shape="tree"))
+    assert slot.drafter is not None
+    slot.drafter.begin(Context(first))
+    assert draft.num_read == 59
+    slots.close()
+    assert draft.num_open == 0
+
+
+def test_a_running_neighbour_lends_what_its_draft_model_has_read(model: ReferenceModel) -> None:
+    draft = Draft()
+    slots = Slots(model, 2, 0)
+    prompt = spread(0, 60)
+    first = drafted(model, slots, prompt, lambda: DraftModel(draft))
+    drafted(model, slots, np.concatenate([prompt[:50], ids(1, 2)]), lambda: DraftModel(draft), [(first, prompt)])
+    assert draft.num_read == 59 + 1
+    slots.close()
+
+
+def test_copies_of_both_models_share_one_budget(model: ReferenceModel) -> None:
+    """Where only the target's has room, it alone is kept."""
+    draft = Draft()
+
+    slots = Slots(model, 1, PLENTY)
+    for start in (0, 10):
+        slots.give_back(drafted(model, slots, spread(start, 50), lambda: DraftModel(draft)), spread(start, 50))
+    both, drafts = slots.num_bytes, slots.draft_bytes
+    slots.close()
+    for budget, kept, with_drafts in ((2 * both + 1, 2, True), (2 * both - 1, 1, True), (both - 1, 2, False)):
+        slots = Slots(model, 1, budget)
+        for start in (0, 10, 20, 30):
+            slots.give_back(drafted(model, slots, spread(start, 50), lambda: DraftModel(draft)), spread(start, 50))
+            assert slots.num_bytes <= budget
+        assert (slots.num_kept, slots.draft_bytes) == (kept, kept * drafts if with_drafts else 0)
+        slots.close()
+    assert draft.num_open == model.num_open == 0
+
+
+def test_a_draft_models_part_that_finds_no_room_is_left_out(model: ReferenceModel) -> None:
+    draft = Draft()
+    draft.is_full = True
+    slots = Slots(model, 1, PLENTY)
+    for start in (0, 7):
+        slots.give_back(drafted(model, slots, spread(start, 60), lambda: DraftModel(draft)), spread(start, 60))
+    assert slots.num_kept == 1 and slots.num_bytes > 0 == slots.draft_bytes
+    slots.close()

@@ -14,7 +14,7 @@ from localspec.engine.answer import TARGET
 from localspec.engine.round import RoundResult
 from localspec.engine.session import Session
 from localspec.engine.stats import Stats, sibling_ranks
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, Rewind, SequenceState
+from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, Rewind, SavedDraft, SequenceState
 from localspec.sampling import SamplingParams
 from localspec.terminal import summary
 from localspec.testing.reference import ReferenceModel, ReferenceState, random_tree
@@ -55,6 +55,11 @@ class Two:
 
     def observe(self, outcome: Outcome) -> None:
         pass
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
 
     def close(self) -> None:
         pass

@@ -12,7 +12,7 @@ from localspec.context import Context
 from localspec.drafters import make_drafter
 from localspec.engine.session import Session
 from localspec.engine.stats import Stats
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SequenceState
+from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
 from localspec.sampling import Sampler, SamplingParams
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.scheduled import Experience, Scheduled
@@ -93,6 +93,11 @@ class Wrong:
 
     def observe(self, outcome: Outcome) -> None:
         """Nothing to learn."""
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
 
     def close(self) -> None:
         """Nothing to give back."""

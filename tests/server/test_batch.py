@@ -25,7 +25,7 @@ from localspec.errors import (
     UsageError,
 )
 from localspec.loading import Pair, get_backend, open_pair
-from localspec.protocols import LoadSettings, Scores, Step
+from localspec.protocols import LoadSettings, Scores, Step, WidthClass
 from localspec.sampling import SamplingParams
 from localspec.server.batch import Batch, BatchSettings, Request
 from localspec.server.speculation import Speculation
@@ -120,7 +120,7 @@ def test_every_text_is_that_of_the_same_request_alone() -> None:
     assert report.is_clean and not report.failed
     assert report.num_finished + report.num_cancelled == report.num_compared == 40
     assert report.num_cancelled and report.num_cached
-    assert max(report.kept_bytes) <= 200_000
+    assert max(sample.kept_bytes for sample in report.samples) <= 200_000
 
 
 def test_requests_share_a_forward(pair: Pair, target: Watched) -> None:
@@ -371,6 +371,37 @@ def test_neighbours_that_share_a_beginning_read_it_once(pair: Pair, target: Watc
     assert [answer.tokens for answer in answers] == [alone(pair, one).tokens for one in requests]
 
 
+class Counted(ReferenceModel):
+    """A draft model that counts what it reads."""
+
+    num_read = 0
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        self.num_read += sum(step.num_tokens for step in steps)
+        return super().forward(steps)
+
+
+@pytest.mark.parametrize("how", ["auto", "draft_model:num=3", "draft_model:num=3+ngram"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_draft_model_does_not_read_again_what_was_kept(target: Watched, how: str, cached: bool) -> None:
+    """Two conversations that take turns in one place; how much is kept changes no text."""
+    draft = Counted()
+    pair = Pair(target, draft)
+    turns = [[*range(1, 60)], [*range(60, 1, -2), *range(1, 60, 2)]]
+    with Batch(pair, BatchSettings(parallel=1, cache_bytes=1 << 24 if cached else 0)) as batch:
+        read = []
+        for turn in (*turns, *([*turn, 7, 7] for turn in turns)):
+            before = draft.num_read
+            one = request([token % POISON for token in turn], most=1, how=how)
+            assert batch.submit(one).result().tokens == alone(pair, one).tokens
+            read.append(draft.num_read - before)
+        kept = batch.status()
+    assert min(read[:2]) >= 50
+    assert (max(read[2:]) < 20) if cached else (min(read[2:]) >= 50)
+    assert (0 < kept.kept_draft_bytes < kept.kept_bytes) == cached
+    assert draft.num_open == 0
+
+
 # ---------------------------------------------------------------- the end
 
 
@@ -398,6 +429,25 @@ def test_closing_without_time_cancels(pair: Pair, target: Watched) -> None:
 def test_a_batch_needs_its_sequences(target: Watched) -> None:
     with pytest.raises(BackendError, match="too many open"):
         Batch(Pair(target, None), BatchSettings(parallel=40))
+
+
+def test_close_choices_are_not_rechecked_here_and_nobody_believes_so() -> None:
+    with pytest.raises(SettingError, match=r"not re-checked(?s:.*)localspec tune"):
+        BatchSettings(exact="guarded")
+    with pytest.raises(UnknownNameError):
+        BatchSettings(exact="auto")
+
+
+def test_with_exactness_off_passes_are_of_any_width() -> None:
+    """And every answer says that nothing is promised."""
+    target = Watched()
+    target.capabilities = replace(target.capabilities, width_class=WidthClass(4, 4, "pretended"))
+    pair = Pair(target, target.perturbed(0.2))
+    for exact, most in (("class", 3), ("off", 8)):
+        with Batch(pair, BatchSettings(parallel=2, exact=exact)) as batch:
+            answer = batch.submit(request([1, 2, 3], most=30, how="draft_model:num=8,guess=greedy")).result()
+        assert answer.exact == exact
+        assert len(answer.stats.drafted_by_depth) == most
 
 
 def test_bad_settings_are_refused() -> None:

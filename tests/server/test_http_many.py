@@ -57,10 +57,10 @@ async def written(client: openai.AsyncOpenAI, number: int, gate: asyncio.Semapho
         return text
 
 
-async def all_written(address: str, at_once: int) -> list[str | None]:
+async def all_written(address: str, at_once: int, count: int = NUM_REQUESTS) -> list[str | None]:
     gate = asyncio.Semaphore(at_once)
     async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        return await asyncio.gather(*(written(client, number, gate) for number in range(NUM_REQUESTS)))
+        return await asyncio.gather(*(written(client, number, gate) for number in range(count)))
 
 
 def test_neighbours_change_nothing_and_nothing_stays(wide: Served) -> None:

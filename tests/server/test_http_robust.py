@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,59 @@ def test_the_description_names_every_path_that_writes(client: httpx2.Client) -> 
 
 
 # ---------------------------------------------------------------- the end
+
+
+@contextmanager
+def on_its_own(pair: Pair) -> Iterator[tuple[Served, httpx2.Client]]:
+    """A server that a test may break."""
+    with (
+        serving(pair, BatchSettings(parallel=1), ServerSettings(names=("tiny",))) as server,
+        httpx2.Client(base_url=server.address, timeout=LONG_S) as client,
+    ):
+        yield server, client
+
+
+def test_health_is_bad_once_nobody_is_let_in(served_pair: Pair) -> None:
+    with on_its_own(served_pair) as (server, client):
+        assert client.get("/health").json() == {"status": "ok"}
+        server.program.batch.close()
+        _is_out_of_work(client)
+
+
+def test_health_is_bad_while_running_answers_get_their_time(served_pair: Pair) -> None:
+    with on_its_own(served_pair) as (server, client), ThreadPoolExecutor() as pool:
+        asked = pool.submit(client.post, "/v1/completions", json={**ENDLESS, "max_tokens": 300})
+        wait_until(lambda: server.num_busy == 1)
+        closing = pool.submit(server.program.batch.close, drain_s=LONG_S)
+        wait_until(lambda: not server.program.batch.is_working)
+        assert client.get("/health").status_code == 503
+        assert asked.result().json()["usage"]["completion_tokens"] == 300
+        closing.result()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_health_is_bad_once_the_engine_is_broken_and_nobody_waits_for_it(
+    served_pair: Pair, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    def end() -> bool:
+        raise SystemExit  # no Exception, so the batch does not go on after it
+
+    with on_its_own(served_pair) as (server, client):
+        monkeypatch.setattr(server.program.batch, "_wait", end)
+        response = client.post("/v1/completions", json={**ENDLESS, "stream": streaming})
+        assert "shutting down" in response.text
+        assert response.status_code == (200 if streaming else 503)
+        _is_out_of_work(client)
+
+
+def _is_out_of_work(client: httpx2.Client) -> None:
+    """Whoever asks is told so; the counts can still be had."""
+    response = client.get("/health")
+    assert response.status_code == 503 and response.json()["error"]["code"] == "not_working"
+    response = client.post("/v1/chat/completions", json=HELLO)
+    assert response.status_code == 503 and "shutting down" in response.json()["error"]["message"]
+    assert client.get("/metrics").is_success
 
 
 @pytest.mark.slow

@@ -100,6 +100,7 @@ def test_a_chat_shows_who_guessed_and_what_it_brought(page: Page) -> None:
     expect(page.locator("#legend")).to_contain_text("guessed by draft_model")
     for number in ("rate", "length"):
         assert float(page.locator(f"#{number}").inner_text()) > 1.0
+    assert f"{page.locator('#rate').inner_text()} tokens/s" in note.inner_text()
     assert re.fullmatch(r"\d+\.\d\d\u00d7", page.locator("#gain").inner_text())
     assert page.locator("#tree rect").count() >= 2
     assert "the model added" in (page.locator("#tree").get_attribute("aria-label") or "")
@@ -108,6 +109,9 @@ def test_a_chat_shows_who_guessed_and_what_it_brought(page: Page) -> None:
     expect(note).to_have_count(2)
     expect(note.last).to_contain_text("prompt tokens from the cache")
     assert page.locator(".assistant .text").first.inner_text() == said
+    page.get_by_role("button", name="New").click()
+    expect(page.locator("#tree rect")).to_have_count(0)
+    expect(page.locator("#rate")).to_have_text("\u2013")
 
 
 def test_an_answer_is_stopped_with_the_keyboard_and_frees_its_place(page: Page, served: Served) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from localspec.engine.answer import Generation
 from localspec.engine.round import RoundResult
 from localspec.errors import SettingError, TraceFileError
 from localspec.loading import Pair
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SequenceState
+from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
 from localspec.sampling import SamplingParams
 from localspec.testing.reference import ReferenceModel, random_tree
 from localspec.trace.console import round_text, show_trace
@@ -78,6 +79,11 @@ class Bush:
 
     def observe(self, outcome: Outcome) -> None:
         pass
+
+    def save(self) -> tuple[SavedDraft, ...]:
+        return ()
+
+    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
 
     def close(self) -> None:
         pass

@@ -3,7 +3,7 @@
 import { answer, opening, settings } from "./client.js";
 import { append, legend } from "./marks.js";
 import { digits, Pace } from "./pace.js";
-import { draw } from "./tree.js";
+import { clear, draw } from "./tree.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -29,7 +29,10 @@ export class Chat {
   clear() {
     this.stop();
     this.messages = [];
+    this.round = null;
     byId("log").replaceChildren();
+    clear(byId("tree"));
+    for (const number of ["rate", "length", "gain", "share"]) byId(number).textContent = "–";
     byId("message").focus();
   }
 
@@ -49,6 +52,7 @@ export class Chat {
   /** Write the answer into its place; what was said, or null if it failed. */
   async follow(messages, place) {
     const pace = new Pace();
+    clear(byId("tree"));
     const control = new AbortController();
     this.run(control);
     let said = "";
@@ -64,6 +68,8 @@ export class Chat {
           this.show(pace, round);
         },
       }, control.signal);
+      pace.end(end.timings);
+      this.show(pace, {});
       place.note.textContent = summary(end, pace);
       byId("note").textContent = end.speculation.plain_because ? `not speculated: ${end.speculation.plain_because}` : "";
     } catch (error) {

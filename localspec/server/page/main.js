@@ -9,8 +9,11 @@ const VIEWS = ["chat", "race"];
 const KEPT = ["system", "temperature", "top-p", "max-tokens", "seed", "speculation", "key"];
 
 let status = null;
+let trouble = null; // the error that is shown
+let unseen = null; // the one that looking met
 
 function complain(error) {
+  trouble = error;
   byId("trouble").hidden = error === null;
   byId("trouble").textContent = error === null ? "" : error.message;
   if (error?.status === 401) openSettings("key");
@@ -43,10 +46,11 @@ async function look() {
   try {
     status = await get("/status");
   } catch (error) {
+    unseen = error;
     complain(error);
     return;
   }
-  complain(null);
+  if (trouble !== null && trouble === unseen) complain(null); // not what an answer met meanwhile
   const draft = status.draft ? ` with ${status.draft}` : "";
   byId("model").textContent = `${status.target}${draft} · ${status.backend} · ${status.device}`;
   byId("model").title = status.notes.join("\n");

@@ -1,7 +1,10 @@
 // How fast an answer is written, and how many of its tokens were guessed.
 
+const ENOUGH_MS = 100; // less says nothing: several rounds may arrive in one piece
+
 export class Pace {
   constructor() {
+    this.final = null;
     this.tokens = 0;
     this.rounds = 0;
     this.guessed = 0;
@@ -20,10 +23,13 @@ export class Pace {
     this.last = now;
   }
 
-  /** Tokens a second since the first round; null until there are two. */
+  /** The answer has ended, and took so long by the server's clock. */
+  end(timings) { this.final = timings.predicted_per_second; }
+
+  /** Tokens a second: the server's word, and before that those since the first round came; null while that is too short. */
   get rate() {
     const ms = this.rounds > 1 ? this.last - this.first.at : 0;
-    return ms > 0 ? (1000 * (this.tokens - this.first.tokens)) / ms : null;
+    return this.final ?? (ms >= ENOUGH_MS ? (1000 * (this.tokens - this.first.tokens)) / ms : null);
   }
 
   get length() { return this.rounds ? this.tokens / this.rounds : null; }

@@ -4,9 +4,10 @@ import { colourOf } from "./marks.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const [COLUMN, ROW, HEIGHT, GAP] = [92, 26, 20, 14];
+const MARGIN = 2; // half of a thick line, and a little
 const NUM_CHARS = 9;
 
-/** Draw a round (as the server reports it) into a place. */
+/** Draw a round (as the server reports it) into a place, which does not shrink again before it is cleared. */
 export function draw(place, round) {
   const nodes = [{ text: round.anchor.text, parent: null, source: null, taken: true }];
   for (const node of round.nodes) nodes.push({ text: node.text, token: node.token, parent: node.parent + 1, source: node.source, taken: false, q: node.log_q });
@@ -17,13 +18,23 @@ export function draw(place, round) {
   if (guessed) guessed.taken = true;
   else nodes.push({ text: bonus.text, parent: tip, source: "target", taken: true, own: true });
   lay(nodes);
-  const width = (Math.max(...nodes.map((node) => node.depth)) + 1) * COLUMN;
+  const width = (Math.max(...nodes.map((node) => node.depth)) + 1) * COLUMN - GAP + 2 * MARGIN;
   const height = (Math.max(...nodes.map((node) => node.row)) + 1) * ROW;
-  const picture = make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+  const picture = make("svg", { width, height, viewBox: `${-MARGIN} 0 ${width} ${height}`, "aria-hidden": "true" });
   for (const node of nodes.slice(1)) picture.append(edge(nodes[node.parent], node));
   for (const node of nodes) picture.append(box(node));
   place.replaceChildren(picture);
+  place.style.height = `${Math.max(height, parseFloat(place.style.height) || 0)}px`;
+  const end = nodes.findLast((node) => node.taken); // in view, whatever the size of the rest
+  place.scrollTo((end.depth + 1) * COLUMN - GAP + 2 * MARGIN - place.clientWidth, (end.row + 1) * ROW - place.clientHeight);
   place.setAttribute("aria-label", `${round.nodes.length} guesses, ${round.path.length} taken; the model added ${JSON.stringify(bonus.text)}`);
+}
+
+/** Nothing to see. */
+export function clear(place) {
+  place.replaceChildren();
+  place.setAttribute("aria-label", "No round yet");
+  place.style.height = "";
 }
 
 /** Columns by depth; a first child stands level with its parent, later ones below all that came before. */
