@@ -8,11 +8,12 @@ from pathlib import Path
 from localspec.errors import HeadFileError, ModelFileError, ModelNotFoundError
 
 from . import gguf, safetensors
+from .block_heads import read_block_head
 from .head_header import Backbone, HeadFiles, HeadHeader
 
 __all__ = ["Backbone", "HeadFiles", "HeadHeader", "read_head_files", "read_head_header"]
 
-_READERS: tuple[Callable[[HeadFiles], HeadHeader | None], ...] = ()
+_READERS: tuple[Callable[[HeadFiles], HeadHeader | None], ...] = (read_block_head,)
 """Of each family of heads one, which answers None for what is not of its kind, judged by tensors before names."""
 
 

@@ -15,7 +15,7 @@ from localspec.protocols import DraftHead
 
 from ..model import MlxModel
 
-_BUILDERS: dict[str, str] = {}
+_BUILDERS = {"dspark": "block", "dflash": "block", "dflash2": "block", "jetspec": "block"}
 
 
 def load_head(path: Path, target: MlxModel) -> DraftHead:
