@@ -181,6 +181,13 @@ def _load_block(file: HeadFile, target: LlamaModel) -> BlockHead:
     taps = Taps(file.layers(), False, target.weights.number("n_embd"))
     taps.check(target.info.architecture, target.weights.number("n_layer"))
     hidden = file.number("embedding_length")
+    if hidden != taps.hidden:
+        raise PairMismatchError(
+            "the head was trained for another target: its hidden size differs",
+            got=hidden,
+            expected=taps.hidden,
+            fix="Give the model that the head was trained for.",
+        )
     _check_width(file, taps, hidden)
     _check_vocabulary(file, target)
     block = _block(file, target, hidden)
@@ -264,8 +271,7 @@ def _block(file: HeadFile, target: LlamaModel, hidden: int) -> Block:
 
 
 def _check_outputs(file: HeadFile, target: LlamaModel, hidden: int) -> NDArray[np.int64] | None:
-    """d2t. What the head does not bring it takes from the target, which then must fit. Raises HeadFileError,
-    PairMismatchError."""
+    """d2t. What the head does not bring it takes from the target. Raises HeadFileError."""
     ids, num_tokens = head_tables.ids(file.path, file.header), target.vocab_size
     num_rows = num_tokens if ids is None else len(ids)
     if ids is not None and (not num_rows or ids.min() < 0 or ids.max() >= num_tokens):
@@ -277,12 +283,6 @@ def _check_outputs(file: HeadFile, target: LlamaModel, hidden: int) -> NDArray[n
         file.shape("output.weight", num_rows, hidden)
     if ids is not None and not has_output:
         raise HeadFileError(f"{file.path.name} has a vocabulary of its own and lacks a tensor", got="output.weight")
-    if not (has_embedding and (has_output or ids is None)) and hidden != target.weights.number("n_embd"):
-        raise PairMismatchError(
-            "the head uses the target's embedding and is not as wide",
-            got=hidden,
-            expected=target.weights.number("n_embd"),
-        )
     return ids
 
 

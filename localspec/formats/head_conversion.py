@@ -26,7 +26,7 @@ from .summary import ModelSummary, summarize
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["is_head_folder", "write_head_gguf"]
+__all__ = ["copy_tokenizer", "is_head_folder", "write_head_gguf"]
 
 _PREFIXES = ("model.", "logit_head.")
 _OUTER = {
@@ -56,6 +56,7 @@ _TABLES = frozenset({"markov_w1.weight", "selector_predecessor.weight", "selecto
 _EXACT = frozenset({"conf_proj.weight", "attn_conv_base", "ffn_conv_base"})
 """Small, and always F32."""
 
+_NOT_IN_LLAMA_CPP = ("medusa", "assistant", "mtp")
 _UNUSED = ("t2d", "d2t")  # d2t is written apart, with absolute ids
 _SELECTOR = {
     "conv_kernel_size": "conv_kernel_size",
@@ -129,7 +130,12 @@ def write_head_gguf(
 
     if quantization not in QUANTIZATIONS:
         raise SettingError("unknown quantization", got=quantization, expected=f"one of {', '.join(QUANTIZATIONS)}")
+    kind = summarize(folder).drafter_kind
+    if kind in _NOT_IN_LLAMA_CPP:
+        raise UnsupportedModelError("llama.cpp has no architecture for such a head", got=kind)
     source, about = HeadSource.from_folder(folder), summarize(target)
+    if about.drafter_kind is not None:
+        raise SettingError("the target is a head itself", got=target.name)
     is_eagle = eagle3_conversion.is_eagle3(source.weights)
     writer = GGUFWriter(path, "eagle3" if is_eagle else "dflash")
     writer.add_type("model")
@@ -144,7 +150,7 @@ def write_head_gguf(
         _check_block(source)
         _add_block_metadata(writer, source, about)
     _add_shape(writer, source, about)
-    num_tokens = _copy_tokenizer(writer, target)
+    num_tokens = copy_tokenizer(writer, target)
     if num_tokens != about.vocab_size:
         raise ModelFileError(f"{target.name} names too few tokens", got=num_tokens, expected=about.vocab_size)
     _write(writer, source, tensors, about, quantization, on_tensor)
@@ -294,7 +300,7 @@ def _add_shape(writer: GGUFWriter, source: HeadSource, target: ModelSummary) -> 
     writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
 
 
-def _copy_tokenizer(writer: GGUFWriter, target: Path) -> int:
+def copy_tokenizer(writer: GGUFWriter, target: Path) -> int:
     """Write the target's tokenizer; how many tokens it names."""
     from gguf import GGUFValueType
 
