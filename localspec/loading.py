@@ -28,6 +28,7 @@ from localspec.drafters import (
     DrafterSpec,
     DraftModel,
     Forced,
+    HeadDrafter,
     Ngram,
     Nothing,
     check_settings,
@@ -316,8 +317,8 @@ class Pair:
 
     def drafter(self, spec: str | DrafterSpec, *, exact: str = AUTO_EXACT, acceptance: str = "walk") -> Drafter:
         """A drafter for one session, which closes it. "auto" decides every round what pays: prompt lookup, the draft
-        model if there is one, how much of either, or nothing; with settings it is the draft model (lookup without
-        one) so set. exact, acceptance: the session's, which say what widths it may plan with."""
+        model and the heads if there are any, how much of each, or nothing; with settings it is the draft model (else
+        the first head, else lookup) so set. exact, acceptance: the session's, which say what widths it may use."""
         parsed = DrafterSpec.parse(spec) if isinstance(spec, str) else spec
         if not parsed.decides:
             return make_drafter(parsed, self.drafting, self.heads)
@@ -328,13 +329,24 @@ class Pair:
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
         form = "tree" if branches else "chain"
         free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None), Forced()]
-        if self.draft is None:
-            return Scheduled(free, [], experience)
-        if form == "tree" and not self.draft.capabilities.trees:
-            form = "chain"
-        size = 16 if self.drafting is not None and not self.drafting.relation.same else 48
-        draft = make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting)
-        return Scheduled(free, [draft], experience)
+        return Scheduled(free, self._dear(capabilities.trees and capabilities.exact_trees), experience)
+
+    def _dear(self, trees: bool) -> list[Drafter]:
+        """The drafters that run a network, in the widest form that the schedule may cut down. trees: can the target
+        verify them?"""
+        made: list[Drafter] = []
+        if self.draft is not None:
+            able = trees and self.target.capabilities.host_scores and self.draft.capabilities.trees
+            size = 16 if self.drafting is not None and not self.drafting.relation.same else 48
+            form = "tree" if able else "chain"
+            made.append(make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting))
+        for head in self.heads:
+            # waiting for a device level by level pays where the levels themselves cost next to nothing
+            able = trees and head.info.trees and (head.info.host_scores or head.info.one_pass)
+            size, deepest = (48, min(head.info.levels or 16, 16)) if able else (head.info.levels or 16, 0)
+            form = "tree" if able else "chain"
+            made.append(HeadDrafter(head, num=size, shape=form, depth=deepest))
+        return made
 
     def drafting_with(self, draft: LanguageModel) -> Pair:
         """The same pair with something in front of its draft model; what sessions learn is shared. Not to be closed."""
