@@ -59,6 +59,11 @@ class StepCompanion(Companion):
         return self._offset + self._num_read + len(self._waiting)
 
     @property
+    def num_missing(self) -> int:
+        """Committed tokens that were there before it."""
+        return self._offset
+
+    @property
     def _num_read(self) -> int:
         return self.cells.length + bool(self._recent)
 
@@ -178,6 +183,11 @@ class StepState:
         self._companion, self._close = companion, close
         self._born, self._closed = -1, False
         self._num_fed = 0
+
+    @property
+    def num_missing(self) -> int:
+        """Committed tokens that were there before the head was."""
+        return self._companion.num_missing
 
     @property
     def room(self) -> int:
