@@ -69,6 +69,7 @@ def load_options(command: F) -> F:
             help="Trained head for the target (DSpark, EAGLE-3, ...). Repeatable, one of a kind.",
         ),
         click.option("--pair", metavar="NAME[:QUANTISATION]", help="Both from the catalog; see `localspec pairs`."),
+        click.option("--task", metavar="NAME", help="With --pair: the drafter that was made for this kind of text."),
         catalog_option,
         click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, llamacpp or mlx."),
         click.option(
