@@ -68,6 +68,11 @@ class BlockCompanion(Companion):
         """See `Companion`."""
         return self._offset + self.cells.length + len(self._waiting)
 
+    @property
+    def num_missing(self) -> int:
+        """Committed tokens that were there before it."""
+        return self._offset
+
     def feed(self, tokens: TokenIds, features: Features) -> None:
         """See `Companion`."""
         self._waiting = np.concatenate([self._waiting, features])
@@ -161,6 +166,11 @@ class BlockState:
         self._depths: list[int] = []
         self._scored: list[tuple[int, int]] = []  # (slot, guess before it) of the rows scored last
         self._closed = False
+
+    @property
+    def num_missing(self) -> int:
+        """Committed tokens that were there before the head was."""
+        return self._companion.num_missing
 
     @property
     def room(self) -> int:
