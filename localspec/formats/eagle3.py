@@ -1,0 +1,218 @@
+"""What an EAGLE-3 head's configuration and tensors say, in any of the layouts that are released.
+
+EAGLE, SpecForge, AngelSlim and NVIDIA name the block `midlayer`, speculators and DeepSpec `layers.0`; the first layer
+reads the token's embedding beside the hidden state, any others read what came before. Which layers of the target are
+read is written in three conventions (`taps`). Sources: SafeAILab/EAGLE model/cnets.py, vllm-project/speculators
+models/eagle3, deepseek-ai/DeepSpec modeling/eagle3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from localspec.errors import HeadFileError
+
+from .head_config import Fields, Shapes, require_shapes
+
+ARCHITECTURES = frozenset(
+    {
+        "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel", "Qwen3Eagle3Model",
+        "LlamaForCausalLM",
+    }
+)  # fmt: skip
+"""Names in use. EAGLE's own files say LlamaForCausalLM, like any other model; the tensors tell."""
+
+_BACKBONES = ("llama", "qwen2", "qwen3")
+_FIRST = re.compile(r"(midlayer|layers\.0)\.hidden_norm\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Config:
+    """hidden: E.  target_hidden: of the target's layers.  tap_ids: as written (None: EAGLE's three).  tap_shift: added
+    to a tap id to get the layer whose output it is.  draft_vocab: Vd.  vocab: V, or None where nothing says it.
+    feedback_normed: children are fed with the normed output.  norm_taps: each tap is normed on its own, together:
+    all side by side.  block: what the tensors of the first layer begin with.
+    """
+
+    hidden: int
+    target_hidden: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    feed_forward: int
+    eps: float
+    rope_base: float
+    rope_scaling: Mapping[str, Any] | None
+    max_positions: int
+    draft_vocab: int
+    vocab: int | None
+    num_taps: int
+    tap_ids: tuple[int, ...] | None
+    tap_shift: int | None
+    norm_before_residual: bool
+    norm_together: bool
+    norm_each: bool
+    feedback_normed: bool
+    head_norms: bool
+    biases: bool
+    output_bias: bool
+    block: str
+    own_embedding: bool
+    own_head: bool
+
+    def taps(self, num_target_layers: int) -> tuple[int, ...]:
+        """Layers of a target whose outputs are read. Raises HeadFileError where it has no such layers."""
+        if self.tap_ids is None:
+            taps: tuple[int, ...] = (1, num_target_layers // 2 - 1, num_target_layers - 4)
+        else:
+            shift = self.tap_shift
+            if shift is None:  # nothing says so: ids that begin at layer 1, and stay inside, are outputs
+                shift = 0 if self.tap_ids[0] == 1 and max(self.tap_ids) < num_target_layers else -1
+            taps = tuple(tap + shift for tap in self.tap_ids)
+        if any(not -1 <= tap < num_target_layers for tap in taps):
+            raise HeadFileError(
+                "the head reads layers that the target does not have",
+                got=f"outputs of {', '.join(map(str, taps))}",
+                expected=f"-1 to {num_target_layers - 1}",
+            )
+        return taps
+
+
+def is_eagle3(config: Mapping[str, Any], tensors: Shapes) -> bool:
+    """Is it one, by what it says or by its tensors?"""
+    if config.get("speculators_model_type") is not None:
+        return bool(config["speculators_model_type"] == "eagle3")
+    return any(_FIRST.fullmatch(name.removeprefix("model.")) for name in tensors)
+
+
+def read_eagle3(config: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
+    """Raises HeadFileError naming the key or tensor that is wrong, or that nothing here knows."""
+    names = {name.removeprefix("model."): shape for name, shape in tensors.items()}
+    by_speculators = config.get("speculators_model_type") is not None
+    outer = Fields(config, "")
+    layer = Fields(outer.mapping("transformer_layer_config"), "transformer_layer_config.") if by_speculators else outer
+    _refuse_strange(outer, layer, by_speculators)
+    block = next((name.rpartition(".hidden_norm")[0] for name in names if _FIRST.fullmatch(name)), None)
+    fc = names.get("fc.weight")
+    if block is None or fc is None or len(fc) != 2:
+        missing = "fc.weight" if block is not None else "layers.0.hidden_norm.weight"
+        raise HeadFileError(f"tensor {missing} is missing", expected="the layers of an EAGLE-3 head")
+    hidden, num_heads = layer.integer("hidden_size"), layer.integer("num_attention_heads")
+    ids, shift = _tap_ids(outer, by_speculators)
+    num_taps = len(ids) if ids is not None else 3
+    if fc[1] % num_taps:
+        raise HeadFileError("tensor fc.weight has the wrong shape", got=fc, expected=f"{num_taps} taps side by side")
+    vocab = layer.integer("vocab_size", 0) or None
+    found = Eagle3Config(
+        hidden=hidden,
+        target_hidden=fc[1] // num_taps,
+        num_layers=_num_layers(names),
+        num_heads=num_heads,
+        num_kv_heads=layer.integer("num_key_value_heads", num_heads),
+        head_dim=layer.integer("head_dim", max(hidden // num_heads, 1)),
+        feed_forward=layer.integer("intermediate_size"),
+        eps=layer.number("rms_norm_eps", 1e-6),
+        rope_base=layer.rope_base(),
+        rope_scaling=layer.rope_scaling(),
+        max_positions=layer.integer("max_position_embeddings", 4096),
+        draft_vocab=names["lm_head.weight"][0] if "lm_head.weight" in names else vocab or 0,
+        vocab=vocab,
+        num_taps=num_taps,
+        tap_ids=ids,
+        tap_shift=shift,
+        norm_before_residual=outer.flag("norm_before_residual"),
+        norm_together=outer.flag("norm_before_fc") or "input_norm.weight" in names,
+        norm_each=outer.flag("fc_norm") or "fc_norm.0.weight" in names,
+        feedback_normed=by_speculators and outer.flag("norm_output"),
+        head_norms=f"{block}.self_attn.q_norm.weight" in names,
+        biases=f"{block}.self_attn.q_proj.bias" in names,
+        output_bias=f"{block}.self_attn.o_proj.bias" in names,
+        block=block,
+        own_embedding="embed_tokens.weight" in names,
+        own_head="lm_head.weight" in names,
+    )
+    declared = outer.integer("draft_vocab_size", found.draft_vocab)
+    if declared != found.draft_vocab:
+        raise HeadFileError("lm_head.weight does not fit draft_vocab_size", got=found.draft_vocab, expected=declared)
+    if vocab is not None and found.draft_vocab < vocab and "d2t" not in names:
+        raise HeadFileError("tensor d2t is missing", expected=f"{found.draft_vocab} of {vocab} tokens to be named")
+    if found.hidden != found.target_hidden and not found.own_embedding:
+        raise HeadFileError("tensor embed_tokens.weight is missing", expected="one, as the target's rows are wider")
+    require_shapes(names, *_shapes(found))
+    return found
+
+
+def _refuse_strange(outer: Fields, layer: Fields, by_speculators: bool) -> None:
+    """Whatever would change the pass and is not built here."""
+    outer.one_of("architectures", ARCHITECTURES)
+    layer.one_of("model_type", _BACKBONES)
+    layer.one_of("hidden_act", ("silu",))
+    layer.refuse("mlp_bias")
+    outer.refuse("parallel_drafting")
+    if by_speculators:
+        outer.one_of("speculators_model_type", ("eagle3",))
+    if layer.get("use_sliding_window") or "sliding_attention" in (layer.get("layer_types") or ()):
+        raise HeadFileError("EAGLE-3 heads with sliding windows are not known", got="layer_types, use_sliding_window")
+
+
+def _tap_ids(outer: Fields, by_speculators: bool) -> tuple[tuple[int, ...] | None, int | None]:
+    """(ids as written, what to add to get the layer whose output is read; None: the ids must tell)."""
+    if (ids := outer.integers("target_layer_ids")) is not None:
+        return ids, 0
+    if (ids := outer.integers("eagle_aux_hidden_state_layer_ids")) is None:
+        ids = outer.inner("eagle_config").integers("eagle_aux_hidden_state_layer_ids")
+    return ids, -1 if by_speculators else None
+
+
+def _num_layers(names: Shapes) -> int:
+    numbers = [int(match[1]) for name in names if (match := re.match(r"layers\.(\d+)\.", name))]
+    return max(numbers, default=0) + 1
+
+
+def _shapes(config: Eagle3Config) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """(tensors that must be there, tensors that may be)."""
+    hidden, target, drafts = config.hidden, config.target_hidden, config.draft_vocab
+    width = target * config.num_taps
+    must: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, width), "norm.weight": (hidden,)}
+    for index in range(config.num_layers):
+        must |= _layer_shapes(config, config.block if not index else f"layers.{index}", 1 if index else 2)
+    must[f"{config.block}.hidden_norm.weight"] = (hidden,)
+    if config.norm_together:
+        must["input_norm.weight"] = (width,)
+    if config.norm_each:
+        must |= {f"fc_norm.{tap}.weight": (target,) for tap in range(config.num_taps)}
+    if config.own_head:
+        must["lm_head.weight"] = (drafts, hidden)
+    may: dict[str, tuple[int, ...]] = {"d2t": (drafts,), "t2d": (-1,)}
+    if config.own_embedding:
+        must["embed_tokens.weight"] = (config.vocab or -1, hidden)
+    return must, may
+
+
+def _layer_shapes(config: Eagle3Config, prefix: str, inputs: int) -> dict[str, tuple[int, ...]]:
+    """inputs: how often the hidden size goes into the projections."""
+    hidden, wide = config.hidden, config.feed_forward
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, inputs * hidden),
+        "self_attn.k_proj.weight": (keys, inputs * hidden),
+        "self_attn.v_proj.weight": (keys, inputs * hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_proj.weight": (wide, hidden),
+        "mlp.up_proj.weight": (wide, hidden),
+        "mlp.down_proj.weight": (hidden, wide),
+    }
+    if config.biases:
+        shapes |= {"self_attn.q_proj.bias": (queries,), "self_attn.k_proj.bias": (keys,)}
+        shapes |= {"self_attn.v_proj.bias": (keys,)}
+    if config.output_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if config.head_norms:
+        shapes |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
