@@ -406,6 +406,11 @@ class HeadState(Protocol):
     """
 
     @property
+    def num_missing(self) -> int:
+        """Of the committed tokens, how many at the beginning it has not seen: they were there when it was opened."""
+        ...
+
+    @property
     def room(self) -> int:
         """How many more guesses can be fed."""
         ...
