@@ -8,6 +8,7 @@ models/eagle3, deepseek-ai/DeepSpec modeling/eagle3.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from localspec.errors import HeadFileError
 
 from .head_config import Fields, Shapes, require_shapes
+from .head_header import HeadFiles, HeadHeader
 
 ARCHITECTURES = frozenset(
     {
@@ -82,11 +84,29 @@ class Eagle3Config:
         return taps
 
 
-def is_eagle3(config: Mapping[str, Any], tensors: Shapes) -> bool:
-    """Is it one, by what it says or by its tensors?"""
-    if config.get("speculators_model_type") is not None:
-        return bool(config["speculators_model_type"] == "eagle3")
-    return any(_FIRST.fullmatch(name.removeprefix("model.")) for name in tensors)
+def eagle3_header(files: HeadFiles) -> HeadHeader | None:
+    """Its header, by what it says or by its tensors; None for another kind. `details` is the `Eagle3Config`, and `taps`
+    is empty where only the target tells them. Raises HeadFileError."""
+    said = files.config.get("speculators_model_type")
+    is_one = any(_FIRST.fullmatch(name.removeprefix("model.")) for name in files.shapes)
+    if files.format != "safetensors" or (said != "eagle3" if said is not None else not is_one):
+        return None
+    config = read_eagle3(files.config, files.shapes)
+    num_layers = files.config.get("num_target_layers")
+    known = config.tap_shift is not None and config.tap_ids is not None
+    return HeadHeader(
+        kind="eagle3",
+        layout="speculators" if said is not None else "deepspec" if "target_layer_ids" in files.config else "eagle",
+        files=files,
+        taps=tuple(tap + (config.tap_shift or 0) for tap in config.tap_ids or ()) if known else (),
+        target_hidden=config.target_hidden,
+        num_parameters=sum(math.prod(shape) for name, shape in files.shapes.items() if name not in ("d2t", "t2d")),
+        vocab_size=config.vocab,
+        draft_vocab=config.draft_vocab if config.draft_vocab != config.vocab else None,
+        num_target_layers=num_layers if isinstance(num_layers, int) else None,
+        prefix=config.block,
+        details=config,
+    )
 
 
 def read_eagle3(config: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
@@ -140,9 +160,9 @@ def read_eagle3(config: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
         raise HeadFileError("lm_head.weight does not fit draft_vocab_size", got=found.draft_vocab, expected=declared)
     if vocab is not None and found.draft_vocab < vocab and "d2t" not in names:
         raise HeadFileError("tensor d2t is missing", expected=f"{found.draft_vocab} of {vocab} tokens to be named")
+    require_shapes(names, *_shapes(found))
     if found.hidden != found.target_hidden and not found.own_embedding:
         raise HeadFileError("tensor embed_tokens.weight is missing", expected="one, as the target's rows are wider")
-    require_shapes(names, *_shapes(found))
     return found
 
 

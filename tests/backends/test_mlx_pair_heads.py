@@ -56,7 +56,7 @@ class Beside:
         self.rng = np.random.default_rng(seed)
         self.reference = reference
         self.width = num_taps * WIDTH
-        self.state = module("heads.pairs").PairState(network, 0)
+        self.state = module("heads.pairs").PairMemory(None, range(num_taps), network)
         self.tokens: list[int] = []
         self.taps: NDArray[np.float64] = np.zeros((0, self.width))
 

@@ -15,7 +15,9 @@ from localspec.protocols import DraftHead
 
 from ..model import MlxModel
 
-_BUILDERS: dict[str, str] = {}
+_BUILDERS: dict[str, str] = {
+    "eagle3": "eagle3",
+}
 
 
 def load_head(path: Path, target: MlxModel) -> DraftHead:

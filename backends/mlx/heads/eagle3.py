@@ -15,11 +15,15 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from localspec.errors import HeadFileError
 from localspec.formats.eagle3 import Eagle3Config
+from localspec.formats.head import HeadHeader
 
 from ..cache import Pass, TreeCache
+from ..ends import Ends
 from ..grafts import place_positions
+from ..model import MlxModel
 from .borrowed import Borrowed
-from .weights import take_weights
+from .pairs import PairHead
+from .weights import head_info, read_tensors, take_weights
 
 
 class _Attention(nn.Module):
@@ -200,3 +204,14 @@ def _places(
     places = np.full(vocab_size, num, np.int32)
     places[ids] = np.arange(num)
     return mx.array(places)
+
+
+def build(header: HeadHeader, target: MlxModel) -> PairHead:
+    """The head beside its target. Raises HeadFileError, and UnsupportedModelError for a target that cannot be read."""
+    config = header.details
+    assert isinstance(config, Eagle3Config)
+    taps = config.taps(target.network.taps.num_layers)
+    ends = Ends(target.network)
+    network = Eagle3(config, read_tensors(header), ends)
+    ends.check_taps(taps)
+    return PairHead(head_info(header, network.module, taps), target, network)

@@ -13,7 +13,7 @@ class FeatureLog:
     """
 
     def __init__(self, first: int) -> None:
-        self._first = first
+        self.first = first
         self._num_rows = 0
         self._parts: list[mx.array] = []
 
@@ -23,7 +23,7 @@ class FeatureLog:
     @property
     def end(self) -> int:
         """Position behind the newest row."""
-        return self._first + self._num_rows
+        return self.first + self._num_rows
 
     def append(self, rows: mx.array) -> None:
         """Add the rows of the next tokens."""
@@ -37,18 +37,18 @@ class FeatureLog:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from position `length` on; those that come next stand there."""
-        over = self._first + self._num_rows - length
+        over = self.first + self._num_rows - length
         self._num_rows = max(self._num_rows - max(over, 0), 0)
         while over > 0 and self._parts:
             part = self._parts.pop()
             if part.shape[0] > over:
                 self._parts.append(mx.contiguous(part[: part.shape[0] - over]))
             over -= part.shape[0]
-        self._first = min(self._first, length)
+        self.first = min(self.first, length)
 
     def copy(self) -> FeatureLog:
         """The same rows."""
-        other = FeatureLog(self._first)
+        other = FeatureLog(self.first)
         other._parts, other._num_rows = list(self._parts), self._num_rows
         return other
 

@@ -8,17 +8,24 @@ place, and its entry is dropped when guessing starts anew: the target's own feat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, cast
 
 import mlx.core as mx
 import numpy as np
 
+from localspec.protocols import HeadInfo, HeadState, Scores, Tokens
 from localspec.types import NodeIndices
 
 from ..cache import Pass
+from ..companion import Companion
 from ..layout import Layout, chain
 from ..memory import copied, rows_in
+from ..model import MlxModel
+from ..scores import DeviceScores
+from ..state import MlxState
+from .base import MlxHead, MlxHeadState
 from .features import FeatureLog
+from .weights import device_ids
 
 _MOST_WAITING = 32  # committed pairs that wait for the next guess's pass, which then takes them along
 _CHUNK = 512  # pairs per pass; a longer run is cut, which bounds the memory of its activations
@@ -59,13 +66,14 @@ class PairNetwork(Protocol):
         ...
 
 
-class PairState:
+class PairMemory(Companion):
     """The pairs of one sequence, and the guesses since `start`. Positions are counted from the first pair: rotary
     embeddings turn by differences only."""
 
-    def __init__(self, network: PairNetwork, length: int) -> None:
+    def __init__(self, head: object, taps: Sequence[int], network: PairNetwork) -> None:
+        super().__init__(head, taps)
         self._network = network
-        self._log = FeatureLog(length)
+        self._log = FeatureLog(0)
         self._caches = network.caches()
         self._rows = list(rows_in(self._caches))
         self._num_entries = 0  # committed pairs in the caches
@@ -104,15 +112,15 @@ class PairState:
             for cache in self._rows:
                 cache.drop()
 
-    def copy(self) -> PairState:
+    def copy(self) -> Self:
         """The same committed pairs; shares memory until either is written to."""
-        self._forget()
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         other._caches = [copied(cache) for cache in self._caches]
         other._rows = list(rows_in(other._caches))
         other._log = self._log.copy()
         other._waiting = list(self._waiting)
+        other._forget()
         return other
 
     def arrays(self) -> list[mx.array]:
@@ -124,12 +132,17 @@ class PairState:
         """Memory that it takes."""
         return sum(array.nbytes for array in [*self._log.arrays(), *self._cells()])
 
+    @property
+    def first(self) -> int | None:
+        """Position of the first token that it was fed and holds; None where there is none."""
+        return self._log.first if len(self._log) else None
+
     # ------------------------------------------------------------ guesses
 
     @property
     def room(self) -> int:
         """How many more guesses can be fed."""
-        return _MOST_GUESSES - len(self._parents)
+        return _MOST_GUESSES - max(len(self._parents) - 1, 0)
 
     def start(self, anchor: int) -> mx.array:
         """Forget earlier guesses; [1, V] logits behind the anchor."""
@@ -147,7 +160,9 @@ class PairState:
     def extend(self, tokens: mx.array, parents: Sequence[int]) -> mx.array:
         """Feed guesses [N]; parents as in `protocols.HeadState`. [N, V] logits behind each."""
         if self._outputs is None:
-            raise ValueError("guesses before start")
+            raise ValueError("guesses are fed before the anchor")
+        if len(parents) > self.room:
+            raise ValueError(f"{len(parents)} guesses are too many: {self.room} can be fed")
         above = np.asarray(parents, np.int32) + 1
         if len(above) != tokens.shape[0] or np.any(above < 0) or np.any(above >= len(self._parents)):
             raise ValueError(f"parents {list(parents)} of {tokens.shape[0]} guesses behind {len(self._parents) - 1}")
@@ -195,3 +210,55 @@ class PairState:
     def _rewind(self, num_rows: int) -> None:
         for cache in self._rows:
             cache.num_rows = num_rows
+
+
+class PairHead(MlxHead[PairMemory]):
+    """`protocols.DraftHead` over a network of pairs."""
+
+    def __init__(self, info: HeadInfo, target: MlxModel, network: PairNetwork) -> None:
+        super().__init__(info, target)
+        self._network: PairNetwork | None = network
+
+    def new_companion(self) -> PairMemory:
+        """An empty one."""
+        assert self._network is not None
+        return PairMemory(self, self.info.taps, self._network)
+
+    def new_state(self, state: MlxState, companion: PairMemory) -> HeadState:
+        """Guesses beside a sequence."""
+        return PairHeadState(self, state, companion)
+
+    def drop_weights(self) -> None:
+        """Give the head's own memory back."""
+        self._network = None
+
+
+class PairHeadState(MlxHeadState[PairMemory]):
+    """`protocols.HeadState`. Rows stay on the device, and a chain is guessed without waiting."""
+
+    @property
+    def num_missing(self) -> int:
+        """Of the committed tokens, how many at the beginning it has not seen."""
+        first = self.companion.first
+        return self.state.length if first is None else first
+
+    @property
+    def room(self) -> int:
+        """How many more guesses can be fed."""
+        return self.companion.room
+
+    def start(self, anchor: int) -> Scores:
+        """Forget earlier guesses; [1, V] what may follow the anchor."""
+        self.check_open()
+        return self._scores(self.companion.start(anchor))
+
+    def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
+        """Feed guesses; [N, V] what may follow each."""
+        self.check_open()
+        return self._scores(self.companion.extend(device_ids(tokens), parents))
+
+    def confidence(self) -> None:
+        """It does not say."""
+
+    def _scores(self, logits: mx.array) -> Scores:
+        return cast("Scores", DeviceScores(logits, self.head.target.ledger))

@@ -1,19 +1,40 @@
-"""Puts a file's tensors into a head's modules."""
+"""From a head's files to its modules' parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from localspec.errors import HeadFileError
+from localspec.formats import safetensors
+from localspec.formats.head import HeadHeader
+from localspec.protocols import HeadInfo, Tokens
+
+from ..device import on_cpu
+from ..scores import DeviceTokens
 
 _BUFFERS = ("rotary_emb.inv_freq",)
 
 
+def read_tensors(header: HeadHeader, names: Iterable[str] | None = None) -> dict[str, mx.array]:
+    """Tensors of a head's folder by stored name, not read from disk yet; `names` None: all."""
+    wanted = None if names is None else set(names)
+    found: dict[str, mx.array] = {}
+    for path, tensors in safetensors.read_folder(header.path):
+        if wanted is None or not wanted.isdisjoint(tensors):
+            arrays: Any = mx.load(str(path))
+            found |= {name: value for name, value in arrays.items() if wanted is None or name in wanted}
+    return found
+
+
 def take_weights(module: nn.Module, weights: dict[str, mx.array]) -> None:
-    """Every parameter from a tensor of its name. Raises HeadFileError naming one that is missing, too much or
-    misshapen."""
+    """Every parameter from a tensor of its name, in the type to compute in. Raises HeadFileError naming one that is
+    missing, too much or misshapen."""
     weights = {name: value for name, value in weights.items() if not name.endswith(_BUFFERS)}
     wanted = dict(tree_flatten(module.parameters()))
     for name in sorted(wanted.keys() | weights):
@@ -24,5 +45,32 @@ def take_weights(module: nn.Module, weights: dict[str, mx.array]) -> None:
         if wanted[name].shape != weights[name].shape:
             got, expected = weights[name].shape, wanted[name].shape
             raise HeadFileError(f"tensor {name} has the wrong shape", got=got, expected=expected)
-    module.load_weights(list(weights.items()), strict=True)
+    module.load_weights([(name, _computable(value)) for name, value in weights.items()], strict=True)
     module.eval()
+    mx.eval(module.parameters())
+
+
+def _computable(value: mx.array) -> mx.array:
+    """In a type that is quick and wide enough: the hidden states of a target's layers overflow float16."""
+    if not mx.issubdtype(value.dtype, mx.floating):
+        return value
+    return value.astype(mx.float32) if on_cpu() else value.astype(mx.bfloat16) if value.dtype == mx.float16 else value
+
+
+def head_info(header: HeadHeader, module: nn.Module, taps: tuple[int, ...], levels: int | None = None) -> HeadInfo:
+    """levels: as `HeadInfo.levels`; a head that has them guesses all in one pass."""
+    parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    return HeadInfo(
+        name=header.path.resolve().name,
+        path=header.path,
+        kind=header.kind,
+        num_parameters=sum(value.size for _, value in parameters),
+        taps=taps,
+        levels=levels,
+        one_pass=levels is not None,
+    )
+
+
+def device_ids(tokens: Tokens) -> mx.array:
+    """[T] ids on the device; those that are there already stay there."""
+    return tokens.array if isinstance(tokens, DeviceTokens) else mx.array(np.asarray(tokens.numpy(), np.int32))
