@@ -10,10 +10,11 @@ from localspec.errors import HeadFileError, ModelFileError, ModelNotFoundError
 from . import gguf, safetensors
 from .eagle3 import eagle3_header
 from .head_header import Backbone, HeadFiles, HeadHeader
+from .mtp import mtp_header
 
 __all__ = ["Backbone", "HeadFiles", "HeadHeader", "read_head_files", "read_head_header"]
 
-_READERS: tuple[Callable[[HeadFiles], HeadHeader | None], ...] = (eagle3_header,)
+_READERS: tuple[Callable[[HeadFiles], HeadHeader | None], ...] = (eagle3_header, mtp_header)
 """Of each family of heads one, which answers None for what is not of its kind, judged by tensors before names."""
 
 

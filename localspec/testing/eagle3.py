@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localspec.testing.pair_heads import Array, Seen, TargetEnds, attended, frequencies_of, rms_norm, rotated, silu
+from localspec.testing.pair_heads import (
+    Array,
+    Seen,
+    TargetEnds,
+    attended,
+    frequencies_of,
+    random_weights,
+    rms_norm,
+    rotated,
+    silu,
+)
 
 __all__ = ["LAYOUTS", "Eagle3Reference", "write_eagle3"]
 
@@ -93,19 +103,6 @@ def write_eagle3(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return config, weights
-
-
-def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, NDArray[Any]]:
-    """Random weights of these shapes; norms are near 1, embeddings and projections keep sizes as they are."""
-    rng = np.random.default_rng((seed, 0))
-    weights: dict[str, NDArray[Any]] = {}
-    for name, shape in shapes.items():
-        values = rng.standard_normal(shape, np.float32)
-        if len(shape) == 1:
-            weights[name] = values * np.float32(0.1) if name.endswith("bias") else 1 + values * np.float32(0.1)
-        else:
-            weights[name] = values * np.float32(2.0 if "lm_head" in name else 1.0) / np.float32(shape[-1] ** 0.5)
-    return weights
 
 
 def _shapes(layout: str, sizes: tuple[int, int, int, int], num_taps: int, block: str) -> dict[str, tuple[int, ...]]:

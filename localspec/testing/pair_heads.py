@@ -8,7 +8,7 @@ does, `guess_row` in which order pairs come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,6 +63,19 @@ def guess_row(head: PairReference, taps: Array, tokens: Sequence[int], path: Seq
     for position, token in enumerate(path[1:], start=len(tokens)):
         output = head.step(head.fed_back(output), token, position, seen)
     return head.logits(output)
+
+
+def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, NDArray[Any]]:
+    """Random weights of these shapes; norms are near 1, embeddings and projections keep sizes as they are."""
+    rng = np.random.default_rng((seed, 0))
+    weights: dict[str, NDArray[Any]] = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape, np.float32)
+        if len(shape) == 1:
+            weights[name] = values * np.float32(0.1) if name.endswith("bias") else 1 + values * np.float32(0.1)
+        else:
+            weights[name] = values * np.float32(2.0 if "lm_head" in name else 1.0) / np.float32(shape[-1] ** 0.5)
+    return weights
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

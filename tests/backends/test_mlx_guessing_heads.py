@@ -22,6 +22,7 @@ from localspec.sampling import SamplingParams
 from localspec.testing.eagle3 import write_eagle3
 from localspec.testing.files import write_safetensors
 from localspec.testing.heads import HeadConformance
+from localspec.testing.mtp import write_mtp
 
 BACKEND = get_backend("mlx")
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny" / "target.gguf"
@@ -37,6 +38,8 @@ WRITERS: dict[str, Writer] = {
     ),
     "eagle3-speculators": lambda folder, target: write_eagle3(folder, "speculators", target=target),
     "eagle3-deepspec": lambda folder, target: write_eagle3(folder, "deepspec", target=target),
+    "mtp-qwen3_next": lambda folder, target: write_mtp(folder, "qwen3_next", target=target),
+    "mtp-deepseek_v3": lambda folder, target: write_mtp(folder, "deepseek_v3", target=target),
 }
 
 
@@ -168,6 +171,102 @@ def test_eagle3_tensors_that_are_wrong_are_named(tmp_path: Path, folder: Path, c
     change_tensors(tmp_path, change)
     with pytest.raises(HeadFileError, match=said):
         BACKEND.load_head(tmp_path, target)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "said"),
+    [
+        ("qwen3_next", lambda w: w.pop("mtp.norm.weight"), "tensor mtp.norm.weight is missing"),
+        ("qwen3_next", lambda w: w.pop("mtp.layers.0.self_attn.q_norm.weight"), "0.self_attn.q_norm.weight is missing"),
+        (
+            "qwen3_next",
+            lambda w: w.pop("mtp.layers.0.mlp.experts.2.up_proj.weight"),
+            "experts.2.up_proj.weight is miss",
+        ),
+        (
+            "qwen3_next",
+            lambda w: w.update({"mtp.layers.0.mlp.experts.4.up_proj.weight": w["mtp.layers.0.mlp.gate.weight"]}),
+            "experts.4.up_proj.weight is one too many",
+        ),
+        ("qwen3_5", lambda w: w.update({"mtp.fc.weight": w["mtp.fc.weight"][:, 1:]}), "mtp.fc.weight has the wrong"),
+        (
+            "qwen3_5",
+            lambda w: w.update({"mtp.layers.0.mlp.up_proj.weight": w["mtp.layers.0.mlp.up_proj.weight"][1:]}),
+            "mtp.layers.0.mlp.up_proj.weight has the wrong shape",
+        ),
+        (
+            "deepseek_v3",
+            lambda w: w.update({"model.layers.8.odd.weight": np.ones(3, np.float32)}),
+            "has no place .*layers.8.odd",
+        ),
+    ],
+)
+def test_mtp_tensors_that_are_wrong_are_named(
+    tmp_path: Path, folder: Path, layout: str, change: Any, said: str
+) -> None:
+    target = tiny_target(folder)
+    write_mtp(tmp_path, layout, target=sizes(target))
+    change_tensors(tmp_path, change)
+    with pytest.raises(HeadFileError, match=said):
+        BACKEND.load_head(tmp_path, target)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "said"),
+    [
+        ("qwen3_5", lambda w: w.update({"mtp.layers.1.x": w["mtp.norm.weight"]}), "several MTP layers .*layers.1.x"),
+        (
+            "deepseek_v3",
+            lambda w: w.update({"model.layers.9.eh_proj.weight": w["model.layers.8.eh_proj.weight"]}),
+            "several",
+        ),
+        (
+            "qwen3_5",
+            lambda w: [w.update({n.replace("mtp.", "mtp_block.0."): w.pop(n)}) for n in list(w)],
+            "layout .*mtp_block",
+        ),
+    ],
+)
+def test_mtp_layouts_that_are_not_known_are_named(
+    tmp_path: Path, folder: Path, layout: str, change: Any, said: str
+) -> None:
+    target = tiny_target(folder)
+    write_mtp(tmp_path, layout, target=sizes(target))
+    change_tensors(tmp_path, change)
+    with pytest.raises(UnsupportedModelError, match=said):
+        BACKEND.load_head(tmp_path, target)
+
+
+def test_mtp_of_another_family_is_refused_by_its_name(tmp_path: Path, folder: Path) -> None:
+    target = tiny_target(folder)
+    write_mtp(tmp_path, "deepseek_v3", target=sizes(target))
+    change_config(tmp_path, model_type="step3p5")
+    with pytest.raises(UnsupportedModelError, match="got step3p5"):
+        BACKEND.load_head(tmp_path, target)
+
+
+def test_a_layer_that_a_model_ships_is_reached_by_the_models_own_folder(tmp_path: Path) -> None:
+    """Target and head from one folder; the target's states are replayed, as it has recurrent layers."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import qwen3_5
+
+    path = write_safetensors(tmp_path / "m", num_layers=4)
+    vocab = json.loads((path / "config.json").read_text())["vocab_size"]
+    config, _ = write_mtp(tmp_path / "layer", "qwen3_5", target=(64, 4, vocab))
+    mx.random.seed(5)
+    weights: Any = dict(tree_flatten(qwen3_5.Model(qwen3_5.ModelArgs.from_dict(config)).parameters()))
+    layer: Any = mx.load(str(tmp_path / "layer" / "model.safetensors"))
+    mx.save_safetensors(str(path / "model.safetensors"), weights | layer)
+    change_config(path, **config)
+    target = BACKEND.load(path, LoadSettings(num_sequences=4))
+    with Session(target, Nothing()) as session:
+        plainly = session.generate([5, 6, 7, 8], SamplingParams(max_tokens=24, ignore_eos=True)).tokens
+    head = BACKEND.load_head(path, target)
+    assert head.info.kind == "mtp" and head.info.num_parameters == sum(value.size for value in layer.values())
+    with Session(target, HeadDrafter(head, num=3)) as session:
+        assert session.generate([5, 6, 7, 8], SamplingParams(max_tokens=24, ignore_eos=True)).tokens == plainly
+    target.close()
 
 
 def test_a_head_of_another_target_is_refused(tmp_path: Path, folder: Path) -> None:

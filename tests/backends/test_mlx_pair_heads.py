@@ -12,7 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from localspec.formats.eagle3 import read_eagle3
+from localspec.formats.head import HeadFiles
+from localspec.formats.mtp import mtp_header
 from localspec.loading import get_backend
+from localspec.testing import mtp
 from localspec.testing.eagle3 import LAYOUTS, Eagle3Reference, write_eagle3
 from localspec.testing.pair_heads import PairReference, TargetEnds, guess_row
 from localspec.testing.reference import random_tree
@@ -123,7 +126,24 @@ def eagle3(folder: Path, layout: str, seed: int = 0, **options: Any) -> Beside:
 @pytest.mark.parametrize("draft_vocab", [0, 40])
 def test_eagle3_rows_are_those_of_numpy(tmp_path: Path, layout: str, draft_vocab: int) -> None:
     """Over rounds: chains, trees, accepted tokens, tokens taken back, and copies that go their own way."""
-    beside = eagle3(tmp_path, layout, draft_vocab=draft_vocab)
+    check_rounds(eagle3(tmp_path, layout, draft_vocab=draft_vocab))
+
+
+@pytest.mark.parametrize("layout", mtp.LAYOUTS)
+def test_mtp_rows_are_those_of_numpy(tmp_path: Path, layout: str) -> None:
+    """The same of multi-token prediction."""
+    written, weights = mtp.write_mtp(tmp_path, layout, target=(WIDTH, NUM_LAYERS, VOCAB))
+    header = mtp_header(HeadFiles(tmp_path, "safetensors", written, {n: value.shape for n, value in weights.items()}))
+    assert header is not None and header.taps == (-2,)
+    ends = Ends(3)
+    config: Any = header.details
+    tensors = {name: value for name, value in loaded(tmp_path).items() if name in config.tensors}
+    network = module("heads.mtp").Mtp(config, tensors, ends)
+    assert len(network.notes) == 2 * layout.startswith("qwen")
+    check_rounds(Beside(network, mtp.MtpReference(layout, NUM_LAYERS, weights, ends.reference), 1))
+
+
+def check_rounds(beside: Beside) -> None:
     beside.feed(21)
     beside.check([-1, 0, 1, 2], level=1)
     beside.feed(3)

@@ -17,6 +17,7 @@ from ..model import MlxModel
 
 _BUILDERS: dict[str, str] = {
     "eagle3": "eagle3",
+    "mtp": "mtp",
 }
 
 

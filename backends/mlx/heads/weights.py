@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ from localspec.formats import safetensors
 from localspec.formats.head import HeadHeader
 from localspec.protocols import HeadInfo, Tokens
 
-from ..device import on_cpu
+from ..loader import compute_in
 from ..scores import DeviceTokens
 
 _BUFFERS = ("rotary_emb.inv_freq",)
@@ -32,32 +32,52 @@ def read_tensors(header: HeadHeader, names: Iterable[str] | None = None) -> dict
     return found
 
 
-def take_weights(module: nn.Module, weights: dict[str, mx.array]) -> None:
-    """Every parameter from a tensor of its name, in the type to compute in. Raises HeadFileError naming one that is
-    missing, too much or misshapen."""
+def take_weights(
+    module: nn.Module, weights: dict[str, mx.array], stored: Callable[[str], str] = lambda name: name
+) -> None:
+    """Every parameter from a tensor of its name, in the type to compute in, quantised where the tensors are.
+
+    stored: the name in the file of a parameter. Raises HeadFileError naming one that is missing, too much or misshapen.
+    """
     weights = {name: value for name, value in weights.items() if not name.endswith(_BUFFERS)}
-    wanted = dict(tree_flatten(module.parameters()))
+    _quantize(module, weights)
+    wanted: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
     for name in sorted(wanted.keys() | weights):
         if name not in weights:
-            raise HeadFileError(f"tensor {name} is missing", expected=wanted[name].shape)
+            raise HeadFileError(f"tensor {stored(name)} is missing", expected=wanted[name].shape)
         if name not in wanted:
-            raise HeadFileError("the head has a tensor that has no place", got=name[:80])
+            raise HeadFileError("the head has a tensor that has no place", got=stored(name)[:80])
         if wanted[name].shape != weights[name].shape:
             got, expected = weights[name].shape, wanted[name].shape
-            raise HeadFileError(f"tensor {name} has the wrong shape", got=got, expected=expected)
-    module.load_weights([(name, _computable(value)) for name, value in weights.items()], strict=True)
+            raise HeadFileError(f"tensor {stored(name)} has the wrong shape", got=got, expected=expected)
+    module.load_weights(list(weights.items()), strict=True)
     module.eval()
+    narrow = any(value.dtype == mx.float16 for value in weights.values())
+    compute_in(module, None, mx.bfloat16 if narrow else None)  # a target's hidden states overflow float16
     mx.eval(module.parameters())
 
 
-def _computable(value: mx.array) -> mx.array:
-    """In a type that is quick and wide enough: the hidden states of a target's layers overflow float16."""
-    if not mx.issubdtype(value.dtype, mx.floating):
-        return value
-    return value.astype(mx.float32) if on_cpu() else value.astype(mx.bfloat16) if value.dtype == mx.float16 else value
+def _quantize(module: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Make those modules quantised whose weights are, in the groups and bits that the shapes say."""
+
+    def quantized(path: str, child: nn.Module) -> bool | dict[str, int]:
+        scales, packed = weights.get(f"{path}.scales"), weights.get(f"{path}.weight")
+        if scales is None or packed is None or "weight" not in child:
+            return False
+        size = child["weight"].shape[-1]
+        return {"group_size": size // scales.shape[-1], "bits": packed.shape[-1] * 32 // size}
+
+    if any(name.endswith(".scales") for name in weights):
+        nn.quantize(module, class_predicate=quantized)
 
 
-def head_info(header: HeadHeader, module: nn.Module, taps: tuple[int, ...], levels: int | None = None) -> HeadInfo:
+def head_info(
+    header: HeadHeader,
+    module: nn.Module,
+    taps: tuple[int, ...],
+    levels: int | None = None,
+    notes: Sequence[str] = (),
+) -> HeadInfo:
     """levels: as `HeadInfo.levels`; a head that has them guesses all in one pass."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
     return HeadInfo(
@@ -68,6 +88,7 @@ def head_info(header: HeadHeader, module: nn.Module, taps: tuple[int, ...], leve
         taps=taps,
         levels=levels,
         one_pass=levels is not None,
+        notes=tuple(notes),
     )
 
 
