@@ -16,14 +16,13 @@ from typing import Any
 
 from localspec.errors import HeadFileError
 
-from .head_config import Fields, Shapes, require_shapes
 from .head_header import HeadFiles, HeadHeader
+from .head_settings import HeadSettings, check_architecture
+from .head_tensors import Shapes, require_shapes
 
-ARCHITECTURES = frozenset(
-    {
-        "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel", "Qwen3Eagle3Model",
-        "LlamaForCausalLM",
-    }
+ARCHITECTURES = (
+    "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel", "Qwen3Eagle3Model",
+    "LlamaForCausalLM",
 )  # fmt: skip
 """Names in use. EAGLE's own files say LlamaForCausalLM, like any other model; the tensors tell."""
 
@@ -84,14 +83,14 @@ class Eagle3Config:
         return taps
 
 
-def eagle3_header(files: HeadFiles) -> HeadHeader | None:
+def read_eagle3_head(files: HeadFiles) -> HeadHeader | None:
     """Its header, by what it says or by its tensors; None for another kind. `details` is the `Eagle3Config`, and `taps`
     is empty where only the target tells them. Raises HeadFileError."""
     said = files.config.get("speculators_model_type")
     is_one = any(_FIRST.fullmatch(name.removeprefix("model.")) for name in files.shapes)
     if files.format != "safetensors" or (said != "eagle3" if said is not None else not is_one):
         return None
-    config = read_eagle3(files.config, files.shapes)
+    config = eagle3_config(files.config, files.shapes)
     num_layers = files.config.get("num_target_layers")
     known = config.tap_shift is not None and config.tap_ids is not None
     return HeadHeader(
@@ -109,45 +108,45 @@ def eagle3_header(files: HeadFiles) -> HeadHeader | None:
     )
 
 
-def read_eagle3(config: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
+def eagle3_config(config: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
     """Raises HeadFileError naming the key or tensor that is wrong, or that nothing here knows."""
     names = {name.removeprefix("model."): shape for name, shape in tensors.items()}
     by_speculators = config.get("speculators_model_type") is not None
-    outer = Fields(config, "")
-    layer = Fields(outer.mapping("transformer_layer_config"), "transformer_layer_config.") if by_speculators else outer
+    outer = HeadSettings(config)
+    layer = outer.inside("transformer_layer_config") if by_speculators else outer
     _refuse_strange(outer, layer, by_speculators)
     block = next((name.rpartition(".hidden_norm")[0] for name in names if _FIRST.fullmatch(name)), None)
     fc = names.get("fc.weight")
     if block is None or fc is None or len(fc) != 2:
         missing = "fc.weight" if block is not None else "layers.0.hidden_norm.weight"
         raise HeadFileError(f"tensor {missing} is missing", expected="the layers of an EAGLE-3 head")
-    hidden, num_heads = layer.integer("hidden_size"), layer.integer("num_attention_heads")
+    hidden, num_heads = layer.size("hidden_size", least=1), layer.size("num_attention_heads", least=1)
     ids, shift = _tap_ids(outer, by_speculators)
     num_taps = len(ids) if ids is not None else 3
     if fc[1] % num_taps:
         raise HeadFileError("tensor fc.weight has the wrong shape", got=fc, expected=f"{num_taps} taps side by side")
-    vocab = layer.integer("vocab_size", 0) or None
+    vocab = layer.size("vocab_size", 0, least=1) or None
     found = Eagle3Config(
         hidden=hidden,
         target_hidden=fc[1] // num_taps,
         num_layers=_num_layers(names),
         num_heads=num_heads,
-        num_kv_heads=layer.integer("num_key_value_heads", num_heads),
-        head_dim=layer.integer("head_dim", max(hidden // num_heads, 1)),
-        feed_forward=layer.integer("intermediate_size"),
+        num_kv_heads=layer.size("num_key_value_heads", num_heads, least=1),
+        head_dim=layer.size("head_dim", max(hidden // num_heads, 1), least=1),
+        feed_forward=layer.size("intermediate_size", least=1),
         eps=layer.number("rms_norm_eps", 1e-6),
-        rope_base=layer.rope_base(),
-        rope_scaling=layer.rope_scaling(),
-        max_positions=layer.integer("max_position_embeddings", 4096),
+        rope_base=_rope_base(layer),
+        rope_scaling=_rope_scaling(layer),
+        max_positions=layer.size("max_position_embeddings", 4096, least=1),
         draft_vocab=names["lm_head.weight"][0] if "lm_head.weight" in names else vocab or 0,
         vocab=vocab,
         num_taps=num_taps,
         tap_ids=ids,
         tap_shift=shift,
-        norm_before_residual=outer.flag("norm_before_residual"),
-        norm_together=outer.flag("norm_before_fc") or "input_norm.weight" in names,
-        norm_each=outer.flag("fc_norm") or "fc_norm.0.weight" in names,
-        feedback_normed=by_speculators and outer.flag("norm_output"),
+        norm_before_residual=outer.flag("norm_before_residual", False),
+        norm_together=outer.flag("norm_before_fc", False) or "input_norm.weight" in names,
+        norm_each=outer.flag("fc_norm", False) or "fc_norm.0.weight" in names,
+        feedback_normed=by_speculators and outer.flag("norm_output", False),
         head_norms=f"{block}.self_attn.q_norm.weight" in names,
         biases=f"{block}.self_attn.q_proj.bias" in names,
         output_bias=f"{block}.self_attn.o_proj.bias" in names,
@@ -155,7 +154,7 @@ def read_eagle3(config: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
         own_embedding="embed_tokens.weight" in names,
         own_head="lm_head.weight" in names,
     )
-    declared = outer.integer("draft_vocab_size", found.draft_vocab)
+    declared = outer.size("draft_vocab_size", found.draft_vocab, least=1)
     if declared != found.draft_vocab:
         raise HeadFileError("lm_head.weight does not fit draft_vocab_size", got=found.draft_vocab, expected=declared)
     if vocab is not None and found.draft_vocab < vocab and "d2t" not in names:
@@ -166,26 +165,48 @@ def read_eagle3(config: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
     return found
 
 
-def _refuse_strange(outer: Fields, layer: Fields, by_speculators: bool) -> None:
+def _refuse_strange(outer: HeadSettings, layer: HeadSettings, by_speculators: bool) -> None:
     """Whatever would change the pass and is not built here."""
-    outer.one_of("architectures", ARCHITECTURES)
-    layer.one_of("model_type", _BACKBONES)
-    layer.one_of("hidden_act", ("silu",))
-    layer.refuse("mlp_bias")
-    outer.refuse("parallel_drafting")
-    if by_speculators:
-        outer.one_of("speculators_model_type", ("eagle3",))
+    check_architecture({"architectures": outer.get("architectures")}, ARCHITECTURES)
+    layer.word("model_type", _BACKBONES, "llama")
+    layer.word("hidden_act", ("silu",), "silu")
+    for settings, key in ((layer, "mlp_bias"), (outer, "parallel_drafting")):
+        name, value = settings.find(key)
+        if value:
+            raise HeadFileError(f"config.json: {name} is not known", got=str(value)[:80])
     if layer.get("use_sliding_window") or "sliding_attention" in (layer.get("layer_types") or ()):
         raise HeadFileError("EAGLE-3 heads with sliding windows are not known", got="layer_types, use_sliding_window")
 
 
-def _tap_ids(outer: Fields, by_speculators: bool) -> tuple[tuple[int, ...] | None, int | None]:
+def _tap_ids(outer: HeadSettings, by_speculators: bool) -> tuple[tuple[int, ...] | None, int | None]:
     """(ids as written, what to add to get the layer whose output is read; None: the ids must tell)."""
     if (ids := outer.integers("target_layer_ids")) is not None:
         return ids, 0
-    if (ids := outer.integers("eagle_aux_hidden_state_layer_ids")) is None:
-        ids = outer.inner("eagle_config").integers("eagle_aux_hidden_state_layer_ids")
+    ids = outer.integers("eagle_aux_hidden_state_layer_ids")
+    if ids is None and outer.get("eagle_config") is not None:
+        ids = outer.inside("eagle_config").integers("eagle_aux_hidden_state_layer_ids")
     return ids, -1 if by_speculators else None
+
+
+def _rope_base(layer: HeadSettings) -> float:
+    """Base of the rotary embedding, wherever the trainer's libraries write it."""
+    if layer.get("rope_theta") is None and layer.get("rope_parameters") is not None:
+        return layer.inside("rope_parameters").number("rope_theta", 10000.0)
+    return layer.number("rope_theta", 10000.0)
+
+
+def _rope_scaling(layer: HeadSettings) -> Mapping[str, Any] | None:
+    """How wavelengths are stretched; None: not at all. Others than these turn by more than differences of positions."""
+    key = "rope_scaling" if layer.get("rope_scaling") is not None else "rope_parameters"
+    if layer.get(key) is None:
+        return None
+    scaling = layer.inside(key)
+    kinds = ("default", "linear", "llama3", "yarn")
+    kind = scaling.word("rope_type" if scaling.get("rope_type") is not None else "type", kinds, "default")
+    if kind == "default":
+        return None
+    scaling.number("factor")
+    return {**layer.get(key), "rope_type": kind, "type": kind}
 
 
 def _num_layers(names: Shapes) -> int:

@@ -8,13 +8,18 @@ from pathlib import Path
 from localspec.errors import HeadFileError, ModelFileError, ModelNotFoundError
 
 from . import gguf, safetensors
-from .eagle3 import eagle3_header
+from .block_heads import read_block_head
+from .eagle3 import read_eagle3_head
 from .head_header import Backbone, HeadFiles, HeadHeader
-from .mtp import mtp_header
+from .mtp import read_mtp_head
 
 __all__ = ["Backbone", "HeadFiles", "HeadHeader", "read_head_files", "read_head_header"]
 
-_READERS: tuple[Callable[[HeadFiles], HeadHeader | None], ...] = (eagle3_header, mtp_header)
+_READERS: tuple[Callable[[HeadFiles], HeadHeader | None], ...] = (
+    read_block_head,
+    read_eagle3_head,
+    read_mtp_head,
+)
 """Of each family of heads one, which answers None for what is not of its kind, judged by tensors before names."""
 
 

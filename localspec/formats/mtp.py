@@ -20,8 +20,9 @@ from typing import Any
 
 from localspec.errors import HeadFileError, UnsupportedModelError
 
-from .head_config import Fields, Shapes, require_shapes
 from .head_header import HeadFiles, HeadHeader
+from .head_settings import HeadSettings
+from .head_tensors import Shapes, require_shapes
 
 _QWEN = re.compile(r"((?:\w+\.)*mtp\.)fc\.weight")
 _DEEPSEEK = re.compile(r"((?:model\.)?layers\.(\d+)\.)eh_proj\.weight")
@@ -70,7 +71,7 @@ class MtpConfig:
     zero_centred: bool
 
 
-def mtp_header(files: HeadFiles) -> HeadHeader | None:
+def read_mtp_head(files: HeadFiles) -> HeadHeader | None:
     """Its header; None for what has no such layer. `details` is the `MtpConfig`. Raises HeadFileError, and
     UnsupportedModelError for families and layouts that are not known."""
     said = files.config.get("speculators_model_type")
@@ -94,7 +95,7 @@ def mtp_header(files: HeadFiles) -> HeadHeader | None:
         taps=(-2,),
         target_hidden=config.hidden,
         num_parameters=sum(math.prod(files.shapes[name]) for name in config.tensors),
-        vocab_size=Fields(config.settings, "").integer("vocab_size", 0) or None,
+        vocab_size=HeadSettings(config.settings).size("vocab_size", 0, least=1) or None,
         num_target_layers=num_layers if isinstance(num_layers, int) else None,
         prefix=parts.block,
         details=config,
@@ -128,20 +129,17 @@ def _parts(prefix: str, names: tuple[str, str, str, str], block: str) -> Parts:
 
 
 def _read(style: str, parts: Parts, files: HeadFiles) -> MtpConfig:
-    outer, shapes = Fields(files.config, ""), files.shapes
-    settings: Mapping[str, Any] = files.config
-    for key in ("transformer_layer_config", "text_config"):
-        if outer.get(key) is not None:
-            settings = outer.mapping(key)
-            break
+    outer, shapes = HeadSettings(files.config, "transformer_layer_config", "text_config"), files.shapes
+    nested = [outer.get(key) for key in ("transformer_layer_config", "text_config")]
+    settings: Mapping[str, Any] = next((inner for inner in nested if inner is not None), files.config)
     said = settings.get("model_type", files.config.get("model_type"))
     family = _FAMILIES[style].get(str(said))
     if family is None:
         raise UnsupportedModelError(
             "MTP layers of this model type are not known", got=said, expected=", ".join(_FAMILIES[style])
         )
-    fields = Fields(settings, "")
-    hidden = fields.integer("hidden_size")
+    fields = HeadSettings(settings)
+    hidden = fields.size("hidden_size", least=1)
     around = (parts.projection, parts.embedding_norm, parts.hidden_norm, parts.final_norm)
     must = dict.fromkeys(around, (hidden,)) | {parts.projection: (hidden, 2 * hidden)}
     quantized = f"{parts.projection.removesuffix('weight')}scales" in shapes

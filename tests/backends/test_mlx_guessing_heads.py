@@ -14,7 +14,7 @@ import pytest
 from localspec.drafters.head import HeadDrafter
 from localspec.drafters.nothing import Nothing
 from localspec.engine.session import Session
-from localspec.errors import HeadFileError, UnsupportedModelError
+from localspec.errors import HeadFileError, PairMismatchError, UnsupportedModelError
 from localspec.formats.head import read_head_header
 from localspec.loading import get_backend
 from localspec.protocols import DraftHead, LanguageModel, LoadSettings
@@ -134,7 +134,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Any]], object]) -> 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"architectures": ["SomethingEagle4"]}, "architectures is wrong or missing .*SomethingEagle4"),
+        ({"architectures": ["SomethingEagle4"]}, "architectures is not known .*SomethingEagle4"),
         ({"hidden_act": "relu"}, "hidden_act .*relu"),
         ({"hidden_size": 32}, r"tensor \S+ has the wrong shape"),
         ({"num_attention_heads": "four"}, "num_attention_heads"),
@@ -271,7 +271,7 @@ def test_a_layer_that_a_model_ships_is_reached_by_the_models_own_folder(tmp_path
 
 def test_a_head_of_another_target_is_refused(tmp_path: Path, folder: Path) -> None:
     write_eagle3(tmp_path, "eagle", target=(48, 8, 320))
-    with pytest.raises(HeadFileError, match=r"fc.weight .*got 48, expected 64"):
+    with pytest.raises(PairMismatchError, match=r"fc.weight .*got 48, expected 64"):
         BACKEND.load_head(tmp_path, tiny_target(folder))
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from localspec.formats.eagle3 import read_eagle3
+from localspec.formats.eagle3 import eagle3_config
 from localspec.formats.head import HeadFiles
-from localspec.formats.mtp import mtp_header
+from localspec.formats.mtp import read_mtp_head
 from localspec.loading import get_backend
 from localspec.testing import mtp
 from localspec.testing.eagle3 import LAYOUTS, Eagle3Reference, write_eagle3
@@ -116,7 +116,7 @@ def loaded(folder: Path) -> dict[str, Any]:
 
 def eagle3(folder: Path, layout: str, seed: int = 0, **options: Any) -> Beside:
     written, weights = write_eagle3(folder, layout, target=(WIDTH, NUM_LAYERS, VOCAB), seed=seed, **options)
-    config = read_eagle3(written, {name: value.shape for name, value in weights.items()})
+    config = eagle3_config(written, {name: value.shape for name, value in weights.items()})
     ends = Ends(seed)
     network = module("heads.eagle3").Eagle3(config, loaded(folder), ends)
     return Beside(network, Eagle3Reference(written, weights, ends.reference), config.num_taps, seed)
@@ -133,7 +133,9 @@ def test_eagle3_rows_are_those_of_numpy(tmp_path: Path, layout: str, draft_vocab
 def test_mtp_rows_are_those_of_numpy(tmp_path: Path, layout: str) -> None:
     """The same of multi-token prediction."""
     written, weights = mtp.write_mtp(tmp_path, layout, target=(WIDTH, NUM_LAYERS, VOCAB))
-    header = mtp_header(HeadFiles(tmp_path, "safetensors", written, {n: value.shape for n, value in weights.items()}))
+    header = read_mtp_head(
+        HeadFiles(tmp_path, "safetensors", written, {n: value.shape for n, value in weights.items()})
+    )
     assert header is not None and header.taps == (-2,)
     ends = Ends(3)
     config: Any = header.details

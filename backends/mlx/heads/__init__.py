@@ -15,7 +15,11 @@ from localspec.protocols import DraftHead
 
 from ..model import MlxModel
 
-_BUILDERS: dict[str, str] = {
+_BUILDERS = {
+    "dspark": "block",
+    "dflash": "block",
+    "dflash2": "block",
+    "jetspec": "block",
     "eagle3": "eagle3",
     "mtp": "mtp",
 }

@@ -13,17 +13,16 @@ import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
-from localspec.errors import HeadFileError
+from localspec.errors import HeadFileError, PairMismatchError
 from localspec.formats.eagle3 import Eagle3Config
 from localspec.formats.head import HeadHeader
 
 from ..cache import Pass, TreeCache
-from ..ends import Ends
 from ..grafts import place_positions
 from ..model import MlxModel
 from .borrowed import Borrowed
 from .pairs import PairHead
-from .weights import head_info, read_tensors, take_weights
+from .parameters import head_info, read_tensors, take_weights
 
 
 class _Attention(nn.Module):
@@ -113,14 +112,14 @@ class _Module(nn.Module):
 
 
 class Eagle3:
-    """`pairs.PairNetwork`. Raises HeadFileError where the head does not fit the target's vocabulary.
+    """`pairs.PairNetwork`. Raises HeadFileError, and PairMismatchError for another target's.
 
     weights: by their names in the file.  borrowed: the target's ends, for what the head does not bring.
     """
 
     def __init__(self, config: Eagle3Config, weights: dict[str, mx.array], borrowed: Borrowed) -> None:
         if config.target_hidden != borrowed.hidden_size:
-            raise HeadFileError(
+            raise PairMismatchError(
                 "tensor fc.weight reads another hidden size than the target's",
                 got=config.target_hidden,
                 expected=borrowed.hidden_size,
@@ -211,7 +210,6 @@ def build(header: HeadHeader, target: MlxModel) -> PairHead:
     config = header.details
     assert isinstance(config, Eagle3Config)
     taps = config.taps(target.network.taps.num_layers)
-    ends = Ends(target.network)
-    network = Eagle3(config, read_tensors(header), ends)
-    ends.check_taps(taps)
+    network = Eagle3(config, read_tensors(header), target.ends)
+    target.ends.check_taps(taps)
     return PairHead(head_info(header, network.module, taps), target, network)

@@ -15,19 +15,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from localspec.errors import HeadFileError
+from localspec.errors import HeadFileError, PairMismatchError
 from localspec.formats.head import HeadHeader
 from localspec.formats.mtp import MtpConfig
 
 from ..border import is_memory_error
 from ..cache import Pass
-from ..ends import Ends
 from ..grafts import place_positions
 from ..memory import planned
 from ..model import MlxModel
 from .borrowed import Borrowed
 from .pairs import PairHead
-from .weights import head_info, read_tensors, take_weights
+from .parameters import head_info, read_tensors, take_weights
 
 _LAYER = "model.layers.0."
 _NORM = re.compile(r"(?:.*\.)?\w*norm\.weight")
@@ -45,7 +44,7 @@ class _Module(nn.Module):
 
 
 class Mtp:
-    """`pairs.PairNetwork`. Raises HeadFileError where the files do not make such a layer, or one of another target.
+    """`pairs.PairNetwork`. Raises HeadFileError, and PairMismatchError for another target's.
 
     weights: by their names in the file.  borrowed: the target's ends, which are the head's too.
     """
@@ -53,7 +52,7 @@ class Mtp:
     def __init__(self, config: MtpConfig, weights: dict[str, mx.array], borrowed: Borrowed) -> None:
         parts = config.parts
         if config.hidden != borrowed.hidden_size:
-            raise HeadFileError(
+            raise PairMismatchError(
                 f"tensor {parts.projection} is for another hidden size than the target's",
                 got=config.hidden,
                 expected=borrowed.hidden_size,
@@ -160,6 +159,5 @@ def build(header: HeadHeader, target: MlxModel) -> PairHead:
     """The head beside its target. Raises HeadFileError, and UnsupportedModelError for a target that cannot be read."""
     config = header.details
     assert isinstance(config, MtpConfig)
-    ends = Ends(target.network)
-    network = Mtp(config, read_tensors(header, config.tensors), ends)
+    network = Mtp(config, read_tensors(header, config.tensors), target.ends)
     return PairHead(head_info(header, network.module, header.taps, notes=network.notes), target, network)

@@ -25,7 +25,7 @@ from ..scores import DeviceScores
 from ..state import MlxState
 from .base import MlxHead, MlxHeadState
 from .features import FeatureLog
-from .weights import device_ids
+from .parameters import device_ids
 
 _MOST_WAITING = 32  # committed pairs that wait for the next guess's pass, which then takes them along
 _CHUNK = 512  # pairs per pass; a longer run is cut, which bounds the memory of its activations
