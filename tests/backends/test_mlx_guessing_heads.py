@@ -22,6 +22,7 @@ from localspec.sampling import SamplingParams
 from localspec.testing.eagle3 import write_eagle3
 from localspec.testing.files import write_safetensors
 from localspec.testing.heads import HeadConformance
+from localspec.testing.medusa import write_medusa
 from localspec.testing.mtp import write_mtp
 
 BACKEND = get_backend("mlx")
@@ -38,6 +39,7 @@ WRITERS: dict[str, Writer] = {
     ),
     "eagle3-speculators": lambda folder, target: write_eagle3(folder, "speculators", target=target),
     "eagle3-deepspec": lambda folder, target: write_eagle3(folder, "deepspec", target=target),
+    "medusa": lambda folder, target: write_medusa(folder, target=target),
     "mtp-qwen3_next": lambda folder, target: write_mtp(folder, "qwen3_next", target=target),
     "mtp-deepseek_v3": lambda folder, target: write_mtp(folder, "deepseek_v3", target=target),
 }
@@ -106,7 +108,7 @@ def test_text_is_that_of_plain_decoding(tmp_path: Path, kind: str) -> None:
     WRITERS[kind](tmp_path, sizes(target))
     head = BACKEND.load_head(tmp_path, target)
     for shape in ("chain", "tree"):
-        with Session(target, HeadDrafter(head, num=5, shape=shape)) as session:
+        with Session(target, HeadDrafter(head, num=4, shape=shape)) as session:
             for temperature in (0.0, 0.8):
                 params = SamplingParams(max_tokens=20, temperature=temperature, seed=11)
                 answer = session.generate("Once upon a time", params)
@@ -267,6 +269,31 @@ def test_a_layer_that_a_model_ships_is_reached_by_the_models_own_folder(tmp_path
     with Session(target, HeadDrafter(head, num=3)) as session:
         assert session.generate([5, 6, 7, 8], SamplingParams(max_tokens=24, ignore_eos=True)).tokens == plainly
     target.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("2.0.linear.bias"), "tensor 2.0.linear.bias is missing"),
+        (lambda w: w.pop("1.1.weight"), "tensor 1.1.weight is missing"),
+        (lambda w: w.update({"3.1.weight": w["3.1.weight"][:, 1:]}), "tensor 3.1.weight has the wrong shape"),
+        (lambda w: w.update(odd=w["0.0.linear.bias"]), "nothing here knows .*odd"),
+    ],
+)
+def test_medusa_tensors_that_are_wrong_are_named(tmp_path: Path, folder: Path, change: Any, said: str) -> None:
+    target = tiny_target(folder)
+    write_medusa(tmp_path, target=sizes(target))
+    change_tensors(tmp_path, change)
+    with pytest.raises(HeadFileError, match=said):
+        BACKEND.load_head(tmp_path, target)
+
+
+def test_pickled_heads_are_refused_with_what_to_do(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "medusa_lm_head.pt").write_bytes(b"PK")
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "medusa_lm_head.pt"):
+        with pytest.raises(HeadFileError, match=r"medusa_lm_head.pt.*safetensors.torch.save_file"):
+            BACKEND.load_head(path, tiny_target(folder))
 
 
 def test_a_head_of_another_target_is_refused(tmp_path: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Heads over pairs on MLX against numpy: every layout, chains and trees, and whatever is done to their memory."""
+"""Networks of heads on MLX against numpy: every layout, chains and trees, and whatever is done to their memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from localspec.formats.eagle3 import eagle3_config
-from localspec.formats.head import HeadFiles
+from localspec.formats.head import HeadFiles, read_head_header
 from localspec.formats.mtp import read_mtp_head
 from localspec.loading import get_backend
 from localspec.testing import mtp
 from localspec.testing.eagle3 import LAYOUTS, Eagle3Reference, write_eagle3
+from localspec.testing.medusa import medusa_rows, write_medusa
 from localspec.testing.pair_heads import PairReference, TargetEnds, guess_row
 from localspec.testing.reference import random_tree
 
@@ -143,6 +144,25 @@ def test_mtp_rows_are_those_of_numpy(tmp_path: Path, layout: str) -> None:
     network = module("heads.mtp").Mtp(config, tensors, ends)
     assert len(network.notes) == 2 * layout.startswith("qwen")
     check_rounds(Beside(network, mtp.MtpReference(layout, NUM_LAYERS, weights, ends.reference), 1))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_blocks": 2}, {"own_head": False}, {"prefix": "medusa_head.", "num_heads": 5}], ids=str
+)
+def test_medusa_rows_are_those_of_numpy(tmp_path: Path, options: dict[str, Any]) -> None:
+    import mlx.core as mx
+
+    weights = write_medusa(tmp_path, target=(WIDTH, NUM_LAYERS, VOCAB), **options)
+    header = read_head_header(tmp_path)
+    assert header is not None and header.kind == "medusa"
+    config: Any = header.details
+    assert config.num_heads == options.get("num_heads", 4)
+    ends = Ends(4)
+    tensors = {name: value for name, value in loaded(tmp_path).items() if name in config.tensors}
+    network = module("heads.medusa").MedusaNetwork(config, tensors, ends)
+    hidden = np.random.default_rng(1).standard_normal((1, WIDTH)).astype(np.float32)
+    expected = medusa_rows(weights, ends.reference, hidden[0].astype(np.float64))
+    np.testing.assert_allclose(np.array(network.rows(mx.array(hidden)), np.float64), expected, rtol=0, atol=TOLERANCE)
 
 
 def check_rounds(beside: Beside) -> None:

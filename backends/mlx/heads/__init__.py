@@ -21,6 +21,7 @@ _BUILDERS = {
     "dflash2": "block",
     "jetspec": "block",
     "eagle3": "eagle3",
+    "medusa": "medusa",
     "mtp": "mtp",
 }
 
