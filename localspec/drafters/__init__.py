@@ -4,28 +4,31 @@ by plus signs, are merged into one tree."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from localspec.drafters.combined import Combined
 from localspec.drafters.cross_tokenizer import CrossTokenizer
 from localspec.drafters.draft_model import DraftModel
 from localspec.drafters.forced import Forced
+from localspec.drafters.head import KINDS, HeadDrafter
 from localspec.drafters.ngram import Ngram
 from localspec.drafters.nothing import Nothing
 from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.fingerprint import Relation, relate
-from localspec.protocols import Drafter, LanguageModel
+from localspec.protocols import Drafter, DraftHead, LanguageModel
 
 __all__ = [
     "AUTO",
     "DRAFTERS",
+    "KINDS",
     "Combined",
     "CrossTokenizer",
     "Draft",
     "DraftModel",
     "DrafterSpec",
     "Forced",
+    "HeadDrafter",
     "Ngram",
     "Nothing",
     "check_settings",
@@ -33,13 +36,14 @@ __all__ = [
 ]
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {
-    maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Forced)
+    **{maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Forced)},
+    **dict.fromkeys(KINDS, HeadDrafter),
 }
 """Name -> class. Keyword arguments of the class are its settings on the command line."""
 
 AUTO = "auto"
-"""The schedule decides every round (`Pair.drafter`); with settings, the pair's draft model when there is one,
-lookup otherwise."""
+"""The schedule decides every round (`Pair.drafter`); with settings, the pair's draft model when there is one, else
+its first head, else lookup."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,16 @@ class DrafterSpec:
         """Does it need a draft model?"""
         return self.name in DRAFTERS and "model" in inspect.signature(DRAFTERS[self.name]).parameters
 
+    @property
+    def needs_head(self) -> bool:
+        """Does it need a trained head of its name?"""
+        return self.name in KINDS
+
+    @property
+    def parts(self) -> tuple[DrafterSpec, ...]:
+        """This one and those it is merged with, each alone."""
+        return (DrafterSpec(self.name, self.settings), *self.others)
+
     def with_settings(self, settings: Mapping[str, str]) -> DrafterSpec:
         """With more settings. Raises SettingError where it is not clear whose they are."""
         if settings and self.others:
@@ -96,11 +110,12 @@ class DrafterSpec:
             )
         return DrafterSpec(self.name, {**self.settings, **settings}, self.others)
 
-    def resolved(self, draft: LanguageModel | None) -> DrafterSpec:
-        """The same with `auto` decided: the draft model where there is one, lookup otherwise."""
+    def resolved(self, draft: LanguageModel | None, heads: Sequence[DraftHead] = ()) -> DrafterSpec:
+        """The same with `auto` decided: the draft model where there is one, else the first head, else lookup."""
         if self.name != AUTO:
             return self
-        return DrafterSpec(DraftModel.name if draft is not None else Ngram.name, self.settings, self.others)
+        first = heads[0].info.kind if heads else Ngram.name
+        return DrafterSpec(DraftModel.name if draft is not None else first, self.settings, self.others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +132,17 @@ class Draft:
         return cls(model, relate(target.tokenizer, model.tokenizer), target.vocab_size)
 
 
-def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -> Drafter:
+def make_drafter(
+    spec: str | DrafterSpec, draft: LanguageModel | Draft | None, heads: Sequence[DraftHead] = ()
+) -> Drafter:
     """Build a drafter for one session. draft: the pair's draft model, if it has one; with another tokenizer than
-    the target's, `draft_model` means the wrapper that translates."""
+    the target's, `draft_model` means the wrapper that translates.  heads: those that are loaded."""
     model = draft.model if isinstance(draft, Draft) else draft
-    parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(model)
+    parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(model, heads)
     if parsed.others:
         parts: list[Drafter] = []
         try:
-            parts += (make_drafter(part, draft) for part in (DrafterSpec(parsed.name, parsed.settings), *parsed.others))
+            parts += (make_drafter(part, draft, heads) for part in parsed.parts)
         except BaseException:
             for made in parts:
                 made.close()
@@ -137,6 +154,8 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -
     maker = DRAFTERS[name]
     arguments = inspect.signature(maker).parameters
     settings = {key: _convert(name, key, value, arguments) for key, value in parsed.settings.items()}
+    if "head" in arguments:
+        return maker(find_head(name, heads), **settings)
     if "model" in arguments:
         if model is None:
             raise UsageError(
@@ -150,6 +169,18 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -
             )
         return maker(model, draft.relation, draft.num_rows, **settings)
     return maker(**settings)
+
+
+def find_head(kind: str, heads: Sequence[DraftHead]) -> DraftHead:
+    """The loaded head of a kind. Raises UsageError where there is none."""
+    for head in heads:
+        if head.info.kind == kind:
+            return head
+    raise UsageError(
+        f"drafter {kind!r} needs such a head",
+        got=", ".join(head.info.kind for head in heads) or "none loaded",
+        fix="Name it with --head PATH.",
+    )
 
 
 def check_settings(specs: Iterable[DrafterSpec]) -> None:

@@ -44,7 +44,8 @@ class HeadDrafter(Guesser):
         super().__init__(info.kind, self._beside, manner, host_scores=info.host_scores)
 
     def attach(self, state: SequenceState) -> None:
-        """Open the head's part of the sequence."""
+        """Open the head's part of the sequence. What was read before the head was there is read again: it would guess
+        poorly for a long while, and a prompt is read once."""
         self._beside.attach(state)
 
 
@@ -53,13 +54,17 @@ class _Beside:
 
     def __init__(self, head: DraftHead) -> None:
         self._head = head
+        self._sequence: SequenceState | None = None
         self._state: HeadState | None = None
         self._context = Context()
 
-    def attach(self, state: SequenceState) -> None:
+    def attach(self, sequence: SequenceState) -> None:
         """Guess for this sequence from now on."""
-        self.close()
-        self._state = self._head.open(state)
+        if self._sequence is not sequence:
+            self.close()
+            self._state, self._sequence = self._head.open(sequence), sequence
+        if self.state.num_missing:
+            sequence.truncate(0)
 
     @property
     def state(self) -> HeadState:
@@ -101,7 +106,7 @@ class _Beside:
         """Leave the sequence."""
         if self._state is not None:
             self._state.close()
-            self._state = None
+            self._state = self._sequence = None
 
 
 def _shape(info: HeadInfo, num: int, text: str, depth: int) -> Shape:

@@ -8,7 +8,10 @@ import pytest
 from localspec.context import Context
 from localspec.drafters.guesser import with_confidence
 from localspec.drafters.head import HeadDrafter
+from localspec.drafters.nothing import Nothing
+from localspec.engine.prefill import read_chunk
 from localspec.engine.session import Session
+from localspec.engine.slots import Slots
 from localspec.errors import SettingError
 from localspec.protocols import Drafter
 from localspec.sampling import SamplingParams
@@ -114,3 +117,59 @@ def test_confidence_in_a_certain_row_leaves_the_others_as_they_were() -> None:
     made = with_confidence(np.array([0.0, -40.0]), 0.6)
     assert np.exp(made[0]) == pytest.approx(0.6) and made[1] == -40.0
     assert not len(with_confidence(np.zeros(0), 0.6))
+
+
+# ---------------------------------------------------------------- in sessions and slots
+
+
+def test_a_head_that_is_swapped_in_has_the_conversation_read_again() -> None:
+    """The next answer's prompt counts as prefilled, the head guesses as if it had been there all along, the text is
+    plain decoding's."""
+    target = ReferenceModel(48, seed=5, context_length=300)
+    params = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.7, seed=2)
+    head = ReferenceHead(target, amount=0.05)
+    drafter = HeadDrafter(head, num=3)
+    with Session(target, Nothing()) as session, Session(target, HeadDrafter(head, num=3)) as other:
+        first = session.generate([1, 2, 3, 4], params)
+        session.use(drafter)
+        prompt = [*session.tokens.tolist(), 5, 6]
+        second = session.generate(prompt, params)
+        assert second.stats.num_reused == 0 and second.stats.num_prefilled == len(prompt) - 1
+        assert other.generate([1, 2, 3, 4], params).tokens == first.tokens
+        usual = other.generate(prompt, params)
+        assert usual.tokens == second.tokens
+        assert (usual.stats.num_rounds, usual.stats.num_accepted) == (
+            second.stats.num_rounds,
+            second.stats.num_accepted,
+        )
+        session.use(Nothing())  # the head goes on listening
+        session.generate([*prompt, 7], params)
+        session.use(drafter)
+        third = session.generate([*session.tokens.tolist(), 8], params)
+        assert third.stats.num_reused > len(prompt)
+    drafter.close()
+
+
+def test_a_slot_whose_head_missed_something_reads_it_again() -> None:
+    """Copies bring the head along; what was read without it is not trusted."""
+    target = ReferenceModel(48, seed=5, context_length=300)
+    head = ReferenceHead(target)
+    slots = Slots(target, 2, 1 << 30)
+    try:
+        prompt = np.arange(40, dtype=np.int32)
+        with_head = slots.take(prompt)
+        with_head.use(HeadDrafter(head), "head")
+        while read_chunk(target, with_head.state, prompt):
+            pass
+        longer = np.concatenate([prompt, prompt[:5]])
+        copied = slots.take(longer, [(with_head, prompt)])  # the head's part comes along, and nobody uses it yet
+        assert copied.state.length == 39
+        copied.use(HeadDrafter(head), "head")
+        assert copied.state.length == 39
+        copied.use(None)
+        while read_chunk(target, copied.state, longer):
+            pass
+        copied.use(HeadDrafter(head), "head")
+        assert copied.state.length == 0
+    finally:
+        slots.close()
