@@ -32,6 +32,7 @@ __all__ = [
     "Ngram",
     "Nothing",
     "check_settings",
+    "find_head",
     "make_drafter",
 ]
 
