@@ -51,9 +51,9 @@ class BlockCompanion(Companion):
     """Features wait until a pass is full of them, or a block wants to be guessed."""
 
     def __init__(self, head: BlockHead, cells: LlamaState, offset: int) -> None:
-        self.owner, self.width = head, head.width
+        self.width = head.width
         self.head, self.cells = head, cells
-        self._offset = offset
+        self.num_missing = offset
         self._waiting = np.zeros((0, head.width), np.float32)
 
     @property
@@ -66,12 +66,7 @@ class BlockCompanion(Companion):
     @property
     def end(self) -> int:
         """See `Companion`."""
-        return self._offset + self.cells.length + len(self._waiting)
-
-    @property
-    def num_missing(self) -> int:
-        """Committed tokens that were there before it."""
-        return self._offset
+        return self.num_missing + self.cells.length + len(self._waiting)
 
     def feed(self, tokens: TokenIds, features: Features) -> None:
         """See `Companion`."""
@@ -109,15 +104,15 @@ class BlockCompanion(Companion):
 
     def truncate(self, length: int) -> None:
         """See `Companion`."""
-        kept = max(0, length - self._offset)
+        kept = max(0, length - self.num_missing)
         self._waiting = self._waiting[: max(0, kept - self.cells.length)]
-        self._offset = min(self._offset, length)
+        self.num_missing = min(self.num_missing, length)
         self.cells.truncate(min(kept, self.cells.length))
 
     def save(self) -> SavedCompanion:
         """See `Companion`."""
         self.flush()
-        return _SavedBlock(self.head, self.cells.save(), self._offset)
+        return _SavedBlock(self.head, self.cells.save(), self.num_missing)
 
     def close(self) -> None:
         """See `Companion`."""
@@ -169,7 +164,7 @@ class BlockState:
 
     @property
     def num_missing(self) -> int:
-        """Committed tokens that were there before the head was."""
+        """See `HeadState`."""
         return self._companion.num_missing
 
     @property

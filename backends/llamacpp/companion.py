@@ -31,10 +31,11 @@ class SavedCompanion(Protocol):
 
 
 class Companion(ABC):
-    """A head's part of one sequence. `owner` tells heads apart."""
+    """A head's part of one sequence. width: of features.  num_missing: committed tokens at the beginning that it has
+    not seen."""
 
-    owner: object
     width: int
+    num_missing: int
 
     @property
     @abstractmethod

@@ -38,9 +38,9 @@ class StepCompanion(Companion):
     that were read, [E] each; the very last one waits for its token."""
 
     def __init__(self, head: StepHead, cells: LlamaState, offset: int, recent: Sequence[Features]) -> None:
-        self.owner, self.width = head, head.width
+        self.width = head.width
         self.head, self.cells = head, cells
-        self._offset = offset
+        self.num_missing = offset
         self._recent = deque(recent, _NUM_RECENT)
         self._tokens: TokenIds = np.zeros(0, np.int32)
         self._waiting = np.zeros((0, head.width), np.float32)
@@ -56,12 +56,7 @@ class StepCompanion(Companion):
     @property
     def end(self) -> int:
         """See `Companion`."""
-        return self._offset + self._num_read + len(self._waiting)
-
-    @property
-    def num_missing(self) -> int:
-        """Committed tokens that were there before it."""
-        return self._offset
+        return self.num_missing + self._num_read + len(self._waiting)
 
     @property
     def _num_read(self) -> int:
@@ -136,10 +131,10 @@ class StepCompanion(Companion):
     def truncate(self, length: int) -> None:
         """See `Companion`."""
         self.drop_guesses()
-        kept = max(0, length - self._offset)
+        kept = max(0, length - self.num_missing)
         waiting = max(0, kept - self._num_read)
         self._tokens, self._waiting = self._tokens[:waiting], self._waiting[:waiting]
-        self._offset = min(self._offset, length)
+        self.num_missing = min(self.num_missing, length)
         dropped = self._num_read - kept
         if dropped > 0:
             is_known = dropped < len(self._recent)
@@ -152,7 +147,7 @@ class StepCompanion(Companion):
         self.drop_guesses()
         if len(self._waiting):
             self._read(len(self._waiting))
-        return _SavedSteps(self.head, self.cells.save(), self._offset, tuple(self._recent))
+        return _SavedSteps(self.head, self.cells.save(), self.num_missing, tuple(self._recent))
 
     def close(self) -> None:
         """See `Companion`."""
@@ -186,7 +181,7 @@ class StepState:
 
     @property
     def num_missing(self) -> int:
-        """Committed tokens that were there before the head was."""
+        """See `HeadState`."""
         return self._companion.num_missing
 
     @property

@@ -3,11 +3,15 @@ cut, copied, shortened, or shares a pass with others."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from localspec.protocols import DraftHead, HostTokens, LanguageModel, LoadSettin
 from localspec.testing.files import write_gguf
 from localspec.testing.gguf_architectures import write_architecture
 from localspec.testing.gguf_heads import BLOCK_KINDS, write_block_head, write_eagle3_head
+from localspec.testing.heads import HeadConformance
 from localspec.types import Logits
 from tests.backends.numpy_heads import BlockReference, StepReference
 
@@ -55,6 +60,12 @@ def loaded(target: Path, head: Path, settings: LoadSettings = SETTINGS) -> Itera
         model.close()
 
 
+def write_head(path: Path, target: Path, kind: str) -> Path:
+    if kind == "eagle3":
+        return write_eagle3_head(path, target)
+    return write_block_head(path, target, kind=kind)
+
+
 def ids(count: int, start: int = 0) -> list[int]:
     return [(index * 37 + 11) % 250 + 3 for index in range(start, start + count)]
 
@@ -77,7 +88,7 @@ def listen(state: SequenceState, width: int) -> list[tuple[int, Features]]:
     heard: list[tuple[int, Features]] = []
 
     class Listener(module("companion").Companion):  # type: ignore[misc]
-        owner = None
+        num_missing = 0
 
         @property
         def end(self) -> int:
@@ -116,6 +127,61 @@ def assert_close(got: Logits, want: Logits, tolerance: float = CLOSE) -> None:
     assert np.array_equal(np.isfinite(got), np.isfinite(want))
     some = np.isfinite(want)
     assert np.abs(got[some] - want[some]).max() <= tolerance * want[some].std()
+
+
+# ---------------------------------------------------------------- the contract
+
+
+@cache
+def beside(kind: str, batch: bool = False) -> tuple[LanguageModel, DraftHead]:
+    """A head of this kind and its target, kept for all tests of the suite."""
+    folder = Path(tempfile.mkdtemp(prefix="localspec-heads-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if kind == "mtp":
+        target = write_architecture(folder / "target.gguf", "qwen35", mtp=True)
+    else:
+        target = write_gguf(folder / "target.gguf", quantization="F32", num_layers=4)
+    model = BACKEND.load(target, LoadSettings(context=512, num_sequences=4, threads=1, batch=batch))
+    head = BACKEND.load_head(target if kind == "mtp" else write_head(folder / "head.gguf", target, kind), model)
+    return model, head
+
+
+class OfKind(HeadConformance):
+    """Bits are not promised: what a head reads is cut into passes elsewhere, and its kernels change with the width."""
+
+    tolerance = 0.02
+    kind: ClassVar[str] = "dspark"
+    batch: ClassVar[bool] = False
+
+    def head(self) -> DraftHead:
+        return beside(self.kind, self.batch)[1]
+
+    def target(self) -> LanguageModel:
+        return beside(self.kind, self.batch)[0]
+
+
+class TestDSpark(OfKind):
+    pass
+
+
+class TestDSparkInStreams(OfKind):
+    batch = True
+
+
+class TestJetSpec(OfKind):
+    kind = "jetspec"
+
+
+class TestDFlash2(OfKind):
+    kind = "dflash2"
+
+
+class TestEagle3(OfKind):
+    kind = "eagle3"
+
+
+class TestMtp(OfKind):
+    kind = "mtp"
 
 
 # ---------------------------------------------------------------- rows
@@ -331,12 +397,6 @@ def behind(guesses: Any, anchor: int = 40) -> Logits:
     for number, token in enumerate((17, 80)):
         rows.append(guesses.extend(HostTokens(np.array([token], np.int32)), [number - 1]).rows([0])[0].copy())
     return np.array(rows)
-
-
-def write_head(path: Path, target: Path, kind: str) -> Path:
-    if kind == "eagle3":
-        return write_eagle3_head(path, target)
-    return write_block_head(path, target, kind=kind)
 
 
 @pytest.mark.parametrize("kind", ["dspark", "jetspec", "eagle3"])
