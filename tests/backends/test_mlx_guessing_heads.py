@@ -15,6 +15,7 @@ from localspec.drafters.head import HeadDrafter
 from localspec.drafters.nothing import Nothing
 from localspec.engine.session import Session
 from localspec.errors import HeadFileError, PairMismatchError, UnsupportedModelError
+from localspec.formats import summarize, summarize_head
 from localspec.formats.head import read_head_header
 from localspec.loading import get_backend
 from localspec.protocols import DraftHead, LanguageModel, LoadSettings
@@ -261,6 +262,10 @@ def test_a_layer_that_a_model_ships_is_reached_by_the_models_own_folder(tmp_path
     layer: Any = mx.load(str(tmp_path / "layer" / "model.safetensors"))
     mx.save_safetensors(str(path / "model.safetensors"), weights | layer)
     change_config(path, **config)
+    alone = summarize_head(path)
+    assert summarize(path).drafter_kind is None
+    assert (alone.drafter_kind, alone.target_hidden, alone.num_target_layers) == ("mtp", 64, 4)
+    assert alone.total_weight_bytes == sum(value.nbytes for value in layer.values())
     target = BACKEND.load(path, LoadSettings(num_sequences=4))
     with Session(target, Nothing()) as session:
         plainly = session.generate([5, 6, 7, 8], SamplingParams(max_tokens=24, ignore_eos=True)).tokens
@@ -286,6 +291,13 @@ def test_medusa_tensors_that_are_wrong_are_named(tmp_path: Path, folder: Path, c
     change_tensors(tmp_path, change)
     with pytest.raises(HeadFileError, match=said):
         BACKEND.load_head(tmp_path, target)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "mtp"])
+def test_heads_alone_are_told_from_models(tmp_path: Path, kind: str) -> None:
+    """Also Medusa's, whose configuration names no model."""
+    WRITERS["medusa" if kind == "medusa" else "mtp-qwen3_next"](tmp_path, (64, 8, 320))
+    assert summarize(tmp_path).drafter_kind == summarize_head(tmp_path).drafter_kind == kind
 
 
 def test_pickled_heads_are_refused_with_what_to_do(tmp_path: Path, folder: Path) -> None:
