@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"tree", "noise", "replay", "formats"}),
     frozenset({"protocols", "ranking"}),
     frozenset({"preparation", "context", "sampling", "fingerprint", "peers"}),
-    frozenset({"memory", "compatibility", "constraint", "exactness"}),
+    frozenset({"memory", "compatibility", "constraint", "exactness", "history"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine"}),
     frozenset({"loading"}),

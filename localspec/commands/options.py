@@ -94,7 +94,7 @@ def draft_options(command: F) -> F:
             default="auto",
             show_default=True,
             metavar="NAME[:SETTING=VALUE,...]",
-            help="auto, draft_model, cross_tokenizer, ngram, grammar, nothing; e.g. ngram:max=4,num=8, "
+            help="auto, draft_model, cross_tokenizer, ngram, suffix, grammar, nothing; e.g. suffix:num=8, "
             "draft_model:num=16,shape=tree, or draft_model+ngram for both in one tree.",
         ),
         click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),

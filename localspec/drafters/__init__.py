@@ -13,8 +13,10 @@ from localspec.drafters.draft_model import DraftModel
 from localspec.drafters.forced import Forced
 from localspec.drafters.ngram import Ngram
 from localspec.drafters.nothing import Nothing
+from localspec.drafters.suffix import Suffix
 from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.fingerprint import Relation, relate
+from localspec.history import History
 from localspec.protocols import Drafter, LanguageModel
 
 __all__ = [
@@ -28,12 +30,13 @@ __all__ = [
     "Forced",
     "Ngram",
     "Nothing",
+    "Suffix",
     "check_settings",
     "make_drafter",
 ]
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {
-    maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Forced)
+    maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Suffix, Forced)
 }
 """Name -> class. Keyword arguments of the class are its settings on the command line."""
 
@@ -117,15 +120,18 @@ class Draft:
         return cls(model, relate(target.tokenizer, model.tokenizer), target.vocab_size)
 
 
-def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -> Drafter:
+def make_drafter(
+    spec: str | DrafterSpec, draft: LanguageModel | Draft | None, history: History | None = None
+) -> Drafter:
     """Build a drafter for one session. draft: the pair's draft model, if it has one; with another tokenizer than
-    the target's, `draft_model` means the wrapper that translates."""
+    the target's, `draft_model` means the wrapper that translates.  history: earlier sessions, if any are kept."""
     model = draft.model if isinstance(draft, Draft) else draft
     parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(model)
     if parsed.others:
         parts: list[Drafter] = []
         try:
-            parts += (make_drafter(part, draft) for part in (DrafterSpec(parsed.name, parsed.settings), *parsed.others))
+            own = DrafterSpec(parsed.name, parsed.settings)
+            parts += (make_drafter(part, draft, history) for part in (own, *parsed.others))
         except BaseException:
             for made in parts:
                 made.close()
@@ -149,6 +155,8 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -
                 f"drafter {name!r} needs to know the target's vocabulary", fix="Use Draft.of(target, draft)."
             )
         return maker(model, draft.relation, draft.num_rows, **settings)
+    if "history" in arguments:
+        return maker(history, **settings)
     return maker(**settings)
 
 

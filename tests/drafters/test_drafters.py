@@ -403,5 +403,5 @@ def test_a_draft_model_drafter_without_a_draft_model_is_refused() -> None:
 
 
 def test_the_registry_names_are_the_drafters_own() -> None:
-    assert set(DRAFTERS) == {"nothing", "draft_model", "cross_tokenizer", "ngram", "grammar"}
+    assert set(DRAFTERS) == {"nothing", "draft_model", "cross_tokenizer", "ngram", "suffix", "grammar"}
     assert all(DrafterSpec.parse(name).name == name for name in DRAFTERS)
