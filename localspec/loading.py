@@ -27,8 +27,8 @@ from localspec.drafters import (
     DrafterSpec,
     DraftModel,
     Forced,
-    Ngram,
     Nothing,
+    Suffix,
     check_settings,
     make_drafter,
 )
@@ -48,6 +48,7 @@ from localspec.errors import (
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import EXACT_CHOICES, Bound, Exactness, Mode, wants_guarding
 from localspec.formats import summarize
+from localspec.history import DEFAULT_BYTES, History
 from localspec.memory import Part, look, settle
 from localspec.peers import PeerLibrary
 from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, require_rewind
@@ -240,6 +241,7 @@ class Pair:
     def __init__(self, target: LanguageModel, draft: LanguageModel | None, found: Sequence[str] = ()) -> None:
         self.target = target
         self.draft = draft
+        self.history: History | None = None
         self._found = tuple(found)
         self._experiences: dict[tuple[int, int | None], Experience] = {}
 
@@ -255,7 +257,14 @@ class Pair:
         found += [note for model in (self.target, self.draft) if model is not None for note in model.info.notes]
         if self.drafting is not None and not self.drafting.relation.same:
             found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
+        if self.history is not None:
+            found.append(f"what is said is remembered in {self.history.folder} (`localspec kept` lists and deletes it)")
         return tuple(dict.fromkeys(found))
+
+    def remember(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        """Keep what is said in the sessions that are opened from now on, and guess from what was kept before
+        (`localspec.history`); whoever opens them should know. max_bytes: of all sessions with this vocabulary."""
+        self.history = History(self.target.tokenizer, about=self.target.info.name, max_bytes=max_bytes)
 
     @property
     def experience(self) -> Experience:
@@ -308,14 +317,15 @@ class Pair:
         one) so set. exact, acceptance: the session's, which say what widths it may plan with."""
         parsed = DrafterSpec.parse(spec) if isinstance(spec, str) else spec
         if not parsed.decides:
-            return make_drafter(parsed, self.drafting)
+            return make_drafter(parsed, self.drafting, history=self.history)
         # first of all: measuring needs a free sequence
         experience = self.experience_with(self.exactness(exact, acceptance=acceptance))
         capabilities = self.target.capabilities
         # on a device a chain is guessed without waiting for it, a tree waits once per level
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
         form = "tree" if branches else "chain"
-        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None), Forced()]
+        lookup = f"{Suffix.name}:num=24,shape={form},min_prob=0.1"  # the plan cuts what is not worth verifying
+        free = [make_drafter(lookup, None, history=self.history), Forced()]
         if self.draft is None:
             return Scheduled(free, [], experience)
         if form == "tree" and not self.draft.capabilities.trees:
@@ -327,6 +337,7 @@ class Pair:
     def drafting_with(self, draft: LanguageModel) -> Pair:
         """The same pair with something in front of its draft model; what sessions learn is shared. Not to be closed."""
         other = Pair(self.target, draft, self._found)
+        other.history = self.history
         other._experiences = self._experiences
         return other
 

@@ -44,6 +44,8 @@ def open_models(
             exactness = pair.exactness(options.get("exact", AUTO), acceptance=options.get("acceptance", WALK))
             if any(spec.decides for spec in specs):
                 _ = pair.experience_with(exactness)
+            if options.get("remember") and any(spec.remembers for spec in specs):
+                pair.remember(options["remember_size"] << 20)
         except BaseException:
             pair.close()
             raise

@@ -131,6 +131,28 @@ def draft_options(command: F) -> F:
     return apply_options(options, command)
 
 
+def remember_options(environment: str | None) -> Callable[[F], F]:
+    """Whether sessions are kept. environment: the variable that says so, too, where one may."""
+    also = f"; also from {environment}=1" if environment else ""
+    options = [
+        click.option(
+            "--remember/--no-remember",
+            default=False,
+            envvar=environment,
+            help=f"Keep what is said on this machine and guess from it later (`localspec kept`){also} [default: no].",
+        ),
+        click.option(
+            "--remember-size",
+            type=click.IntRange(1, 1024),
+            default=2,
+            show_default=True,
+            metavar="MIB",
+            help="With --remember: most that is kept; the oldest goes first.",
+        ),
+    ]
+    return lambda command: apply_options(options, command)
+
+
 def exact_option(command: F) -> F:
     """What is promised of the text. Names as in `localspec.exactness`, which is not imported for `--help`."""
     return click.option(
@@ -225,7 +247,24 @@ def apply_options(options: Sequence[Callable[[Any], Any]], command: F) -> F:
 
 
 def drafter_spec(options: dict[str, Any]) -> DrafterSpec:
-    """Fold --plain and the spellings of other programs into one specification."""
+    """Fold --plain and the spellings of other programs into one specification. Raises SettingError."""
+    from localspec.errors import SettingError
+
+    spec = _named_drafter(options)
+    if options.get("remember") and not spec.remembers and _was_typed("remember"):
+        raise SettingError(
+            "--remember is of use to drafters that guess from what was said", got=spec.name, expected="auto or suffix"
+        )
+    return spec
+
+
+def _was_typed(name: str) -> bool:
+    """Did the user write this option down, here and now?"""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _named_drafter(options: dict[str, Any]) -> DrafterSpec:
     from localspec.drafters import DrafterSpec
     from localspec.errors import SettingError
 

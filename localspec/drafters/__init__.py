@@ -42,7 +42,7 @@ DRAFTERS: dict[str, Callable[..., Drafter]] = {
 
 AUTO = "auto"
 """The schedule decides every round (`Pair.drafter`); with settings, the pair's draft model when there is one,
-lookup otherwise."""
+lookup (`suffix`) otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,12 @@ class DrafterSpec:
         """Does it need a draft model?"""
         return self.name in DRAFTERS and "model" in inspect.signature(DRAFTERS[self.name]).parameters
 
+    @property
+    def remembers(self) -> bool:
+        """Does it guess from earlier sessions, where they are kept?"""
+        names = [self.name, *(other.name for other in self.others)]
+        return self.decides or any("history" in inspect.signature(DRAFTERS[name]).parameters for name in names)
+
     def with_settings(self, settings: Mapping[str, str]) -> DrafterSpec:
         """With more settings. Raises SettingError where it is not clear whose they are."""
         if settings and self.others:
@@ -103,7 +109,7 @@ class DrafterSpec:
         """The same with `auto` decided: the draft model where there is one, lookup otherwise."""
         if self.name != AUTO:
             return self
-        return DrafterSpec(DraftModel.name if draft is not None else Ngram.name, self.settings, self.others)
+        return DrafterSpec(DraftModel.name if draft is not None else Suffix.name, self.settings, self.others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +127,7 @@ class Draft:
 
 
 def make_drafter(
-    spec: str | DrafterSpec, draft: LanguageModel | Draft | None, history: History | None = None
+    spec: str | DrafterSpec, draft: LanguageModel | Draft | None, *, history: History | None = None
 ) -> Drafter:
     """Build a drafter for one session. draft: the pair's draft model, if it has one; with another tokenizer than
     the target's, `draft_model` means the wrapper that translates.  history: earlier sessions, if any are kept."""
@@ -131,7 +137,7 @@ def make_drafter(
         parts: list[Drafter] = []
         try:
             own = DrafterSpec(parsed.name, parsed.settings)
-            parts += (make_drafter(part, draft, history) for part in (own, *parsed.others))
+            parts += (make_drafter(part, draft, history=history) for part in (own, *parsed.others))
         except BaseException:
             for made in parts:
                 made.close()

@@ -8,7 +8,6 @@ context lengths that of PPM (Cleary and Witten, 1984); how they are put together
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from localspec.context import Context, common_prefix
-from localspec.drafters.shape import MOST_CHILDREN, Shape
+from localspec.drafters.shape import Shape
 from localspec.drafters.suffix_automaton import Place, SuffixAutomaton
 from localspec.errors import SettingError
 from localspec.history import Entry, Found, History, SuffixArray
@@ -28,6 +27,8 @@ _CHAIN_NUM = 8
 _LONGEST = 64  # words behind each other that are told apart from shorter runs
 _LONGEST_BEFORE = 32  # likewise in earlier sessions; the rest is for what followed
 _MOST_RUNS = 4  # of different lengths that are asked
+_FEWEST = 4  # followers of each run that are looked at, though a chain takes one
+_NEGLIGIBLE = 0.02  # chance that shorter runs are not asked for
 _DOUBT = 2.0
 """A run of L words that was seen n times counts as n of n + _DOUBT / L cases. With 2 chances stated as 0.58, 0.81 and
 0.98 came true in 0.53, 0.79 and 0.96 of cases (docs/log.md)."""
@@ -112,11 +113,12 @@ class Suffix:
         if num < 1 or not branching:
             return Proposal(self.name)
         grower = Grower(num, branching if request.trees else (1,) * len(branching))
+        most = max(_FEWEST, *grower.branching)
         runs = {-1: self._run(tokens)}
         nodes = [-1]
         while nodes:
             for node in nodes:
-                self._offer(grower, node, runs)
+                self._offer(grower, node, runs, most)
             nodes = [node for node in grower.frontier() if grower.token(node) not in request.stop_tokens]
         tree = grower.finish().tree
         assert tree.log_q is not None
@@ -141,40 +143,52 @@ class Suffix:
         before = None if self._past is None else self._past.index.longest(tokens[-_LONGEST_BEFORE:], self.min)
         return _Run(match if match.length >= self.min else None, before)
 
-    def _offer(self, grower: Grower, node: int, runs: dict[int, _Run]) -> None:
-        """Offer what may follow a node; `runs` gets the runs that end with each."""
+    def _offer(self, grower: Grower, node: int, runs: dict[int, _Run], most: int) -> None:
+        """Offer what may follow a node, of the `most` likeliest behind each run; `runs` gets those that end with it."""
         run, first = runs[node], len(grower)
-        chances = self._chances(run)
+        chances = self._chances(run, most)
         likely = [token for token, chance in chances.items() if chance >= self.min_prob]
-        ranked = heapq.nlargest(MOST_CHILDREN, likely, key=chances.__getitem__)
+        ranked = sorted(likely, key=chances.__getitem__, reverse=True)
         grower.offer(node, ranked, [math.log(chances[token]) for token in ranked])
         for number in range(first, len(grower)):
             runs[number] = self._followed(run, grower.token(number))
 
-    def _chances(self, run: _Run) -> dict[int, float]:
-        """Token -> its chance to follow: longer runs first, what they leave in doubt by shorter ones."""
+    def _chances(self, run: _Run, most: int) -> dict[int, float]:
+        """Token -> its chance to follow, of the `most` likeliest behind each run: longer runs first, what they leave in
+        doubt by shorter ones, as long as that could matter."""
         chances: dict[int, float] = {}
-        left = 1.0
-        for seen in sorted(self._seen(run), key=lambda seen: -seen.length):  # stable: this conversation first
+        left, enough = 1.0, max(_NEGLIGIBLE, 0.5 * self.min_prob)
+        for seen in self._seen(run, most):
             doubt = _DOUBT / seen.length
             share = left / (seen.total + doubt)
             for token, count in seen.followers.items():
                 chances[token] = chances.get(token, 0.0) + share * count
             left = share * doubt
+            if left < enough:
+                break
         return chances
 
-    def _seen(self, run: _Run) -> Iterator[_Seen]:
-        words, here, asked = self._words, run.here, 0
-        while here is not None and here.length >= self.min and asked < _MOST_RUNS:
+    def _seen(self, run: _Run, most: int) -> Iterator[_Seen]:
+        """Longest run first, and of equal ones that of this conversation."""
+        words, here, before = self._words, run.here, run.before
+        for _ in range(_MOST_RUNS):
+            if here is None or here.length < self.min:
+                break
+            if before is not None and before.length > here.length:
+                yield from self._seen_before(before)
+                before = None
             total = words.count(here) - (words.end(here.state) == len(words))  # nothing follows the last words yet
             if total:
-                yield _Seen(here.length, total, words.likeliest(here, MOST_CHILDREN))
-                asked += 1
+                yield _Seen(here.length, total, words.likeliest(here, most))
             here = words.shorter(here)
-        if run.before is not None and self._past is not None:
-            followers, total = self._past.index.followers(run.before)
-            if total:
-                yield _Seen(run.before.length, total, followers)
+        if before is not None:
+            yield from self._seen_before(before)
+
+    def _seen_before(self, run: Found) -> Iterator[_Seen]:
+        assert self._past is not None
+        followers, total = self._past.index.followers(run)
+        if total:
+            yield _Seen(run.length, total, followers)
 
     def _followed(self, run: _Run, token: int) -> _Run:
         """The longest runs that end with one more token."""
