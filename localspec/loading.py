@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from localspec.compatibility import check_draft, check_whole
+from localspec.copies import is_self, make_copy
 from localspec.drafters import (
     AUTO,
     Draft,
@@ -398,7 +399,8 @@ def open_pair(
     check_memory: bool = True,
     use_tuned: bool = True,
 ) -> Pair:
-    """Open a target and, if one is named, its draft model; with no target the bundled pair.
+    """Open a target and, if one is named, its draft model; with no target the bundled pair. draft: "self" or
+    "self:KIND" for a copy of the target with fewer bits (`localspec.copies`), which is made the first time.
 
     The draft model gets the target's context length. Where no context is named and memory does not allow
     the usual one, a shorter one is chosen and said in `Pair.notes`. check_memory: refuse what does not
@@ -412,7 +414,10 @@ def open_pair(
     if draft is None and target in bundled_names() and not Path(target).exists():
         draft = target
     target_path = resolve_model(target, "target")
-    draft_path = resolve_model(draft, "draft") if draft is not None else None
+    if draft is not None and is_self(draft):
+        draft_path: Path | None = make_copy(target_path, choose_backend(backend, target_path), draft)
+    else:
+        draft_path = resolve_model(draft, "draft") if draft is not None else None
     parts = plan_parts(target_path, draft_path, backend)
     found = check_pair(parts)
     if check_memory:

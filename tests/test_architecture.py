@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"preparation", "context", "sampling", "fingerprint", "peers"}),
     frozenset({"memory", "compatibility", "constraint", "exactness", "history"}),
     frozenset({"verify", "drafters", "schedule"}),
-    frozenset({"engine"}),
+    frozenset({"engine", "copies"}),
     frozenset({"loading"}),
     frozenset({"server", "bench", "audit", "tune", "hub", "doctor", "terminal", "commands", "highlight", "trace"}),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-_KINDS = ("sessions", "measurements")
+_KINDS = ("sessions", "copies", "measurements")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Lot:
     kind: str
     folder: str
     about: str
-    num_files: int
+    num_things: int
     num_bytes: int
 
 
@@ -28,7 +28,8 @@ class Lot:
 @click.option("--delete", multiple=True, type=click.Choice([*_KINDS, "all"]), help="Delete all of a kind. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def kept(delete: Sequence[str], as_json: bool) -> None:
-    """List what localspec keeps: sessions (with --remember only) and measurements of this machine.
+    """List what localspec keeps: sessions (with --remember only), copies of models with fewer bits
+    (--draft self), and measurements of this machine.
 
     Models from the Hub lie in the Hub's cache, which is not localspec's: `hf cache`.
     """
@@ -44,7 +45,7 @@ def kept(delete: Sequence[str], as_json: bool) -> None:
         click.echo(f"deleted {count} {kind}")
     for lot in lots:
         about = f" of {lot.about}" if lot.about else ""
-        click.echo(f"{lot.num_files} {lot.kind}{about}, {lot.num_bytes / 1024:,.1f} KiB: {lot.folder}")
+        click.echo(f"{lot.num_things} {lot.kind}{about}, {lot.num_bytes / 1024:,.1f} KiB: {lot.folder}")
     if not lots:
         click.echo("nothing is kept")
 
@@ -73,9 +74,24 @@ def _delete_measurements() -> int:
     return _delete_folder(_measurements(), default_folder())
 
 
+def _copies() -> list[Lot]:
+    from localspec.copies import default_folder
+
+    return _files_in("copies", default_folder())
+
+
+def _delete_copies() -> int:
+    from localspec.copies import default_folder
+
+    return _delete_folder(_copies(), default_folder())
+
+
 def _files_in(kind: str, folder: Path) -> list[Lot]:
-    files = [file for file in folder.glob("*") if file.is_file()] if folder.is_dir() else []
-    return [Lot(kind, str(folder), "", len(files), sum(file.stat().st_size for file in files))] if files else []
+    """Files and folders of a place as one lot, if there are any."""
+    things = list(folder.iterdir()) if folder.is_dir() else []
+    files = [file for thing in things for file in (thing.rglob("*") if thing.is_dir() else [thing]) if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return [Lot(kind, str(folder), "", len(things), size)] if things else []
 
 
 def _delete_folder(lots: Sequence[Lot], folder: Path) -> int:
@@ -86,8 +102,16 @@ def _delete_folder(lots: Sequence[Lot], folder: Path) -> int:
             shutil.rmtree(folder)
     except OSError as error:
         raise DiskError(f"{folder} could not be deleted: {error}", fix="Delete it yourself.") from error
-    return sum(lot.num_files for lot in lots)
+    return sum(lot.num_things for lot in lots)
 
 
-_LIST: dict[str, Callable[[], list[Lot]]] = {"sessions": _sessions, "measurements": _measurements}
-_DELETE: dict[str, Callable[[], int]] = {"sessions": _delete_sessions, "measurements": _delete_measurements}
+_LIST: dict[str, Callable[[], list[Lot]]] = {
+    "sessions": _sessions,
+    "copies": _copies,
+    "measurements": _measurements,
+}
+_DELETE: dict[str, Callable[[], int]] = {
+    "sessions": _delete_sessions,
+    "copies": _delete_copies,
+    "measurements": _delete_measurements,
+}

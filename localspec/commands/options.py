@@ -55,7 +55,7 @@ def load_options(command: F) -> F:
             "--hf-repo-draft",
             "--spec-draft-hf",
             metavar="MODEL",
-            help="Draft model; of another tokenizer, too.",
+            help="Draft model; of another tokenizer, too; `self[:KIND]`: a copy of the target with fewer bits.",
         ),
         click.option("--pair", metavar="NAME[:QUANTISATION]", help="Both from the catalog; see `localspec pairs`."),
         catalog_option,

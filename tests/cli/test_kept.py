@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
+from localspec import copies
 from localspec.history import store as history
 from localspec.schedule import store as costs
 
@@ -18,10 +18,11 @@ QUICK = ["--max-tokens", "12", "--context", "256", "--backend", "llamacpp", "--d
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(history, "default_folder", lambda: tmp_path / "history")
     monkeypatch.setattr(costs, "default_folder", lambda: tmp_path / "tune")
-    yield tmp_path
+    monkeypatch.setattr(copies, "default_folder", lambda: tmp_path / "copies")
+    return tmp_path
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
@@ -43,7 +44,7 @@ def test_sessions_are_remembered_only_if_the_user_says_so(folders: Path) -> None
     again = run("generate", "Hello there", *QUICK, env={"LOCALSPEC_REMEMBER": "1"})
     third = run("generate", "Hello there", *QUICK, "--remember")
     [sessions] = kept()["kept"]
-    assert (sessions["kind"], sessions["num_files"]) == ("sessions", 2)
+    assert (sessions["kind"], sessions["num_things"]) == ("sessions", 2)
     answers = [json.loads(result.stdout) for result in (first, again, third)]
     assert answers[0]["tokens"] == answers[1]["tokens"] == answers[2]["tokens"]
     rounds = [answer["stats"]["num_rounds"] for answer in answers]
@@ -67,9 +68,16 @@ def test_what_is_kept_is_listed_and_deleted_by_kind(folders: Path) -> None:
     (folders / "history" / "abc" / "about.json").write_text('{"name": "some model"}')
     (folders / "tune").mkdir()
     (folders / "tune" / "1-quick.json").write_text("{}")
+    (folders / "copies" / "abc-2bit").mkdir(parents=True)
+    (folders / "copies" / "abc-2bit" / "model.safetensors").write_bytes(b"x" * 2048)
+    (folders / "copies" / "abc-Q2_K.gguf").write_bytes(b"x" * 1024)
     lines = run("kept").stdout.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("1 sessions of some model, 0.0 KiB: ")
+    assert (
+        len(lines) == 3
+        and lines[1] == f"2 copies, 3.0 KiB: {folders / 'copies'}"
+        and lines[0].startswith("1 sessions of some model, 0.0 KiB: ")
+    )
     assert kept("--delete", "sessions")["deleted"] == {"sessions": 1}
-    assert [lot["kind"] for lot in kept()["kept"]] == ["measurements"]
-    assert kept("--delete", "all")["deleted"] == {"sessions": 0, "measurements": 1}
+    assert [lot["kind"] for lot in kept()["kept"]] == ["copies", "measurements"]
+    assert kept("--delete", "all")["deleted"] == {"sessions": 0, "copies": 2, "measurements": 1}
     assert run("kept").stdout == "nothing is kept\n"
