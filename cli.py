@@ -136,7 +136,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
     from localspec.terminal import ChatProgram, decode_argument
     from localspec.trace.file import TraceWriter
 
-    named = any(options[name] is not None for name in ("target", "draft", "pair"))
+    named = any(options[name] is not None for name in ("target", "draft", "pair")) or options["heads"]
     system = system and decode_argument(system, "--system")
     params = replace(sampling_params(options, default_temperature=0.7), grammar=chosen_grammar(options))
     spec = drafter_spec(options)
@@ -283,7 +283,10 @@ def _report(pair: Pair, result: Generation) -> dict[str, Any]:
         for role, info in models.items()
     }
     relation = None if pair.drafting is None else pair.drafting.relation.as_dict()
-    return {**result.as_dict(), **described, "vocabularies": relation}
+    heads = [
+        {"path": str(head.info.path), "kind": head.info.kind, "notes": list(head.info.notes)} for head in pair.heads
+    ]
+    return {**result.as_dict(), **described, "heads": heads, "vocabularies": relation}
 
 
 for command in (audit, bench, convert, fit, kept, pairs, pull, serve, tune):

@@ -406,6 +406,11 @@ class HeadState(Protocol):
     """
 
     @property
+    def num_missing(self) -> int:
+        """Of the committed tokens, how many at the beginning it has not seen: they were there when it was opened."""
+        ...
+
+    @property
     def room(self) -> int:
         """How many more guesses can be fed."""
         ...
@@ -677,8 +682,9 @@ class Drafter(Protocol):
         ...
 
     def attach(self, state: SequenceState) -> None:
-        """The target's sequence that it will guess for, before the target reads anything more into it; again whenever
-        another sequence takes its place. For drafters that read the target's hidden states; others need nothing."""
+        """The target's sequence that it will guess for, before the target reads anything more into it: again before
+        every turn, and whenever another sequence takes its place. For drafters that read the target's hidden states;
+        others need nothing. One that has not seen all of it may empty it, and it is read again for it."""
         ...
 
     def begin(self, context: Context) -> None:

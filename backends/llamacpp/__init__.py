@@ -15,10 +15,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from localspec.errors import LocalspecError, UnsupportedModelError
+from localspec.errors import LocalspecError
 from localspec.protocols import Backend, BackendReport, DraftHead, LanguageModel, LoadSettings, Tokenizer
 
-from . import loading, native, probe
+from . import heads, loading, native, probe
 from .quantizer import LlamaQuantizer
 
 __all__ = ["BACKEND"]
@@ -46,8 +46,8 @@ class LlamaCppBackend:
         return loading.load(path, settings)
 
     def load_head(self, path: Path, target: LanguageModel) -> DraftHead:
-        """None is known yet. Raises UnsupportedModelError."""
-        raise UnsupportedModelError("the llamacpp backend runs no trained heads yet", got=path)
+        """A GGUF head. Raises members of the error tree only."""
+        return heads.load_head(path, target)
 
     def open_tokenizer(self, path: Path) -> Tokenizer:
         """The tokenizer of a model file. Raises members of the error tree only."""

@@ -36,9 +36,12 @@ def open_models(
     trees = any(spec.asks_for_trees for spec in specs)
     settings = load_settings(options, num_sequences=num_sequences, trees=trees, batch=batch)
     target, draft, backend = named_models(options, offer_pull=offer_pull)
+    heads = named_heads(options, backend, offer_pull=offer_pull)
     with loading(quiet=quiet) as status:
         draft = _own_copy(target, draft, backend, say=_ignore if status is None else status.update)
-        pair = open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
+        pair = open_pair(
+            target, draft, backend=backend, settings=settings, check_memory=options["check_memory"], heads=heads
+        )
         if status is not None:
             status.update("measuring what is not known here (once) ...")
         try:  # before a session takes the sequence that measuring needs
@@ -95,6 +98,14 @@ def named_models(
     if options["target"] is not None or options["draft"] is not None:
         raise SettingError("--pair names both models", fix="Leave out --target and --draft, or --pair.")
     return _models_of_pair(options, find, offer_pull)
+
+
+def named_heads(
+    options: dict[str, Any], backend: str, find: Find | None = None, *, offer_pull: bool = False
+) -> list[str]:
+    """The trained heads that are named. find, offer_pull: as in `named_models`."""
+    find = find or partial(_find, offer_pull=offer_pull)
+    return [str(find(text, "head", backend)) for text in options["heads"]]
 
 
 def _models_of_pair(options: dict[str, Any], find: Find, offer_pull: bool) -> tuple[str, str | None, str]:

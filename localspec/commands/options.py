@@ -20,6 +20,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SPEC_TYPES = {
     "none": "nothing",
     "draft-simple": "draft_model",
+    "draft-dflash": "dflash",
+    "draft-dspark": "dspark",
+    "draft-eagle3": "eagle3",
+    "draft-mtp": "mtp",
     "ngram-simple": "ngram",
     "ngram-map-k": "ngram",
     "ngram-mod": "ngram",
@@ -55,7 +59,15 @@ def load_options(command: F) -> F:
             "--hf-repo-draft",
             "--spec-draft-hf",
             metavar="MODEL",
-            help="Draft model; of another tokenizer, too; `self[:KIND]`: a copy of the target with fewer bits.",
+            help="Draft model; of another tokenizer, too; self[:KIND]: a copy of the target with fewer bits. A trained "
+            "head is taken as --head.",
+        ),
+        click.option(
+            "--head",
+            "heads",
+            multiple=True,
+            metavar="MODEL",
+            help="Trained head for the target (DSpark, EAGLE-3, ...). Repeatable, one of a kind.",
         ),
         click.option("--pair", metavar="NAME[:QUANTISATION]", help="Both from the catalog; see `localspec pairs`."),
         catalog_option,
@@ -94,8 +106,9 @@ def draft_options(command: F) -> F:
             default="auto",
             show_default=True,
             metavar="NAME[:SETTING=VALUE,...]",
-            help="auto, draft_model, cross_tokenizer, ngram, suffix, grammar, nothing; e.g. suffix:num=8, "
-            "draft_model:num=16,shape=tree, or draft_model+ngram for both in one tree.",
+            help="auto, draft_model, cross_tokenizer, suffix, ngram, grammar, nothing, or the kind of a head (dspark, "
+            "dflash, eagle3, medusa, mtp, jetspec, early_exit); e.g. suffix:num=8, draft_model:num=16,shape=tree, or "
+            "draft_model+ngram for both in one tree.",
         ),
         click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),
         click.option(

@@ -102,8 +102,9 @@ def speed(
         if size is not None:
             options = _expanded(options, size, stack)
         pair = stack.enter_context(_open(options, specs))
-        if not configs and pair.draft is None:
-            names = [name for name, spec in zip(names, specs, strict=True) if not spec.needs_draft]
+        if not configs:
+            known = [name for name, spec in zip(names, specs, strict=True) if pair.draft or not spec.needs_draft]
+            names = [*known, *(head.info.kind for head in pair.heads)] if names else names
         strangers = _Strangers(pair, options, stack)
         workloads = _workloads(options, pair, strangers, notes)
         contenders, static = _ours(pair, names, with_grid, strangers, stack, notes, options["exact"])
@@ -237,7 +238,7 @@ def _ours(
     from localspec.drafters import make_drafter
 
     for name in names:
-        make_drafter(name, pair.drafting).close()  # a setting out of range is told now
+        make_drafter(name, pair.drafting, pair.heads).close()  # a setting out of range is told now
     static, left_out = grid(pair) if with_grid else ([], [])
     notes += left_out
     contenders = plain_contenders(pair, exact)
@@ -278,7 +279,7 @@ class _Strangers:
             )
             model = load_model(path, draft.info.backend, settings)
             self._stack.callback(model.close)
-            self._made = Pair(target, model)
+            self._made = Pair(target, model, heads=self._pair.heads)
         return self._made
 
 

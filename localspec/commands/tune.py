@@ -53,6 +53,8 @@ def tune(
 
     if model is not None and options["target"] is not None:
         raise SettingError("the target is named twice", got=f"{model}, --target {options['target']}")
+    if options["heads"]:
+        raise SettingError("heads are measured when they are first loaded", got="--head", fix="Leave --head out.")
     options["target"] = options["target"] if model is None else model
     for name, file in (("--plot", plot), ("--output", output)):
         if file is not None and not file.parent.is_dir():

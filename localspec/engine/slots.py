@@ -42,7 +42,8 @@ class Slot:
     used_at: int = 0
 
     def use(self, drafter: Drafter | None, key: str = "") -> None:
-        """Draft with another one; the former is closed."""
+        """Draft with another one; the former is closed. One that reads the target's hidden states may empty the
+        sequence, to see it read."""
         if self.drafter is not None:
             self.drafter.close()
         self.drafter, self.drafter_key = drafter, key if drafter is not None else ""
@@ -178,7 +179,7 @@ class Slots:
         if len(slot.held) >= WORTH_COPYING:
             self._keep(slot, besides=saved)
         self._empty(slot, saved)
-        slot.held = tokens
+        slot.held = tokens[: slot.state.length]  # none, where the slot's drafter has to see them read
         return slot
 
     def _empty(self, slot: Slot, saved: SavedState | None = None) -> None:

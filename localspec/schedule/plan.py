@@ -9,7 +9,7 @@ all sizes are compared: the curve is a staircase, and the first drop of the valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from localspec.protocols import WidthClass
@@ -247,12 +247,19 @@ class Valuation:
         """Tokens that its time is worth."""
         return self.rate * self.draft_ms(width)
 
-    def worth_expanding(self, reach: Sequence[float], leaves: Sequence[float], usual: float) -> int:
+    def worth_expanding(
+        self,
+        reach: Sequence[float],
+        leaves: Sequence[float],
+        usual: float,
+        extend_ms: Callable[[int], float] | None = None,
+    ) -> int:
         """How many of the best leaves should get children: 0 if drafting should end.
 
         reach: chances of all nodes so far.  leaves: those of the nodes that could be expanded, best first.
         usual: chance of the best child of a node where nothing else is known. Looks a few levels ahead, as a single
-        one may not reach the next step of the staircase.
+        one may not reach the next step of the staircase.  extend_ms: of the drafter's pass over so many leaves
+        [default: the draft model's].
         """
         if not leaves:
             return 0
@@ -262,7 +269,7 @@ class Valuation:
         for width in sorted({1, 2, 4, 8, len(leaves)}):
             if width > len(leaves):
                 break
-            price = self.draft_price(width)
+            price = self.draft_price(width) if extend_ms is None else self.rate * extend_ms(width)
             grown = list(reach)
             level = list(leaves[:width])
             for depth in range(1, _GLIMPSE + 1):

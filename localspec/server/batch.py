@@ -346,11 +346,12 @@ class Batch:
         running = [(one.slot, one.answer.context.tokens) for one in self._seats if one.slot is not None]
         slot = self._slots.take(seat.prompt, running)
         seat.sit(slot)
-        self._totals.prompt += len(seat.prompt)
-        self._totals.cached += seat.answer.stats.num_reused
         if slot.drafter is None or slot.drafter_key != seat.speculation.key:
             slot.use(None)
             slot.use(self._drafting.drafter(seat.speculation.drafter, exact=Mode.CLASS.value), seat.speculation.key)
+            seat.answer.stats.num_reused = slot.state.length  # none, if the drafter has to see them read
+        self._totals.prompt += len(seat.prompt)
+        self._totals.cached += seat.answer.stats.num_reused
 
     # ------------------------------------------------------------ rounds
 

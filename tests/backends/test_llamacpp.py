@@ -373,7 +373,7 @@ def test_models_that_do_not_write_from_left_to_right_are_refused(
 
 def test_a_cache_that_does_not_fit_is_out_of_memory() -> None:
     """16 million tokens of the draft model would take 34 GB; twice as many sequences are not allocated."""
-    model = module("loading")._context_error(Path("m.gguf"), ("failed to allocate buffer",), BackendError("no context"))
+    model = module("loading").context_error(Path("m.gguf"), ("failed to allocate buffer",), BackendError("no context"))
     assert isinstance(model, OutOfMemoryError)
     lines = ("f: error loading model: unable to allocate CUDA0 buffer", "g: failed to load model")
     error = module("weights").load_error(Path("m"), lines)

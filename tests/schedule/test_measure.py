@@ -52,7 +52,7 @@ class Clockwork(ReferenceModel):
     def compute(self, token: int, position: int, cells: list[Cell]) -> tuple[Array, Cell]:
         nothing = np.zeros((2, 2, 16))
         self.tokens.add(token)
-        return self.embedding[token], Cell(token, nothing, nothing)
+        return self.embedding[token], Cell(token, nothing, nothing, nothing)
 
 
 def measured(

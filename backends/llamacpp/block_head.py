@@ -1,0 +1,266 @@
+"""Heads that guess a block in one pass: DSpark, DFlash, JetSpec, DFlash 2 (llama.cpp's `dflash` architecture).
+
+The companion keeps keys and values of committed tokens, made of the target's features, in a context of its own. A
+block is [anchor, mask, mask, ...] behind them; its cells are dropped as soon as its rows are there.
+
+Positions are counted from where the companion began. Rotation knows distances only, so that is the same to the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localspec.protocols import HeadInfo, Scores, SequenceState, Tokens
+from localspec.sampling import HostScores
+from localspec.types import Logits, Probabilities, TokenIds
+
+from .block_rows import Confidence, Rows
+from .companion import Companion, Recording, SavedCompanion
+from .head_context import HeadContext, zeros
+from .memory import Memory, Pass, State
+from .state import LlamaSaved, LlamaState
+from .taps import Features
+
+ROOM = 1 << 16
+"""Guesses cost no cells, so there is no end to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """size: slots of a pass.  first: the slot that guesses the token behind the anchor.  mask: the token of the
+    others.  make_rows: from anchor, logits and hidden rows.  confidence: where the head has it."""
+
+    size: int
+    first: int
+    mask: int
+    needs_hidden: bool
+    make_rows: Callable[[int, Logits, Features | None], Rows]
+    confidence: Confidence | None
+
+    @property
+    def levels(self) -> int:
+        """Slots that guess."""
+        return self.size - self.first
+
+
+class BlockCompanion(Companion):
+    """Features wait until a pass is full of them, or a block wants to be guessed."""
+
+    def __init__(self, head: BlockHead, cells: LlamaState, offset: int) -> None:
+        self.owner, self.width = head, head.width
+        self.head, self.cells = head, cells
+        self._offset = offset
+        self._waiting = np.zeros((0, head.width), np.float32)
+
+    @property
+    def context(self) -> HeadContext:
+        """Where its cells are."""
+        context = self.cells.cache.context
+        assert isinstance(context, HeadContext)
+        return context
+
+    @property
+    def end(self) -> int:
+        """See `Companion`."""
+        return self._offset + self.cells.length + len(self._waiting)
+
+    @property
+    def num_missing(self) -> int:
+        """Committed tokens that were there before it."""
+        return self._offset
+
+    def feed(self, tokens: TokenIds, features: Features) -> None:
+        """See `Companion`."""
+        self._waiting = np.concatenate([self._waiting, features])
+        most = self.context.max_batch
+        while len(self._waiting) >= most:
+            self._read(most)
+
+    def flush(self) -> None:
+        """Nothing waits any more."""
+        if len(self._waiting):
+            self._read(len(self._waiting))
+
+    def _read(self, count: int) -> None:
+        chunk = self._waiting[:count]
+        _pass(self.cells, zeros(count), np.zeros(count, np.int8), lambda part: self.context.read_states(part, chunk))
+        self.cells.keep(range(count))
+        self._waiting = self._waiting[count:]
+
+    def guess(self, anchor: int) -> Rows:
+        """The rows of the block behind `anchor`."""
+        self.flush()
+        block, context = self.head.block, self.context
+        tokens = np.full(block.size, block.mask, np.int32)
+        tokens[0] = anchor
+        found: list[tuple[Logits, Features | None]] = []
+
+        def run(part: Pass) -> None:
+            found.append(context.run_tokens(part, hidden=block.needs_hidden))
+
+        _pass(self.cells, tokens, np.ones(block.size, np.int8), run)
+        self.cells.keep(())
+        [(logits, hidden)] = found
+        return block.make_rows(anchor, logits[block.first :], None if hidden is None else hidden[block.first :])
+
+    def truncate(self, length: int) -> None:
+        """See `Companion`."""
+        kept = max(0, length - self._offset)
+        self._waiting = self._waiting[: max(0, kept - self.cells.length)]
+        self._offset = min(self._offset, length)
+        self.cells.truncate(min(kept, self.cells.length))
+
+    def save(self) -> SavedCompanion:
+        """See `Companion`."""
+        self.flush()
+        return _SavedBlock(self.head, self.cells.save(), self._offset)
+
+    def close(self) -> None:
+        """See `Companion`."""
+        self.cells.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _SavedBlock:
+    head: BlockHead
+    cells: LlamaSaved
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.cells.num_bytes
+
+    def open(self) -> Companion:
+        cells = self.cells.open()
+        assert isinstance(cells, LlamaState)
+        return BlockCompanion(self.head, cells, self.offset)
+
+
+def _pass(cells: LlamaState, tokens: TokenIds, outputs: NDArray[np.int8], run: Callable[[Pass], None]) -> None:
+    """Run a chain of pending nodes; if that fails there are none."""
+
+    def decode(part: Pass) -> Logits:
+        run(part)
+        return np.zeros((0, 0), np.float32)
+
+    cells.plan(tokens, np.arange(-1, len(tokens) - 1, dtype=np.int32), outputs)
+    try:
+        cells.run(decode)
+    except BaseException:
+        cells.undo()
+        raise
+    cells.commit()
+
+
+class BlockState:
+    """`HeadState`: guesses are places in the block, so feeding them costs next to nothing."""
+
+    def __init__(self, head: BlockHead, companion: BlockCompanion, close: Callable[[], None]) -> None:
+        self._block, self._companion, self._close = head.block, companion, close
+        self._rows: Rows | None = None
+        self._born = -1
+        self._depths: list[int] = []
+        self._scored: list[tuple[int, int]] = []  # (slot, guess before it) of the rows scored last
+        self._closed = False
+
+    @property
+    def num_missing(self) -> int:
+        """Committed tokens that were there before the head was."""
+        return self._companion.num_missing
+
+    @property
+    def room(self) -> int:
+        """How many more guesses can be fed."""
+        return ROOM
+
+    def start(self, anchor: int) -> Scores:
+        """See `HeadState`."""
+        if self._closed:
+            raise ValueError("this head state is closed")
+        self._rows = self._companion.guess(anchor)
+        self._born = self._companion.context.generation[0]
+        self._depths, self._scored = [], [(0, anchor)]
+        return HostScores(self._rows.first(), self._companion.context.generation)
+
+    def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
+        """See `HeadState`."""
+        rows, generation = self._rows, self._companion.context.generation
+        if rows is None or generation[0] != self._born:
+            raise ValueError("nothing was started since the sequence went on")
+        depths = list(self._depths)
+        scored = []
+        for token, parent in zip(tokens.numpy().tolist(), parents, strict=True):
+            if not -1 <= parent < len(depths):
+                raise ValueError(f"guess {len(depths)} cannot have parent {parent}")
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+            scored.append((depths[-1] + 1, token))
+            if depths[-1] + 1 >= self._block.levels:
+                raise ValueError(f"the head guesses {self._block.levels} levels, none behind level {depths[-1] + 1}")
+        self._depths, self._scored = depths, scored
+        found = [rows.row(slot, token) for slot, token in scored]
+        return HostScores(found[0][None] if len(found) == 1 else np.array(found, np.float32), generation)
+
+    def confidence(self) -> Probabilities | None:
+        """See `HeadState`."""
+        if self._block.confidence is None or self._rows is None:
+            return None
+        hidden = self._rows.hidden([slot for slot, _ in self._scored])
+        return self._block.confidence.of(hidden, [token for _, token in self._scored])
+
+    def close(self) -> None:
+        """See `HeadState`."""
+        if not self._closed:
+            self._closed, self._rows = True, None
+            self._close()
+
+
+class BlockHead:
+    """`DraftHead`. memory: contexts for its companions.  width: of features.  on_close: gives the rest back."""
+
+    def __init__(
+        self, info: HeadInfo, block: Block, target: Memory, memory: Memory, width: int, on_close: Callable[[], None]
+    ) -> None:
+        self.info, self.block, self.width = info, block, width
+        self._target, self._memory, self._on_close = target, memory, on_close
+        self._closed = False
+
+    def open(self, state: SequenceState) -> BlockState:
+        """See `DraftHead`. Raises ValueError also while nodes are pending."""
+        if self._closed:
+            raise ValueError("this head is closed")
+        own = own_state(state, self._target)
+        if own.recording is None:
+            cells = self._memory.open()
+            assert isinstance(cells, LlamaState)
+            own.recording = Recording(BlockCompanion(self, cells, own.length))
+        companion = own.recording.companion
+        assert isinstance(companion, BlockCompanion)
+        return BlockState(self, companion, lambda: forget(own, companion))
+
+    def close(self) -> None:
+        """Give contexts and weights back. Twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._memory.close()
+            self._on_close()
+
+
+def own_state(state: SequenceState, target: Memory) -> State:
+    """The target's state, checked. Raises ValueError."""
+    if not isinstance(state, State) or state.cache.memory is not target:
+        raise ValueError("this state belongs to another model")
+    state.check_open()
+    if state.num_pending and state.recording is None:
+        raise ValueError("a head cannot be opened while nodes are pending")
+    return state
+
+
+def forget(state: State, companion: Companion) -> None:
+    """The state goes on without this companion."""
+    if state.recording is not None and state.recording.companion is companion:
+        state.recording = None
+    companion.close()
