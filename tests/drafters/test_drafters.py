@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from localspec.context import Context
-from localspec.drafters import AUTO, DRAFTERS, KINDS, Combined, DrafterSpec, DraftModel, Ngram, Nothing, Suffix, make_drafter
+from localspec.drafters import (
+    AUTO,
+    DRAFTERS,
+    KINDS,
+    Combined,
+    DrafterSpec,
+    DraftModel,
+    Ngram,
+    Nothing,
+    Suffix,
+    make_drafter,
+)
 from localspec.drafters.draft_cache import DraftCache
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UsageError
