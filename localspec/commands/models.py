@@ -38,9 +38,11 @@ def open_models(
     settings = load_settings(options, num_sequences=num_sequences, trees=trees, batch=batch)
     named = named_models(options, offer_pull=offer_pull)
     with loading(quiet=quiet) as status:
+        say = _ignore if status is None else status.update
+        draft = _own_copy(named.target, named.draft, named.backend, say=say)
         pair = open_pair(
             named.target,
-            named.draft,
+            draft,
             backend=named.backend,
             settings=settings,
             check_memory=options["check_memory"],
@@ -52,10 +54,27 @@ def open_models(
             exactness = pair.exactness(options.get("exact", AUTO), acceptance=options.get("acceptance", WALK))
             if any(spec.decides for spec in specs):
                 _ = pair.experience_with(exactness)
+            if options.get("remember") and any(spec.remembers for spec in specs):
+                pair.remember(options["remember_size"] << 20)
         except BaseException:
             pair.close()
             raise
         return pair
+
+
+def _own_copy(target: str | None, draft: str | None, backend: str, say: Callable[[str], None]) -> str | None:
+    """The draft model's path, where it is a copy of the target, which is made now if it has to be."""
+    from localspec.copies import is_self, make_copy
+    from localspec.loading import BUNDLED, choose_backend, resolve_model
+
+    if draft is None or not is_self(draft):
+        return draft
+    path = resolve_model(target or BUNDLED, "target")
+    return str(make_copy(path, choose_backend(backend, path), draft, on_progress=say))
+
+
+def _ignore(_: str) -> None:
+    pass
 
 
 def load_settings(options: dict[str, Any], **more: Any) -> LoadSettings:
@@ -149,9 +168,10 @@ def allowed_backends(options: dict[str, Any]) -> list[str]:
 
 def _locate(text: str | None, role: str, backend: str, find: Find) -> str | None:
     """The path of a model; bundled names stay as they are, because they name pairs."""
+    from localspec.copies import is_self
     from localspec.loading import bundled_names
 
-    if text is None or text in bundled_names():
+    if text is None or text in bundled_names() or (role == "draft" and is_self(text)):
         return text
     return str(find(text, role, backend))
 
