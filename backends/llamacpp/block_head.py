@@ -18,7 +18,7 @@ from localspec.protocols import HeadInfo, Scores, Tokens
 from localspec.sampling import HostScores
 from localspec.types import Logits, Probabilities, TokenIds
 
-from .block_rows import Confidence, Rows
+from .block_rows import Confidence, Place, Rows
 from .companion import Companion, SavedCompanion
 from .head import LlamaHead
 from .head_context import HeadContext, zeros
@@ -167,7 +167,7 @@ class BlockState:
         self._rows: Rows | None = None
         self._born = -1
         self._depths: list[int] = []
-        self._scored: list[tuple[int, int]] = []  # (slot, guess before it) of the rows scored last
+        self._scored: list[Place] = []  # of the rows scored last
         self._closed = False
 
     @property
@@ -187,7 +187,7 @@ class BlockState:
         self._rows = self._companion.guess(anchor)
         self._born = self._companion.context.generation[0]
         self._depths, self._scored = [], [(0, anchor)]
-        return HostScores(self._rows.first(), self._companion.context.generation)
+        return HostScores(self._rows.at(self._scored), self._companion.context.generation)
 
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
         """See `HeadState`."""
@@ -204,15 +204,13 @@ class BlockState:
             if depths[-1] + 1 >= self._block.levels:
                 raise ValueError(f"the head guesses {self._block.levels} levels, none behind level {depths[-1] + 1}")
         self._depths, self._scored = depths, scored
-        found = [rows.row(slot, token) for slot, token in scored]
-        return HostScores(found[0][None] if len(found) == 1 else np.array(found, np.float32), generation)
+        return HostScores(rows.at(scored), generation)
 
     def confidence(self) -> Probabilities | None:
         """See `HeadState`."""
         if self._block.confidence is None or self._rows is None:
             return None
-        hidden = self._rows.hidden([slot for slot, _ in self._scored])
-        return self._block.confidence.of(hidden, [token for _, token in self._scored])
+        return self._block.confidence.of(self._rows.hidden(self._scored), self._scored)
 
     def close(self) -> None:
         """See `HeadState`."""

@@ -321,7 +321,7 @@ def _markov_rows(markov: Markov, anchor: int, logits: Logits, hidden: Features |
 
 def _selector_rows(selector: Selector, anchor: int, logits: Logits, hidden: Features | None) -> Rows:
     assert hidden is not None
-    return SelectorRows(anchor, logits, hidden, selector)
+    return SelectorRows(logits, hidden, selector)
 
 
 def _confidence(file: HeadFile, hidden: int, num_tokens: int) -> Confidence | None:

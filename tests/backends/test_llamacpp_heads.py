@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from localspec.drafters import HeadDrafter, Nothing
+from localspec.engine.session import Session
 from localspec.errors import BackendError, FailureError, HeadFileError, PairMismatchError, UnsupportedModelError
 from localspec.formats.head_conversion import write_head_gguf
 from localspec.loading import get_backend
 from localspec.protocols import DraftHead, HostTokens, LanguageModel, LoadSettings, SequenceState, Step, chain_parents
+from localspec.sampling import SamplingParams
 from localspec.testing.files import write_gguf
 from localspec.testing.gguf_architectures import write_architecture
 from localspec.testing.gguf_heads import BLOCK_KINDS, write_block_head, write_eagle3_head
@@ -400,7 +403,7 @@ def behind(guesses: Any, anchor: int = 40) -> Logits:
     return np.array(rows)
 
 
-@pytest.mark.parametrize("kind", ["dspark", "jetspec", "eagle3"])
+@pytest.mark.parametrize("kind", ["dspark", "dflash-window", "jetspec", "eagle3"])
 def test_memory_follows_the_sequence(kind: str, target_path: Path, tmp_path: Path) -> None:
     """Kept branches, truncation, forks and saved states: each time as if the text had been read in one go."""
     path = write_head(tmp_path / "head.gguf", target_path, kind)
@@ -564,6 +567,23 @@ def test_text_is_the_same_to_the_last_bit_with_taps(tiny_pair: Any, tmp_path: Pa
         model.close()
     for want, got, last in zip(plain, tapped, after, strict=True):
         assert np.array_equal(want, got) and np.array_equal(want, last)
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash2", "eagle3", "mtp"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_is_written_with_a_head_is_what_is_written_without(kind: str, temperature: float) -> None:
+    """In sessions, over two turns; the target of the MTP layer runs tokens again."""
+    model, head = beside(kind)
+    texts = []
+    for drafter in ("nothing", head.info.kind):
+        made = Nothing() if drafter == "nothing" else HeadDrafter(head, num=4)
+        with Session(model, made) as session:
+            asked = SamplingParams(temperature=temperature, max_tokens=20, seed=3)
+            first = session.generate(ids(30), asked)
+            second = session.generate([*ids(30), *first.tokens, *ids(10, 70)], asked)
+            texts.append([*first.tokens, *second.tokens])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 3
 
 
 # ---------------------------------------------------------------- refusals
