@@ -111,8 +111,6 @@ def load_head(path: Path, target: LanguageModel) -> DraftHead:
     file = HeadFile(path, header, str(header.metadata.get("general.architecture", "")))
     if target.memory.num_open:
         raise BackendError("a head is loaded before its target has open sequences", got=target.memory.num_open)
-    if target.memory.context.taps is not None:
-        raise BackendError("this target has a head already", fix="Close that one first.")
     if file.architecture == "dflash":
         return _load_block(file, target)
     if file.architecture == "eagle3":
@@ -233,18 +231,7 @@ def _load_block(file: HeadFile, target: LlamaModel) -> BlockHead:
         host_scores=True,
         notes=_notes(file, target),
     )
-    target.memory.tap(taps)
-    return BlockHead(info, block, target.memory, memory, taps.width, partial(_close, target, weights))
-
-
-def _close(target: LlamaModel, weights: Weights) -> None:
-    weights.close()
-    _untap(target)
-
-
-def _untap(target: LlamaModel) -> None:
-    if not target.memory.context.is_closed:
-        target.memory.tap(None)
+    return BlockHead(info, block, taps, target.memory, memory, weights.close)
 
 
 def _notes(file: HeadFile, target: LlamaModel) -> tuple[str, ...]:
@@ -334,7 +321,7 @@ def _markov_rows(markov: Markov, anchor: int, logits: Logits, hidden: Features |
 
 def _selector_rows(selector: Selector, anchor: int, logits: Logits, hidden: Features | None) -> Rows:
     assert hidden is not None
-    return SelectorRows(anchor, logits, hidden, selector)
+    return SelectorRows(logits, hidden, selector)
 
 
 def _confidence(file: HeadFile, hidden: int, num_tokens: int) -> Confidence | None:
@@ -383,8 +370,7 @@ def _load_eagle3(file: HeadFile, target: LlamaModel) -> StepHead:
         weights.close()
         raise
     info = _step_info(file, target, "eagle3", weights.number("n_params"), tuple(layer - 1 for layer in taps.layers))
-    target.memory.tap(taps)
-    return StepHead(info, _encoded, target.memory, memory, taps.width, partial(_close, target, weights))
+    return StepHead(info, _encoded, taps, target.memory, memory, weights.close)
 
 
 def _load_mtp(file: HeadFile, target: LlamaModel) -> StepHead:
@@ -408,8 +394,11 @@ def _load_mtp(file: HeadFile, target: LlamaModel) -> StepHead:
     memory = _contexts(target.weights, target, hidden, set_up=_give_states, kind=_CONTEXT_OF_MTP, **_STEPS)
     sizes = [math.prod(one.shape) for one in file.header.tensors.values() if one.name.startswith(f"blk.{layer}.")]
     info = _step_info(file, target, "mtp", sum(sizes), (_BEHIND_THE_NORM,))
-    target.memory.tap(taps)
-    return StepHead(info, _as_they_are, target.memory, memory, taps.width, partial(_untap, target))
+    return StepHead(info, _as_they_are, taps, target.memory, memory, _nothing_more)
+
+
+def _nothing_more() -> None:
+    """The weights are the target's."""
 
 
 def _give_states(context: HeadContext) -> None:
