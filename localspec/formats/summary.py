@@ -285,7 +285,8 @@ def _head_kind(config: Mapping[str, Any], tensors: Mapping[str, object]) -> str 
     if has_fc and "eagle3" in str(first).lower():
         return "eagle3"
     if has_fc and ("hidden_norm.weight" in tensors or "model.hidden_norm.weight" in tensors):
-        return "dflash"
+        block = config.get("dflash_config")
+        return "jetspec" if isinstance(block, dict) and block.get("causal_head") is True else "dflash"
     if "medusa_num_heads" in config and not any("embed_tokens" in name for name in tensors):
         return "medusa"
     if str(config.get("model_type", "")).endswith("_assistant") and "backbone_hidden_size" in config:

@@ -29,6 +29,7 @@ from .markov import Markov
 from .selector import Selector
 from .tensors import Weights
 
+_DRAFTERS = {"dflash2": "dflash"}  # forms of a head that one drafter runs
 _MOST_GUESSES = 4096  # fed to one start; each keeps a few numbers only
 
 
@@ -91,7 +92,7 @@ class BlockHead(MlxHead["BlockCompanion"]):
             HeadInfo(
                 name=header.path.resolve().name,
                 path=header.path,
-                kind=header.kind,
+                kind=_DRAFTERS.get(header.kind, header.kind),
                 num_parameters=header.num_parameters,
                 taps=header.taps,
                 levels=details.num_levels,
