@@ -384,6 +384,22 @@ def test_a_head_of_another_target_is_refused(
         BACKEND.load_head(write_block_head(tmp_path, spec), target)
 
 
+def test_copies_of_the_targets_ends_take_no_memory(tmp_path: Path, folder: Path) -> None:
+    """DeepSpec's heads carry both, frozen."""
+    target = tiny_target(folder)
+    module = target.network.module
+    path = write_block_head(tmp_path, sized(SPECS["dspark"], target))
+    own: Any = BACKEND.load_head(path, target)
+    assert own._embedding is not module.model.embed_tokens.weight
+    own.close()
+    ends = {"embed_tokens.weight": module.model.embed_tokens.weight, "lm_head.weight": module.lm_head.weight}
+    changed_tensors(path, lambda w: w.update({name: np.array(array) for name, array in ends.items()}))
+    sharing: Any = BACKEND.load_head(path, target)
+    assert sharing._embedding is module.model.embed_tokens.weight
+    assert sharing._output._weight is module.lm_head.weight
+    sharing.close()
+
+
 def test_a_closed_head_leaves_the_target_as_it_was(tmp_path: Path, folder: Path) -> None:
     """Nothing is wrapped, no sequence is followed, and its states refuse."""
     target = tiny_target(folder)
@@ -391,7 +407,11 @@ def test_a_closed_head_leaves_the_target_as_it_was(tmp_path: Path, folder: Path)
     state = target.open()
     beside = head.open(state)
     assert bool(state.companions)
+    saved = state.save()
     head.close()
+    opened: Any = saved.open()  # it outlives the head
+    assert not opened.companions
+    opened.close()
     assert not state.companions
     assert all(type(layer).__name__ != "Tap" for layer in target.network.module.layers)
     with pytest.raises(ValueError, match="closed"):
