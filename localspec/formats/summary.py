@@ -277,6 +277,9 @@ def _head_kind(config: Mapping[str, Any], tensors: Mapping[str, object]) -> str 
         return "dspark"
     if any(name.startswith("candidate_selector.") for name in tensors):
         return "dflash2"
+    block = config.get("dflash_config")
+    if isinstance(block, dict) and block.get("causal_head") is True:
+        return "jetspec"
     has_fc = "fc.weight" in tensors or "model.fc.weight" in tensors
     if any(name.startswith("midlayer.") for name in tensors) or (has_fc and "d2t" in tensors):
         return "eagle3"
@@ -285,8 +288,7 @@ def _head_kind(config: Mapping[str, Any], tensors: Mapping[str, object]) -> str 
     if has_fc and "eagle3" in str(first).lower():
         return "eagle3"
     if has_fc and ("hidden_norm.weight" in tensors or "model.hidden_norm.weight" in tensors):
-        block = config.get("dflash_config")
-        return "jetspec" if isinstance(block, dict) and block.get("causal_head") is True else "dflash"
+        return "dflash"
     if "medusa_num_heads" in config and not any("embed_tokens" in name for name in tensors):
         return "medusa"
     if str(config.get("model_type", "")).endswith("_assistant") and "backbone_hidden_size" in config:
