@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from localspec.protocols import (
     HostTokens,
     LanguageModel,
     LoadSettings,
+    Rewind,
     Scores,
     Step,
     chain_parents,
@@ -262,6 +264,69 @@ class TestConformance(HeadConformance):
     def target(self) -> LanguageModel:
         model: LanguageModel = tiny_target(self.path)
         return model
+
+
+@cache
+def replaying() -> Any:
+    """A target with recurrent layers, which runs kept tokens again."""
+    return import_module("scripts.tiny_mlx").open_model("qwen3_next")
+
+
+class TestBesideATargetThatReplays(HeadConformance):
+    """Features are those of the verified pass; replayed tokens are not fed twice."""
+
+    tolerance = 1e-3  # as replays are equal within rounding only
+    num_random_rounds = 20
+    opened: ClassVar[DraftHead]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _file(cls, folder: Path) -> Iterator[None]:
+        target = replaying()
+        assert target.capabilities.rewind is Rewind.REPLAY
+        sizes = (target.ends.hidden_size, target.network.taps.num_layers, target.vocab_size)
+        spec = BlockSpec(markov="rnn", confidence="markov", taps=(-1, 0, sizes[1] - 1), target=sizes)
+        cls.opened = BACKEND.load_head(write_block_head(folder / "replays", spec), target)
+        yield
+        cls.opened.close()
+
+    def head(self) -> DraftHead:
+        return self.opened
+
+    def target(self) -> LanguageModel:
+        model: LanguageModel = replaying()
+        return model
+
+
+@cache
+def batching(folder: Path) -> LanguageModel:
+    """A target whose steps run as one pass."""
+    path = write_safetensors(folder / "batching", architecture="llama", num_layers=4)
+    return BACKEND.load(path, LoadSettings(num_sequences=6, batch=True))
+
+
+class TestBesideATargetThatBatches(HeadConformance):
+    """Each sequence is fed its own rows, and none of the padding."""
+
+    tolerance = 1e-4  # keys are written by passes of other widths, whose last bits differ
+    num_random_rounds = 20
+    path: ClassVar[Path]
+    opened: ClassVar[DraftHead]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _file(cls, folder: Path) -> Iterator[None]:
+        cls.path, target = folder, batching(folder)
+        assert target.capabilities.batches
+        cls.opened = BACKEND.load_head(write_block_head(folder / "batched", sized(SPECS["dspark"], target)), target)
+        yield
+        cls.opened.close()
+
+    def head(self) -> DraftHead:
+        return self.opened
+
+    def target(self) -> LanguageModel:
+        return batching(self.path)
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dspark-speculators", "jetspec", "dflash2"])
