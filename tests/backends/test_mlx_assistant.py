@@ -111,10 +111,8 @@ def test_rows_are_those_of_numpy(tmp_path: Path, folder: Path, clusters: bool) -
         tokens += ids.tolist()
         hidden = np.array(target.network.body(mx.array([tokens]))[0, -1], np.float64)
         cells = {
-            kind: tuple(
-                np.array(part[0, :, : len(tokens)], np.float64).swapaxes(0, 1) for part in state.caches[i].arrays()
-            )
-            for kind, i in (("sliding_attention", 1), ("full_attention", 2))
+            kind: (rows_of(cache.keys, len(tokens)), rows_of(cache.values, len(tokens)))
+            for kind, cache in zip(("sliding_attention", "full_attention"), state.caches[1:], strict=True)
         }
         anchor, *guesses = rng.integers(0, target.vocab_size, 5).tolist()
 
