@@ -57,6 +57,11 @@ class Ends:
                     expected=(1, len(_PROBE), self.hidden_size),
                 )
 
+    def matrices(self) -> list[mx.array]:
+        """The embedding and the output matrix [V, hidden], those that are stored as plain numbers."""
+        found = [self._embedding, self._module.get("lm_head")]
+        return [module.weight for module in found if module is not None and "scales" not in module]
+
     def embed(self, ids: mx.array) -> mx.array:
         """[..., hidden] what enters layer 0 for these tokens."""
         rows: mx.array = self._embedding(ids)

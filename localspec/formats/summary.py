@@ -279,6 +279,9 @@ def _head_kind(config: Mapping[str, Any], tensors: Mapping[str, object]) -> str 
         return "dspark"
     if any(name.startswith("candidate_selector.") for name in tensors):
         return "dflash2"
+    block = config.get("dflash_config")
+    if isinstance(block, dict) and block.get("causal_head") is True:
+        return "jetspec"
     has_fc = "fc.weight" in tensors or "model.fc.weight" in tensors
     if any(name.startswith("midlayer.") for name in tensors) or (has_fc and "d2t" in tensors):
         return "eagle3"

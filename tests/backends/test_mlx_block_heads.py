@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from localspec.protocols import (
     HostTokens,
     LanguageModel,
     LoadSettings,
+    Rewind,
     Scores,
     Step,
     chain_parents,
@@ -166,7 +168,8 @@ def test_rows_are_those_of_an_independent_forward_pass(tmp_path: Path, folder: P
     spec = sized(SPECS[kind], target)
     head = BACKEND.load_head(write_block_head(tmp_path, spec), target)
     levels = spec.slots - 1 if spec.in_place else spec.slots
-    assert (head.info.kind, head.info.levels, head.info.taps) == (kind.split("-")[0], levels, spec.taps)
+    name = kind.split("-")[0].replace("dflash2", "dflash")  # one drafter runs both
+    assert (head.info.kind, head.info.levels, head.info.taps) == (name, levels, spec.taps)
     assert head.info.confident == bool(spec.confidence) and head.info.one_pass
     module = target.network.module
     ends = [np.array(part.weight) for part in (module.model.embed_tokens, module.lm_head)]
@@ -261,6 +264,69 @@ class TestConformance(HeadConformance):
     def target(self) -> LanguageModel:
         model: LanguageModel = tiny_target(self.path)
         return model
+
+
+@cache
+def replaying() -> Any:
+    """A target with recurrent layers, which runs kept tokens again."""
+    return import_module("scripts.tiny_mlx").open_model("qwen3_next")
+
+
+class TestBesideATargetThatReplays(HeadConformance):
+    """Features are those of the verified pass; replayed tokens are not fed twice."""
+
+    tolerance = 1e-3  # as replays are equal within rounding only
+    num_random_rounds = 20
+    opened: ClassVar[DraftHead]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _file(cls, folder: Path) -> Iterator[None]:
+        target = replaying()
+        assert target.capabilities.rewind is Rewind.REPLAY
+        sizes = (target.ends.hidden_size, target.network.taps.num_layers, target.vocab_size)
+        spec = BlockSpec(markov="rnn", confidence="markov", taps=(-1, 0, sizes[1] - 1), target=sizes)
+        cls.opened = BACKEND.load_head(write_block_head(folder / "replays", spec), target)
+        yield
+        cls.opened.close()
+
+    def head(self) -> DraftHead:
+        return self.opened
+
+    def target(self) -> LanguageModel:
+        model: LanguageModel = replaying()
+        return model
+
+
+@cache
+def batching(folder: Path) -> LanguageModel:
+    """A target whose steps run as one pass."""
+    path = write_safetensors(folder / "batching", architecture="llama", num_layers=4)
+    return BACKEND.load(path, LoadSettings(num_sequences=6, batch=True))
+
+
+class TestBesideATargetThatBatches(HeadConformance):
+    """Each sequence is fed its own rows, and none of the padding."""
+
+    tolerance = 1e-4  # keys are written by passes of other widths, whose last bits differ
+    num_random_rounds = 20
+    path: ClassVar[Path]
+    opened: ClassVar[DraftHead]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _file(cls, folder: Path) -> Iterator[None]:
+        cls.path, target = folder, batching(folder)
+        assert target.capabilities.batches
+        cls.opened = BACKEND.load_head(write_block_head(folder / "batched", sized(SPECS["dspark"], target)), target)
+        yield
+        cls.opened.close()
+
+    def head(self) -> DraftHead:
+        return self.opened
+
+    def target(self) -> LanguageModel:
+        return batching(self.path)
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dspark-speculators", "jetspec", "dflash2"])
@@ -383,6 +449,22 @@ def test_a_head_of_another_target_is_refused(
         BACKEND.load_head(write_block_head(tmp_path, spec), target)
 
 
+def test_copies_of_the_targets_ends_take_no_memory(tmp_path: Path, folder: Path) -> None:
+    """DeepSpec's heads carry both, frozen."""
+    target = tiny_target(folder)
+    module = target.network.module
+    path = write_block_head(tmp_path, sized(SPECS["dspark"], target))
+    own: Any = BACKEND.load_head(path, target)
+    assert own._embedding is not module.model.embed_tokens.weight
+    own.close()
+    ends = {"embed_tokens.weight": module.model.embed_tokens.weight, "lm_head.weight": module.lm_head.weight}
+    changed_tensors(path, lambda w: w.update({name: np.array(array) for name, array in ends.items()}))
+    sharing: Any = BACKEND.load_head(path, target)
+    assert sharing._embedding is module.model.embed_tokens.weight
+    assert sharing._output._weight is module.lm_head.weight
+    sharing.close()
+
+
 def test_a_closed_head_leaves_the_target_as_it_was(tmp_path: Path, folder: Path) -> None:
     """Nothing is wrapped, no sequence is followed, and its states refuse."""
     target = tiny_target(folder)
@@ -390,7 +472,11 @@ def test_a_closed_head_leaves_the_target_as_it_was(tmp_path: Path, folder: Path)
     state = target.open()
     beside = head.open(state)
     assert bool(state.companions)
+    saved = state.save()
     head.close()
+    opened: Any = saved.open()  # it outlives the head
+    assert not opened.companions
+    opened.close()
     assert not state.companions
     assert all(type(layer).__name__ != "Tap" for layer in target.network.module.layers)
     with pytest.raises(ValueError, match="closed"):

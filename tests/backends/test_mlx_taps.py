@@ -27,7 +27,7 @@ def module(name: str) -> Any:
     return import_module(f"{type(BACKEND).__module__.rpartition('.')[0]}.{name}")
 
 
-def recorder(head: object = None, taps: tuple[int, ...] = TAPS) -> Any:
+def recorder(head: Any = None, taps: tuple[int, ...] = TAPS) -> Any:
     """A companion that keeps all it is fed."""
 
     class Recorder(module("companion").Companion):  # type: ignore[misc]
