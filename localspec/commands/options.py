@@ -108,8 +108,8 @@ def draft_options(command: F) -> F:
             show_default=True,
             metavar="NAME[:SETTING=VALUE,...]",
             help="auto, draft_model, cross_tokenizer, suffix, ngram, grammar, nothing, or the kind of a head (dspark, "
-            "dflash, eagle3, medusa, mtp, jetspec, early_exit); e.g. suffix:num=8, draft_model:num=16,shape=tree, or "
-            "draft_model+ngram for both in one tree.",
+            "dflash, dflash2, eagle3, medusa, mtp, jetspec, early_exit); e.g. suffix:num=8, "
+            "draft_model:num=16,shape=tree, or draft_model+ngram for both in one tree.",
         ),
         click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),
         click.option(

@@ -20,7 +20,6 @@ from localspec.loading import bundled_names, resolve_model
 USABLE = 0.75
 """Share of a machine's memory that models may fill: the system needs some, and GPUs of Macs get no more."""
 
-_SAME_DRAFTER = {"dflash2": "dflash"}  # forms of a head that one drafter runs
 _CROSS = "cross_tokenizer"  # the drafter of that name is what makes unlike tokenizers work
 _UNKNOWN_HEAD = (0.1, 2.0)  # share of the target's parameters, and billions at most, where nobody says
 _SLACK = (1.1, 0.5)  # factor, and GB on top: caches of about 4k tokens, buffers, the runtime
@@ -42,8 +41,7 @@ def parse_memory(text: str) -> int:
 
 def missing(pair: KnownPair) -> str:
     """Why this version cannot run the pair; empty if it can. What it can is what it has drafters for."""
-    kind = _SAME_DRAFTER.get(pair.drafter, pair.drafter)
-    needed = _CROSS if pair.tokenizer == "cross" and kind == "draft_model" else kind
+    needed = _CROSS if pair.tokenizer == "cross" and pair.drafter == "draft_model" else pair.drafter
     return "" if needed in DRAFTERS else f"this version has no drafter {needed}"
 
 

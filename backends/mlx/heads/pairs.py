@@ -132,11 +132,6 @@ class PairMemory(Companion):
         """Memory that it takes."""
         return sum(array.nbytes for array in [*self._log.arrays(), *self._cells()])
 
-    @property
-    def first(self) -> int | None:
-        """Position of the first token that it was fed and holds; None where there is none."""
-        return self._log.first if len(self._log) else None
-
     # ------------------------------------------------------------ guesses
 
     @property
@@ -235,12 +230,6 @@ class PairHead(MlxHead[PairMemory]):
 
 class PairHeadState(MlxHeadState[PairMemory]):
     """`protocols.HeadState`. Rows stay on the device, and a chain is guessed without waiting."""
-
-    @property
-    def num_missing(self) -> int:
-        """Of the committed tokens, how many at the beginning it has not seen."""
-        first = self.companion.first
-        return self.state.length if first is None else first
 
     @property
     def room(self) -> int:
