@@ -104,8 +104,10 @@ def named_heads(
     options: dict[str, Any], backend: str, find: Find | None = None, *, offer_pull: bool = False
 ) -> list[str]:
     """The trained heads that are named. find, offer_pull: as in `named_models`."""
+    from localspec.loading import is_early_exit
+
     find = find or partial(_find, offer_pull=offer_pull)
-    return [str(find(text, "head", backend)) for text in options["heads"]]
+    return [text if is_early_exit(text) else str(find(text, "head", backend)) for text in options["heads"]]
 
 
 def _models_of_pair(options: dict[str, Any], find: Find, offer_pull: bool) -> tuple[str, str | None, str]:
