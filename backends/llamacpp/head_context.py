@@ -76,7 +76,8 @@ class HeadContext(native.Context):
         """[T, E] a copy of what the architecture's encoder makes of states [T, width of its input]."""
         size = len(states)
         inputs = np.ascontiguousarray(states)
-        positions = np.zeros(size * self._sections, np.int32)
+        first = int(self._lib.llama_memory_seq_pos_max(self._memory, 0)) + 1  # of no use, and checked
+        positions = np.tile(np.arange(first, first + size, dtype=np.int32), self._sections)
         batch = self._batch_over(embd=inputs, pos=positions)
         self._outputs[:size] = 1
         self._fill_ids(0, size)

@@ -7,6 +7,7 @@ MTP       layers inside the target's own file      step_head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,12 +35,19 @@ from .head_context import HeadContext, parameters
 from .memory import Memory
 from .model import LlamaModel
 from .state import LlamaState
+from .step_head import StepHead
 from .taps import Features, Taps
 from .weights import Weights
 
 _BATCH = 64
 """Tokens of a pass. llama.cpp makes room for as many rows of logits, so it is no larger."""
 
+_STEP_IDS = 34  # leaves of a tree of guesses, and one that carries cells
+_STEPS: dict[str, int] = {"batch": _BATCH, "outputs": _BATCH, "ids": _STEP_IDS, "slack": 2 * _BATCH}
+_EAGLE3_TAPS = 3
+_CONTEXT_OF_MTP = 1  # LLAMA_CONTEXT_TYPE_MTP
+_BEHIND_THE_NORM = -2  # in `HeadInfo.taps`: what the target's own output matrix reads
+_MTP = frozenset({"qwen3next", "qwen35", "qwen35moe"})
 _NUM_IDS = 2  # a sequence's own, and one that carries cells when they are copied
 _MAX_BLOCK = 64
 _STEP = 256  # cells are made in this step
@@ -107,8 +115,14 @@ def load_head(path: Path, target: LanguageModel) -> DraftHead:
         raise BackendError("this target has a head already", fix="Close that one first.")
     if file.architecture == "dflash":
         return _load_block(file, target)
+    if file.architecture == "eagle3":
+        return _load_eagle3(file, target)
+    if path.resolve() == target.info.path.resolve():
+        return _load_mtp(file, target)
     raise UnsupportedModelError(
-        "the llamacpp backend does not run such a head", got=file.architecture or "no architecture", expected="dflash"
+        "the llamacpp backend does not run such a head",
+        got=file.architecture or "no architecture",
+        expected="dflash, eagle3, or the target's own file for the MTP layer in it",
     )
 
 
@@ -154,12 +168,13 @@ def _open_weights(file: HeadFile, target: LlamaModel) -> Weights:
 
 def _contexts(
     weights: Weights, target: LlamaModel, width: int, *, batch: int, outputs: int, ids: int, slack: int,
-    set_up: Callable[[HeadContext], None],
+    set_up: Callable[[HeadContext], None], kind: int = 0,
 ) -> Memory:  # fmt: skip
-    """A memory of contexts for the head. slack: cells beyond the target's context.  set_up: of each context."""
+    """A memory of contexts for the head. slack: cells beyond the target's context.  set_up: of each context.  kind:
+    llama.cpp's, of a context."""
     cells = -(-(target.info.context_length + slack) // _STEP) * _STEP
     params = parameters(cells, batch=batch, outputs=outputs, ids=ids, options=dict(target.info.options))
-    params.ctx_other = target.memory.context.handle
+    params.ctx_other, params.ctx_type = target.memory.context.handle, kind
     window = max(0, weights.number("n_swa"))
 
     def make_context() -> native.Context:
@@ -224,6 +239,10 @@ def _load_block(file: HeadFile, target: LlamaModel) -> BlockHead:
 
 def _close(target: LlamaModel, weights: Weights) -> None:
     weights.close()
+    _untap(target)
+
+
+def _untap(target: LlamaModel) -> None:
     if not target.memory.context.is_closed:
         target.memory.tap(None)
 
@@ -238,7 +257,9 @@ def _notes(file: HeadFile, target: LlamaModel) -> tuple[str, ...]:
 def _kind(file: HeadFile, block: Block, causal: bool) -> str:
     if "markov_w1.weight" in file.header.tensors:
         return "dspark"
-    return "jetspec" if causal and "selector_hidden.weight" not in file.header.tensors else "dflash"
+    if "selector_hidden.weight" in file.header.tensors:
+        return "dflash2"
+    return "jetspec" if causal else "dflash"
 
 
 def _block(file: HeadFile, target: LlamaModel, hidden: int) -> Block:
@@ -329,3 +350,89 @@ def _confidence(file: HeadFile, hidden: int, num_tokens: int) -> Confidence | No
         raise HeadFileError(f"conf_proj.weight of {file.path.name} has another size", got=len(weight))
     bias = head_tables.vector(file.path, file.header, "conf_proj.bias")
     return Confidence(weight, 0.0 if bias is None else float(bias[0]), w1)
+
+
+# ---------------------------------------------------------------- heads that guess step by step
+
+
+def _load_eagle3(file: HeadFile, target: LlamaModel) -> StepHead:
+    taps = Taps(file.layers(), False, target.weights.number("n_embd"))
+    if len(taps.layers) != _EAGLE3_TAPS or file.number("block_count") != 1:
+        raise UnsupportedModelError(
+            "llama.cpp runs EAGLE-3 heads with three taps and one layer only",
+            got=f"{len(taps.layers)} taps, {file.number('block_count')} layers",
+        )
+    taps.check(target.info.architecture, target.weights.number("n_layer"))
+    if file.number("target_hidden_size") != taps.hidden:
+        raise PairMismatchError(
+            "the head was trained for another target: its hidden size differs",
+            got=file.number("target_hidden_size"),
+            expected=taps.hidden,
+            fix="Give the model that the head was trained for.",
+        )
+    hidden = file.number("embedding_length")
+    _check_width(file, taps, hidden)
+    _check_vocabulary(file, target)
+    _check_outputs(file, target, hidden)
+    if "token_embd.weight" not in file.header.tensors and hidden != taps.hidden:
+        raise HeadFileError(
+            f"{file.path.name} is not as wide as its target and lacks a tensor", got="token_embd.weight"
+        )
+    weights = _open_weights(file, target)
+    try:
+        memory = _contexts(weights, target, hidden, set_up=_give_states, **_STEPS)
+    except BaseException:
+        weights.close()
+        raise
+    info = _step_info(file, target, "eagle3", weights.number("n_params"), tuple(layer - 1 for layer in taps.layers))
+    target.memory.tap(taps)
+    return StepHead(info, _encoded, target.memory, memory, taps.width, partial(_close, target, weights))
+
+
+def _load_mtp(file: HeadFile, target: LlamaModel) -> StepHead:
+    """The layer behind the last one of the target's own file, which was loaded with it."""
+    number = file.number("nextn_predict_layers", 0)
+    if not number:
+        raise UnsupportedModelError("the file is a whole model and has no MTP layer in it", got=file.path.name)
+    if file.architecture not in _MTP or number != 1:
+        raise UnsupportedModelError(
+            "MTP layers of this kind were not tried, and llama.cpp may end the process over them",
+            got=f"{number} of {file.architecture}",
+            expected=f"one, of {', '.join(sorted(_MTP))}",
+        )
+    layer = target.weights.number("n_layer")
+    for name in ("eh_proj", "enorm", "hnorm"):
+        if f"blk.{layer}.nextn.{name}.weight" not in file.header.tensors:
+            raise HeadFileError(f"the MTP layer of {file.path.name} lacks a tensor", got=f"blk.{layer}.nextn.{name}")
+    hidden = target.weights.number("n_embd")
+    taps = Taps((), True, hidden)
+    taps.check(target.info.architecture, layer)
+    memory = _contexts(target.weights, target, hidden, set_up=_give_states, kind=_CONTEXT_OF_MTP, **_STEPS)
+    sizes = [math.prod(one.shape) for one in file.header.tensors.values() if one.name.startswith(f"blk.{layer}.")]
+    info = _step_info(file, target, "mtp", sum(sizes), (_BEHIND_THE_NORM,))
+    target.memory.tap(taps)
+    return StepHead(info, _as_they_are, target.memory, memory, taps.width, partial(_untap, target))
+
+
+def _give_states(context: HeadContext) -> None:
+    context.give_states(masked=True)
+
+
+def _encoded(context: HeadContext, features: Features) -> Features:
+    return context.encode_states(features)
+
+
+def _as_they_are(context: HeadContext, features: Features) -> Features:
+    return features
+
+
+def _step_info(file: HeadFile, target: LlamaModel, kind: str, num_parameters: int, taps: tuple[int, ...]) -> HeadInfo:
+    return HeadInfo(
+        name=str(file.header.metadata.get("general.name") or file.path.stem),
+        path=file.path,
+        kind=kind,
+        num_parameters=num_parameters,
+        taps=taps,
+        host_scores=True,
+        notes=_notes(file, target),
+    )

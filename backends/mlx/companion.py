@@ -15,12 +15,14 @@ from .taps import Record
 class Companion(ABC):
     """One head's memory of one sequence: part of the target's state, and treated like it.
 
-    head: whose it is.  taps: what `feed` is given, in this order.
+    head: whose it is.  taps: what `feed` is given, in this order.  num_missing: tokens that were committed before it
+    was there; kept up by whoever holds it.
     """
 
     def __init__(self, head: object, taps: Sequence[int]) -> None:
         self.head = head
         self.taps = tuple(taps)
+        self.num_missing = 0
 
     @abstractmethod
     def feed(self, tokens: mx.array, features: mx.array, start: int) -> None:
@@ -112,12 +114,16 @@ class Companions:
         """Drop what is pending, and what was committed from `length` on."""
         self._segments = []
         for member in self._members:
+            member.num_missing = min(member.num_missing, length)
             member.truncate(length)
 
     def copy(self) -> Companions:
         """For a copy of the sequence; nothing is pending."""
         other = Companions()
-        other._members = [member.copy() for member in self._members]
+        for member in self._members:
+            copied = member.copy()
+            copied.num_missing = member.num_missing
+            other._members.append(copied)
         return other
 
     def arrays(self) -> list[mx.array]:

@@ -35,6 +35,7 @@ __all__ = [
     "Nothing",
     "Suffix",
     "check_settings",
+    "find_head",
     "make_drafter",
 ]
 

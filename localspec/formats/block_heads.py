@@ -62,18 +62,13 @@ class _Reader:
         backbone = self._backbone()
         vocab = self._shape.size("vocab_size", least=1)
         taps, num_target_layers = self._taps(backbone), settings.size("num_target_layers", 0) or None
-        fc = self._files.shape(f"{self._prefix}fc.weight")
-        if not taps or fc[1] % len(taps):
-            raise HeadFileError(
-                f"tensor {self._prefix}fc.weight does not fit the taps", got=fc, expected=f"a multiple of {len(taps)}"
-            )
         draft_vocab = settings.size("draft_vocab_size", vocab, least=1, most=vocab)
         return HeadHeader(
             kind=kind,
             layout=layout,
             files=self._files,
             taps=taps,
-            target_hidden=fc[1] // len(taps),
+            target_hidden=settings.size("target_hidden_size", backbone.hidden_size, least=1),
             num_parameters=sum(
                 math.prod(shape) for name, shape in self._files.shapes.items() if name not in ("d2t", "t2d")
             ),

@@ -167,3 +167,72 @@ class BlockReference:
         head = self.head
         both = np.concatenate([hidden[slot + self.first], head["markov_w1.weight"][previous]])
         return float(1 / (1 + np.exp(-(head["conf_proj.weight"][0] @ both + head["conf_proj.bias"][0]))))
+
+
+class StepReference:
+    """EAGLE-3, and the MTP layer of a qwen35 target: the rows behind a text and a path of guesses."""
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self.head = Head(path, target)
+        self.is_mtp = self.head.name != "eagle3"
+        self.layer = self.head.key("block_count") - 1 if self.is_mtp else 0
+        self.num_tokens = len(self.head["token_embd.weight"])
+
+    def rows(self, features: Array, tokens: Sequence[int], guesses: Sequence[int]) -> Array:
+        """[G + 1, V] behind the anchor (the last of `tokens`) and each guess of a chain; features [n, W] of the
+        others. The pairs of committed tokens are (state p, token p + 1)."""
+        states = list(self._encoded(features))
+        inputs, found = list(tokens[1:]), []
+        for number in range(len(guesses) + 1):
+            hidden, logits = self._layer(np.array(states, np.float32), inputs)
+            found.append(logits)
+            states.append(hidden)
+            inputs += guesses[number : number + 1]
+        return np.array(found)
+
+    def _encoded(self, features: Array) -> Array:
+        head = self.head
+        if self.is_mtp:
+            return features
+        if head.key("norm_before_fc"):
+            features = head.norm(features, "enc.output_norm.weight")
+        return features @ head["fc.weight"].T
+
+    def _layer(self, states: Array, tokens: Sequence[int]) -> tuple[Array, Array]:
+        """([E] the state for the next step, [V] logits) of the last pair."""
+        head, name, count = self.head, f"blk.{self.layer}.", len(tokens)
+        q_heads, kv_heads = head.key("attention.head_count"), head.key("attention.head_count_kv")
+        embedded = head["token_embd.weight"][list(tokens)]
+        if self.is_mtp:
+            e = head.norm(embedded, f"{name}nextn.enorm.weight")
+            c = head.norm(states, f"{name}nextn.hnorm.weight")
+            residual = np.concatenate([e, c], -1) @ head[f"{name}nextn.eh_proj.weight"].T
+            u = head.norm(residual, f"{name}attn_norm.weight")
+        else:
+            c = head.norm(states, f"{name}attn_norm_2.weight")
+            residual = c if head.key("norm_before_residual") else states
+            u = np.concatenate([head.norm(embedded, f"{name}attn_norm.weight"), c], -1)
+        q, k, v = (u @ head[f"{name}attn_{x}.weight"].T for x in "qkv")
+        q, k, v = head.heads(q, q_heads), head.heads(k, kv_heads), head.heads(v, kv_heads)
+        gate = None
+        if self.is_mtp:
+            q, gate = np.split(q, 2, -1)
+            q, k = head.norm(q, f"{name}attn_q_norm.weight"), head.norm(k, f"{name}attn_k_norm.weight")
+        q, k = (head.rope(x, range(count), neighbours=not self.is_mtp) for x in (q, k))
+        out = head.attend(q, k, v, np.tril(np.ones((count, count), bool)))
+        if gate is not None:
+            out = out / (1 + np.exp(-gate.reshape(count, -1)))
+        h = residual + out @ head[f"{name}attn_output.weight"].T
+        h = h + head.feed_forward(head.norm(h, f"{name}{self._norm}.weight"), self.layer)
+        normed = head.norm(h, self._final)
+        logits = head.scattered(normed[-1:] @ head["output.weight"].T, self.num_tokens)[0]
+        return (normed if self.is_mtp else h)[-1], logits
+
+    @property
+    def _norm(self) -> str:
+        return "post_attention_norm" if self.is_mtp else "ffn_norm"
+
+    @property
+    def _final(self) -> str:
+        own = f"blk.{self.layer}.nextn.shared_head_norm.weight"
+        return own if own in self.head else "output_norm.weight"

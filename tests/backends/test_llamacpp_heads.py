@@ -19,15 +19,16 @@ from localspec.loading import get_backend
 from localspec.protocols import DraftHead, HostTokens, LanguageModel, LoadSettings, SequenceState, Step, chain_parents
 from localspec.testing.files import write_gguf
 from localspec.testing.gguf_architectures import write_architecture
-from localspec.testing.gguf_heads import BLOCK_KINDS, write_block_head
+from localspec.testing.gguf_heads import BLOCK_KINDS, write_block_head, write_eagle3_head
 from localspec.types import Logits
-from tests.backends.numpy_heads import BlockReference
+from tests.backends.numpy_heads import BlockReference, StepReference
 
 BACKEND = get_backend("llamacpp")
 pytestmark = pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.cpp: pip install llama-cpp-python")
 
 SETTINGS = LoadSettings(context=256, num_sequences=3, threads=1, extra_buffers=False)
 CLOSE = 2e-3  # rows of float32 files differ by float16 keys and values, in another order
+LOOSE = 5e-3  # where a step's own state goes into the next one
 Features = NDArray[np.float32]
 
 
@@ -174,6 +175,86 @@ def test_a_smaller_vocabulary_is_scattered(kind: str, target_path: Path, tmp_pat
             assert_close(found, reference.row(base, hidden, 1, token))
 
 
+def chain_behind(guesses: Any, anchor: int, tokens: Sequence[int]) -> Logits:
+    """[T + 1, V] rows of a chain of guesses."""
+    rows = [guesses.start(anchor).rows([0])[0].copy()]
+    for number, token in enumerate(tokens):
+        rows.append(guesses.extend(HostTokens(np.array([token], np.int32)), [number - 1]).rows([0])[0].copy())
+    return np.array(rows)
+
+
+EAGLES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "normed": {"norm_before_residual": True, "norm_before_fc": True},
+    "own tokens": {"own_tokens": [*range(3, 200, 3), 210]},
+}
+
+
+@pytest.mark.parametrize("variant", EAGLES)
+def test_eagle3_rows_are_those_of_plain_numpy(variant: str, target_path: Path, tmp_path: Path) -> None:
+    """A chain, then a tree level by level, each node against a chain of numpy's."""
+    path = write_eagle3_head(tmp_path / "head.gguf", target_path, **EAGLES[variant])
+    reference, text, anchor = StepReference(path, target_path), ids(80), 40
+    with loaded(target_path, path) as (model, head):
+        assert head.info.kind == "eagle3" and head.info.levels is None and not head.info.one_pass and head.info.trees
+        state = model.open()
+        guesses = head.open(state)
+        commit(model, state, text[:67])
+        commit(model, state, text[67:])
+        features = features_of(model, head, text)
+        assert_close(chain_behind(guesses, anchor, [9, 33]), reference.rows(features, [*text, anchor], [9, 33]))
+        assert_tree_is_right(guesses, reference, features, [*text, anchor])
+        assert guesses.confidence() is None
+
+
+def test_mtp_rows_are_those_of_plain_numpy(tmp_path: Path) -> None:
+    path = write_architecture(tmp_path / "target.gguf", "qwen35", mtp=True)
+    reference, text, anchor = StepReference(path, path), ids(70), 40
+    with loaded(path, path) as (model, head):
+        assert head.info.kind == "mtp" and head.info.taps == (-2,) and head.info.num_parameters > 0
+        state = model.open()
+        guesses = head.open(state)
+        commit(model, state, text[:11])
+        commit(model, state, text[11:])
+        features = features_of(model, head, text)
+        want = reference.rows(features, [*text, anchor], [9, 33])
+        assert_close(chain_behind(guesses, anchor, [9, 33]), want, LOOSE)
+        assert_tree_is_right(guesses, reference, features, [*text, anchor])
+
+
+@pytest.mark.parametrize("name", ["qwen3next", "qwen35moe"])
+def test_mtp_layers_of_experts_run(name: str, tmp_path: Path) -> None:
+    """Without a reference of their experts: what they guess depends on the text and on the path, and only on them."""
+    path = write_architecture(tmp_path / "target.gguf", name, mtp=True)
+    with loaded(path, path) as (model, head):
+        found = []
+        for text, guess in ((ids(20), 9), (ids(20), 9), (ids(20), 10), ([5, *ids(19)], 9)):
+            state = model.open()
+            guesses = head.open(state)
+            commit(model, state, text)
+            found.append(chain_behind(guesses, 40, [guess]))
+            state.close()
+    assert np.array_equal(found[0], found[1]) and np.isfinite(found[0]).all()
+    assert np.array_equal(found[0][0], found[2][0]) and not np.allclose(found[0][1], found[2][1], atol=0.1)
+    assert not np.allclose(found[0][0], found[3][0], atol=0.1)
+
+
+def assert_tree_is_right(guesses: Any, reference: StepReference, features: Features, tokens: Sequence[int]) -> None:
+    first = guesses.start(tokens[-1]).rows([0]).copy()
+    level = guesses.extend(HostTokens(np.array([7, 50, 90], np.int32)), [-1, -1, -1]).rows([0, 1, 2]).copy()
+    below = guesses.extend(HostTokens(np.array([8, 9, 60, 61], np.int32)), [1, 1, 0, 2]).rows([0, 1, 2, 3]).copy()
+    deepest = guesses.extend(HostTokens(np.array([30], np.int32)), [4]).rows([0]).copy()
+    for got, path in (
+        (first[0], []),
+        (level[1], [50]),
+        (below[0], [50, 8]),
+        (below[2], [7, 60]),
+        (below[3], [90, 61]),
+        (deepest[0], [50, 9, 30]),
+    ):
+        assert_close(got, reference.rows(features, tokens, path)[-1], LOOSE)
+
+
 # ---------------------------------------------------------------- what a head is told
 
 
@@ -252,10 +333,16 @@ def behind(guesses: Any, anchor: int = 40) -> Logits:
     return np.array(rows)
 
 
-@pytest.mark.parametrize("kind", ["dspark", "jetspec"])
+def write_head(path: Path, target: Path, kind: str) -> Path:
+    if kind == "eagle3":
+        return write_eagle3_head(path, target)
+    return write_block_head(path, target, kind=kind)
+
+
+@pytest.mark.parametrize("kind", ["dspark", "jetspec", "eagle3"])
 def test_memory_follows_the_sequence(kind: str, target_path: Path, tmp_path: Path) -> None:
     """Kept branches, truncation, forks and saved states: each time as if the text had been read in one go."""
-    path = write_block_head(tmp_path / "head.gguf", target_path, kind=kind)
+    path = write_head(tmp_path / "head.gguf", target_path, kind)
     with loaded(target_path, path) as (model, head):
         text = ids(100)
 
@@ -295,8 +382,9 @@ def test_memory_follows_the_sequence(kind: str, target_path: Path, tmp_path: Pat
         back.close()
 
 
-def test_a_copy_is_the_same_to_the_last_bit(target_path: Path, tmp_path: Path) -> None:
-    path = write_block_head(tmp_path / "head.gguf", target_path)
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_a_copy_is_the_same_to_the_last_bit(kind: str, target_path: Path, tmp_path: Path) -> None:
+    path = write_head(tmp_path / "head.gguf", target_path, kind)
     with loaded(target_path, path) as (model, head):
         state = model.open()
         guesses = head.open(state)
@@ -330,8 +418,34 @@ def test_a_head_that_comes_late_sees_less(target_path: Path, tmp_path: Path) -> 
         assert_close(guesses.start(40).rows([0])[0], reference.row(base, hidden, 0, 40))
 
 
-def test_closing_ends_the_feeding(target_path: Path, tmp_path: Path) -> None:
-    path = write_block_head(tmp_path / "head.gguf", target_path)
+def test_a_late_eagle3_head_and_one_that_is_cut_far_back(target_path: Path, tmp_path: Path) -> None:
+    """Of the pair at a cut beyond what is remembered the token is the old one; everything else is exact."""
+    path = write_eagle3_head(tmp_path / "head.gguf", target_path)
+    reference, text = StepReference(path, target_path), ids(120)
+    with loaded(target_path, path) as (model, head):
+        state = model.open()
+        commit(model, state, text[:10])
+        guesses = head.open(state)
+        assert guesses.start(40).num_rows == 1
+        commit(model, state, text[10:])
+        features = features_of(model, head, text)
+        want = reference.rows(features[10:], [*text[10:], 40], [9])
+        assert_close(chain_behind(guesses, 40, [9]), want)
+        state.truncate(100)
+        assert_close(chain_behind(guesses, 40, [9]), reference.rows(features[10:100], [*text[10:100], 40], [9]))
+        state.truncate(20)
+        commit(model, state, [5, 6, 7])
+        other = features_of(model, head, [*text[:20], 5, 6, 7])
+        got, kept = chain_behind(guesses, 40, [9]), [*text[10:21], 6, 7, 40]  # text[20] where 5 is
+        assert_close(got, reference.rows(other[10:], kept, [9]))
+        state.truncate(0)
+        commit(model, state, text[:4])
+        assert_close(chain_behind(guesses, 40, [9]), reference.rows(features[:4], [*text[:4], 40], [9]))
+
+
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_closing_ends_the_feeding(kind: str, target_path: Path, tmp_path: Path) -> None:
+    path = write_head(tmp_path / "head.gguf", target_path, kind)
     with loaded(target_path, path) as (model, head):
         states = [model.open() for _ in range(3)]
         for state in states:
@@ -423,6 +537,17 @@ WRONG: dict[str, tuple[type[FailureError] | type[PairMismatchError], str, Spoil]
         "fc.weight",
         lambda path, target: write_block_head(path, target, change={"target_layers": [1, 2, 3]}),
     ),
+    "EAGLE-3 with four taps": (
+        UnsupportedModelError,
+        "three taps",
+        lambda path, target: write_eagle3_head(path, target, taps=[0, 1, 2, 3]),
+    ),
+    "EAGLE-3 for another target": (
+        PairMismatchError,
+        "hidden size",
+        lambda path, target: write_eagle3_head(path, target, change={"target_hidden_size": 32}),
+    ),
+    "a target without an MTP layer": (UnsupportedModelError, "no MTP layer", lambda path, target: target),
     "a whole model": (UnsupportedModelError, "such a head", lambda path, target: write_gguf(path)),
     "no file": (FailureError, "no such file", lambda path, target: target.with_name("nothing")),
     "a folder": (HeadFileError, "localspec convert", lambda path, target: path.parent),

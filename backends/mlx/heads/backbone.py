@@ -16,7 +16,7 @@ from localspec.formats.head import Backbone, HeadHeader
 from localspec.types import Positions
 
 from .convolution import Convolution
-from .weights import Norm, Weights, gelu_gated, silu_gated
+from .tensors import Norm, Weights, gelu_gated, silu_gated
 
 
 class BlockAttention:

@@ -47,6 +47,7 @@ class MlxHead(ABC, Generic[C]):
         found = state.companions.of(self)
         companion = self.new_companion() if found is None else cast("C", found)
         if found is None:
+            companion.num_missing = state.length
             state.companions.add(companion)
         return self.new_state(state, companion)
 
@@ -76,6 +77,11 @@ class MlxHeadState(ABC, Generic[C]):
         if self._closed or self.head._closed:
             raise ValueError("this head is closed")
         self.state.check_open()
+
+    @property
+    def num_missing(self) -> int:
+        """Of the committed tokens, how many at the beginning the head has not seen."""
+        return self.companion.num_missing
 
     def close(self) -> None:
         """Forget the guesses, and feed no more."""

@@ -27,7 +27,7 @@ from .backbone import BlockBackbone
 from .base import MlxHead, MlxHeadState
 from .markov import Markov
 from .selector import Selector
-from .weights import Weights
+from .tensors import Weights
 
 _MOST_GUESSES = 4096  # fed to one start; each keeps a few numbers only
 
@@ -86,7 +86,7 @@ class BlockHead(MlxHead["BlockCompanion"]):
         self.selector = Selector(details, weights) if details.selector is not None else None
         name = f"{details.logits_prefix}confidence_head.proj"
         self._confidence = weights.linear(name) if details.confidence else None
-        self._places = None if header.draft_vocab is None else _places(weights.take("d2t"), target.vocab_size)
+        self._places = None if header.draft_vocab is None else _places(weights, target.vocab_size)
         super().__init__(
             HeadInfo(
                 name=header.path.resolve().name,
@@ -267,15 +267,17 @@ class BlockHeadState(MlxHeadState[BlockCompanion]):
         return cast("Scores", DeviceScores(head.spread(logits), head.target.ledger))
 
 
-def _places(d2t: mx.array, vocab_size: int) -> mx.array:
-    """[V] the draft id of each token of the target, one behind the last for those that have none. `d2t` [Vd] is what is
-    added to a draft id. Raises HeadFileError."""
-    offsets = np.array(d2t.astype(mx.int64))
+def _places(weights: Weights, vocab_size: int) -> mx.array:
+    """[V] the draft id of each token of the target, one behind the last for those that have none. d2t [Vd] is what is
+    added to a draft id, t2d [V] true for those that are one. Raises HeadFileError."""
+    offsets = np.array(weights.take("d2t").astype(mx.int64))
     ids = np.arange(len(offsets)) + offsets
     if len(np.unique(ids)) != len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
         raise HeadFileError(
             "tensor d2t names tokens twice, or tokens that the target lacks", expected=f"0..{vocab_size - 1}"
         )
+    if not np.array_equal(np.flatnonzero(np.array(weights.take("t2d"))), np.sort(ids)):
+        raise HeadFileError("tensors d2t and t2d name different tokens")
     places = np.full(vocab_size, len(ids), np.int32)
     places[ids] = np.arange(len(ids))
     return mx.array(places)

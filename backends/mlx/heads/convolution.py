@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .weights import Weights
+from .tensors import Weights
 
 
 class Convolution:

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from localspec.formats.block_tensors import BlockDetails
 
-from .weights import Weights
+from .tensors import Weights
 
 
 class Selector:
