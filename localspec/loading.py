@@ -71,6 +71,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 BUNDLED = "tiny"
 """Name of the pair that comes with localspec."""
 
+EARLY_EXIT = "early_exit"
+"""In the place of a head's path: the target's own first layers; with how many of them, `early_exit:layers=N`."""
+
 TARGET, DRAFT, HEAD = "target", "draft model", "head"
 """Roles of the parts of a memory plan."""
 
@@ -448,7 +451,9 @@ def open_pair(
         named: Path | None = make_copy(target_path, choose_backend(backend, target_path), draft)
     else:
         named = None if draft is None else resolve_model(draft, "draft")
-    draft_path, head_paths = sort_out(named, [resolve_model(head, HEAD) for head in heads])
+    exits = [exit_layers(head) for head in heads if is_early_exit(head)]
+    files = [resolve_model(head, HEAD) for head in heads if not is_early_exit(head)]
+    draft_path, head_paths = sort_out(named, files)
     parts = plan_parts(target_path, draft_path, backend, head_paths)
     found = check_pair(parts)
     if check_memory:
@@ -471,8 +476,12 @@ def open_pair(
         if use_tuned:
             model.capabilities = replace(model.capabilities, width_class=class_for(model))
         loaded: list[DraftHead] = []
+        runtime = choose_backend(backend, target_path)
         for path in head_paths:
-            loaded.append(choose_backend(backend, target_path).load_head(path, model))
+            loaded.append(runtime.load_head(path, model))
+            opened.callback(loaded[-1].close)
+        for layers in exits:
+            loaded.append(runtime.early_exit(model, layers))
             opened.callback(loaded[-1].close)
         check_kinds(loaded)
         pair = Pair(model, None, found, loaded)
@@ -485,6 +494,22 @@ def open_pair(
                 check_rows(model, pair.draft)
         opened.pop_all()
         return pair
+
+
+def is_early_exit(head: str) -> bool:
+    """Is a part of the target meant? What exists on disk is a path, whatever its name."""
+    return head.partition(":")[0] == EARLY_EXIT and not Path(head).exists()
+
+
+def exit_layers(head: str) -> int | None:
+    """How many layers `early_exit:layers=N` names; None for `early_exit` alone. Raises SettingError."""
+    _, _, setting = head.partition(":")
+    name, _, value = setting.partition("=")
+    if not setting:
+        return None
+    if name != "layers" or not value.isdecimal():
+        raise SettingError("not a head that is known", got=head, expected=f"{EARLY_EXIT}:layers=N")
+    return int(value)
 
 
 def sort_out(draft: Path | None, heads: Sequence[Path]) -> tuple[Path | None, tuple[Path, ...]]:

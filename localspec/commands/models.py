@@ -38,8 +38,7 @@ def open_models(
     settings = load_settings(options, num_sequences=num_sequences, trees=trees, batch=batch)
     named = named_models(options, offer_pull=offer_pull)
     with loading(quiet=quiet) as status:
-        say = _ignore if status is None else status.update
-        draft = _own_copy(named.target, named.draft, named.backend, say=say)
+        draft = _own_copy(named, say=_ignore if status is None else status.update)
         pair = open_pair(
             named.target,
             draft,
@@ -62,15 +61,15 @@ def open_models(
         return pair
 
 
-def _own_copy(target: str | None, draft: str | None, backend: str, say: Callable[[str], None]) -> str | None:
+def _own_copy(named: Named, say: Callable[[str], None]) -> str | None:
     """The draft model's path, where it is a copy of the target, which is made now if it has to be."""
     from localspec.copies import is_self, make_copy
     from localspec.loading import BUNDLED, choose_backend, resolve_model
 
-    if draft is None or not is_self(draft):
-        return draft
-    path = resolve_model(target or BUNDLED, "target")
-    return str(make_copy(path, choose_backend(backend, path), draft, on_progress=say))
+    if named.draft is None or not is_self(named.draft):
+        return named.draft
+    path = resolve_model(named.target or BUNDLED, "target")
+    return str(make_copy(path, choose_backend(named.backend, path), named.draft, on_progress=say))
 
 
 def _ignore(_: str) -> None:
@@ -119,7 +118,9 @@ def named_models(options: dict[str, Any], find: Find | None = None, *, offer_pul
 
 
 def _heads(options: dict[str, Any], backend: str, find: Find) -> tuple[str, ...]:
-    return tuple(str(find(text, "head", backend)) for text in options["heads"])
+    from localspec.loading import is_early_exit
+
+    return tuple(text if is_early_exit(text) else str(find(text, "head", backend)) for text in options["heads"])
 
 
 def _models_of_pair(options: dict[str, Any], find: Find, offer_pull: bool) -> Named:

@@ -67,7 +67,8 @@ def load_options(command: F) -> F:
             "heads",
             multiple=True,
             metavar="MODEL",
-            help="Trained head for the target (DSpark, EAGLE-3, ...). Repeatable, one of a kind.",
+            help="Trained head for the target (DSpark, EAGLE-3, ...), or early_exit[:layers=N]: its own first layers "
+            "(MLX). Repeatable, one of a kind.",
         ),
         click.option("--pair", metavar="NAME[:QUANTISATION]", help="Both from the catalog; see `localspec pairs`."),
         click.option("--task", metavar="NAME", help="With --pair: the drafter that was made for this kind of text."),
