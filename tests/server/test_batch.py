@@ -402,6 +402,37 @@ def test_a_draft_model_does_not_read_again_what_was_kept(target: Watched, how: s
     assert draft.num_open == 0
 
 
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["llamacpp", "mlx"])
+def test_what_real_draft_models_have_read_is_put_back(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not get_backend(backend).is_installed():
+        pytest.skip(f"needs the backend {backend}")
+    starts = [[*range(300, 420)], [*range(900, 1020)]]
+    read = [0]
+    with open_pair(backend=backend, settings=LoadSettings(context=256, num_sequences=2, batch=True)) as tiny:
+        assert tiny.draft is not None
+        forward = tiny.draft.forward
+
+        def counted(steps: Sequence[Step]) -> list[Scores]:
+            read[0] += sum(step.num_tokens for step in steps)
+            return forward(steps)
+
+        monkeypatch.setattr(tiny.draft, "forward", counted)
+        with Batch(tiny, BatchSettings(parallel=1)) as batch:
+            answers = []
+            for turn, more in enumerate(([], [], [7, 8], [7, 8])):
+                before = read[0]
+                params = SamplingParams(temperature=0.8, seed=turn, max_tokens=4)
+                how = Speculation.parse("draft_model:num=2")
+                asked = Request(tokens=[*starts[turn % 2], *more], params=params, speculation=how)
+                answers.append((asked, batch.submit(asked).result()))
+                assert read[0] - before < 20 if more else read[0] - before >= 119
+        with tiny.session("nothing", exact="class") as session:
+            for asked, answer in answers:
+                assert answer.tokens == session.generate(asked.tokens, asked.params).tokens
+
+
 # ---------------------------------------------------------------- the end
 
 
