@@ -377,11 +377,11 @@ class Tokenizer(Protocol):
 class HeadInfo:
     """What a loaded head is, for people, for statistics and for whoever grows trees with it.
 
-    kind: dspark, dflash, eagle3, medusa, mtp, jetspec, early_exit; also the name of its drafter.  taps: layers of the
-    target whose output it reads, -1 for the embedding.  levels: most levels below the anchor that it can guess; None:
-    any number.  one_pass: `start` does the work of all levels, and `extend` costs next to nothing; otherwise each level
-    is a pass of its own.  confident: it says how sure it is (`HeadState.confidence`).  trees: may a guess have two
-    children?  host_scores: as in `Capabilities`.
+    kind: dspark, dflash, dflash2, eagle3, medusa, mtp, jetspec, early_exit; also the name of its drafter.  taps: layers
+    of the target whose output it reads, -1 for the embedding.  levels: most levels below the anchor that it can guess;
+    None: any number.  one_pass: `start` does the work of all levels, and `extend` costs next to nothing; otherwise each
+    level is a pass of its own.  confident: it says how sure it is (`HeadState.confidence`).  trees: may a guess have
+    two children?  host_scores: as in `Capabilities`.
     """
 
     name: str

@@ -18,7 +18,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from localspec.drafters import DrafterSpec, Nothing
+from localspec.drafters import KINDS, DrafterSpec, Nothing
 from localspec.engine.answer import Generation
 from localspec.engine.chat import Chat
 from localspec.engine.session import Progress, Stream
@@ -497,3 +497,5 @@ def print_doctor(report: Report) -> None:
             console.print(f"  note: {note}")
     console.print("\nbundled pair: " + report.bundled)
     console.print("chat uses: " + report.choice)
+    console.print("drafters: " + ", ".join(name for name in report.drafters if name not in KINDS))
+    console.print("with a trained head of that kind (--head): " + ", ".join(KINDS))

@@ -72,7 +72,9 @@ def load_block(file: HeadFile, target: LlamaModel) -> BlockHead:
 def _kind(file: HeadFile, block: Block, causal: bool) -> str:
     if "markov_w1.weight" in file.header.tensors:
         return "dspark"
-    return "jetspec" if causal and "selector_hidden.weight" not in file.header.tensors else "dflash"
+    if "selector_hidden.weight" in file.header.tensors:
+        return "dflash2"
+    return "jetspec" if causal else "dflash"
 
 
 def _block(file: HeadFile, target: LlamaModel, hidden: int) -> Block:

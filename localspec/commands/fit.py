@@ -64,16 +64,17 @@ def fit(
         name, pair = None, name
     if pair is None and catalog is not None and name is not None:
         raise SettingError("--catalog only says where pairs are looked for", got=name, expected="a pair's name")
-    options = {"target": name, "draft": draft, "pair": pair, "catalog": catalog, "backend": backend}
+    options = {"target": name, "draft": draft, "heads": heads, "pair": pair, "catalog": catalog, "backend": backend}
+    options["task"] = None
     with tempfile.TemporaryDirectory(prefix="localspec-") as folder:
         find = partial(_find, Path(folder))
-        target, helper, backend = named_models(options, find)
+        named = named_models(options, find)
         found = examine(
-            target,
-            helper,
-            heads=[find(text, "head", backend) for text in heads],
+            named.target,
+            named.draft,
+            heads=named.heads,
             context=context,
-            backend=backend,
+            backend=named.backend,
             settings=LoadSettings(trees=trees),
             num_sequences=conversations,
         )

@@ -69,6 +69,7 @@ def load_options(command: F) -> F:
             help="Trained head for the target (DSpark, EAGLE-3, ...). Repeatable, one of a kind.",
         ),
         click.option("--pair", metavar="NAME[:QUANTISATION]", help="Both from the catalog; see `localspec pairs`."),
+        click.option("--task", metavar="NAME", help="With --pair: the drafter that was made for this kind of text."),
         catalog_option,
         click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, llamacpp or mlx."),
         click.option(
@@ -106,8 +107,8 @@ def draft_options(command: F) -> F:
             show_default=True,
             metavar="NAME[:SETTING=VALUE,...]",
             help="auto, draft_model, cross_tokenizer, ngram, grammar, nothing, or the kind of a head (dspark, dflash, "
-            "eagle3, medusa, mtp, jetspec, early_exit); e.g. ngram:max=4,num=8, draft_model:num=16,shape=tree, or "
-            "draft_model+ngram for both in one tree.",
+            "dflash2, eagle3, medusa, mtp, jetspec, early_exit); e.g. ngram:max=4,num=8, "
+            "draft_model:num=16,shape=tree, or draft_model+ngram for both in one tree.",
         ),
         click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),
         click.option(

@@ -11,7 +11,7 @@ from localspec.errors import SettingError
 from localspec.protocols import DraftHead, HeadInfo, HeadState, Scores, SequenceState, Tokens
 from localspec.types import Probabilities
 
-KINDS = ("dspark", "dflash", "eagle3", "medusa", "mtp", "jetspec", "early_exit")
+KINDS = ("dspark", "dflash", "dflash2", "eagle3", "medusa", "mtp", "jetspec", "early_exit")
 """What heads there are, by the name of their drafter (`HeadInfo.kind`)."""
 
 
