@@ -72,7 +72,9 @@ class Markov:
     def differences(self, was: Sequence[int], now: Sequence[int]) -> Logits:
         """[N, Vd] what other guesses before add to N rows."""
         both = self.w1.rows([*was, *now])
-        changes = (both[len(was) :] - both[: len(was)]) @ self.w2.whole.T
+        codes, table = both[len(was) :] - both[: len(was)], self.w2.whole
+        # one row is bound by memory, and BLAS's threads would wait for those of other work: 12 ms for 0.1 ms of it
+        changes = np.einsum("vr,r->v", table, codes[0])[None] if len(codes) == 1 else codes @ table.T
         return changes.astype(np.float32, copy=False)
 
 

@@ -227,6 +227,20 @@ def test_rows_are_those_of_plain_numpy(kind: str, own_embedding: bool, target_pa
             guesses.extend(HostTokens(np.array([5], np.int32)), [4 + len(deepest)])
 
 
+def test_a_block_that_begins_at_the_anchor_without_a_markov_part(target_path: Path, tmp_path: Path) -> None:
+    """DeepSpec's own DFlash heads: as many guesses as slots."""
+    path = write_block_head(tmp_path / "head.gguf", target_path, kind="dflash", change={"sample_from_anchor": True})
+    reference, text = BlockReference(path, target_path), ids(12)
+    with loaded(target_path, path) as (model, head):
+        assert head.info.kind == "dflash" and head.info.levels == 5
+        state = model.open()
+        guesses = head.open(state)
+        commit(model, state, text)
+        base, hidden = reference.base(features_of(model, head, text), 9)
+        want = [reference.row(base, hidden, slot, 0) for slot in range(3)]
+        assert_close(chain_behind(guesses, 9, [4, 5]), np.array(want))
+
+
 @pytest.mark.parametrize("kind", ["dspark", "dflash"])
 def test_a_smaller_vocabulary_is_scattered(kind: str, target_path: Path, tmp_path: Path) -> None:
     own = [*range(5, 60, 3), 200, 210]
