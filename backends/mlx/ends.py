@@ -20,7 +20,7 @@ _PROBE = (0, 1)
 
 
 class Ends:
-    """Both ends of a network, checked by a pass of two tokens. `hidden_size` is that of its layers.
+    """Both ends of a network, checked by a pass of two tokens. `hidden_size` is that of its layers, `vocab_size` V.
 
     Raises UnsupportedModelError where either cannot be told apart from the rest, or where a model does more with them
     than a head could.
@@ -33,6 +33,7 @@ class Ends:
         if body is None:
             raise UnsupportedModelError("the part of this target before its output matrix cannot be told apart")
         record = self._recorded((EMBEDDING, FINAL))
+        self.vocab_size = network.vocab_size
         self.hidden_size = int(record[FINAL].shape[-1])
         self._embedding = _embedding(body)
         self._scale = self._measured_scale(record[EMBEDDING])
