@@ -7,7 +7,7 @@ from typing import Self
 
 import mlx.core as mx
 
-from ..companion import Companion
+from ..companion import Companion, Owner
 
 
 class FeatureLog:
@@ -65,7 +65,7 @@ class FeatureLog:
 class LastHidden(Companion):
     """The last hidden states of committed tokens; only the newest one is ever read."""
 
-    def __init__(self, head: object, taps: Sequence[int]) -> None:
+    def __init__(self, head: Owner | None, taps: Sequence[int]) -> None:
         super().__init__(head, taps)
         self.log = FeatureLog(0)
 

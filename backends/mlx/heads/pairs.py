@@ -17,7 +17,7 @@ from localspec.protocols import HeadInfo, HeadState, Scores, Tokens
 from localspec.types import NodeIndices
 
 from ..cache import Pass
-from ..companion import Companion
+from ..companion import Companion, Owner
 from ..layout import Layout, chain
 from ..memory import copied, rows_in
 from ..model import MlxModel
@@ -70,7 +70,7 @@ class PairMemory(Companion):
     """The pairs of one sequence, and the guesses since `start`. Positions are counted from the first pair: rotary
     embeddings turn by differences only."""
 
-    def __init__(self, head: object, taps: Sequence[int], network: PairNetwork) -> None:
+    def __init__(self, head: Owner | None, taps: Sequence[int], network: PairNetwork) -> None:
         super().__init__(head, taps)
         self._network = network
         self._log = FeatureLog(0)
