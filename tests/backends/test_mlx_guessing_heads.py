@@ -341,6 +341,17 @@ def test_a_head_without_an_embedding_takes_a_quantised_targets(tmp_path: Path) -
     target.close()
 
 
+def test_copies_of_the_targets_ends_are_not_kept(tmp_path: Path, folder: Path) -> None:
+    target: Any = tiny_target(folder)
+    write_eagle3(tmp_path, "specforge", target=sizes(target))
+    embedding, output = (np.array(matrix) for matrix in target.ends.matrices())
+    change_tensors(tmp_path, lambda w: w.update({"embed_tokens.weight": embedding, "lm_head.weight": output}))
+    head: Any = BACKEND.load_head(tmp_path, target)
+    assert head._network.module.embed_tokens.weight is target.network.body.embed_tokens.weight
+    assert head._network.module.lm_head.weight is target.network.module.lm_head.weight
+    head.close()
+
+
 def test_a_model_is_no_head(folder: Path) -> None:
     target = tiny_target(folder)
     assert read_head_header(folder / "target") is None

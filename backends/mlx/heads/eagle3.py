@@ -23,7 +23,7 @@ from ..grafts import place_positions
 from ..model import MlxModel
 from .borrowed import Borrowed
 from .pairs import PairHead
-from .parameters import head_info, read_tensors, take_weights
+from .parameters import head_info, read_tensors, share, take_weights
 
 
 class _Attention(nn.Module):
@@ -218,5 +218,6 @@ def build(header: HeadHeader, target: MlxModel) -> PairHead:
         )
     taps = config.taps(num_layers)
     network = Eagle3(config, read_tensors(header), target.ends)
+    share(network.module, target.ends.matrices())
     target.ends.check_taps(taps)
     return PairHead(head_info(header, network.module, taps), target, network)
