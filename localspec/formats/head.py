@@ -10,6 +10,7 @@ from localspec.errors import HeadFileError, ModelFileError, ModelNotFoundError
 from . import gguf, safetensors
 from .block_heads import read_block_head
 from .eagle3 import read_eagle3_head
+from .gemma_assistant import read_gemma_assistant
 from .head_header import Backbone, HeadFiles, HeadHeader
 from .medusa import read_medusa_head
 from .mtp import read_mtp_head
@@ -21,6 +22,7 @@ _PICKLED = (".pt", ".pth", ".bin", ".pkl")
 _READERS: tuple[Callable[[HeadFiles], HeadHeader | None], ...] = (
     read_block_head,
     read_eagle3_head,
+    read_gemma_assistant,
     read_medusa_head,
     read_mtp_head,
 )

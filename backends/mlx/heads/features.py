@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 import mlx.core as mx
+
+from ..companion import Companion, Owner
 
 
 class FeatureLog:
@@ -55,3 +60,37 @@ class FeatureLog:
     def arrays(self) -> list[mx.array]:
         """Everything that is held."""
         return list(self._parts)
+
+
+class LastHidden(Companion):
+    """The last hidden states of committed tokens; only the newest one is ever read."""
+
+    def __init__(self, head: Owner | None, taps: Sequence[int]) -> None:
+        super().__init__(head, taps)
+        self.log = FeatureLog(0)
+
+    def feed(self, tokens: mx.array, features: mx.array, start: int) -> None:
+        """Hidden states [T, hidden] of the tokens from position `start` on."""
+        if start != self.log.end:
+            self.log = FeatureLog(start)
+        self.log.append(features)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        self.log.truncate(length)
+
+    def copy(self) -> Self:
+        """The same."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other.log = self.log.copy()
+        return other
+
+    def arrays(self) -> list[mx.array]:
+        """What may still have to be computed."""
+        return self.log.arrays()[-1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return sum(array.nbytes for array in self.log.arrays())

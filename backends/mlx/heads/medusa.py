@@ -6,7 +6,7 @@ Source: Cai et al., Medusa (2024); FasterDecoding/Medusa medusa_model.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,13 +16,12 @@ from localspec.formats.head import HeadHeader
 from localspec.formats.medusa import MedusaConfig
 from localspec.protocols import HeadInfo, HeadState, Scores, Tokens
 
-from ..companion import Companion
 from ..model import MlxModel
 from ..scores import DeviceScores
 from ..state import MlxState
 from .base import MlxHead, MlxHeadState
 from .borrowed import Borrowed
-from .features import FeatureLog
+from .features import LastHidden
 from .parameters import head_info, read_tensors, take_weights
 
 _MOST_GUESSES = 512
@@ -101,52 +100,18 @@ def _renamed(config: MedusaConfig, name: str) -> str:
     return f"heads.{head}.blocks.{block}.{'.'.join(rest)}"
 
 
-class MedusaMemory(Companion):
-    """The last hidden states of committed tokens; only the newest one is ever read."""
-
-    def __init__(self, head: object, taps: Sequence[int]) -> None:
-        super().__init__(head, taps)
-        self.log = FeatureLog(0)
-
-    def feed(self, tokens: mx.array, features: mx.array, start: int) -> None:
-        """Hidden states [T, hidden] of the tokens from position `start` on."""
-        if start != self.log.end:
-            self.log = FeatureLog(start)
-        self.log.append(features)
-
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on."""
-        self.log.truncate(length)
-
-    def copy(self) -> Self:
-        """The same."""
-        other = object.__new__(type(self))
-        vars(other).update(vars(self))
-        other.log = self.log.copy()
-        return other
-
-    def arrays(self) -> list[mx.array]:
-        """What may still have to be computed."""
-        return self.log.arrays()[-1:]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
-        return sum(array.nbytes for array in self.log.arrays())
-
-
-class MedusaHead(MlxHead[MedusaMemory]):
+class MedusaHead(MlxHead[LastHidden]):
     """`protocols.DraftHead`."""
 
     def __init__(self, info: HeadInfo, target: MlxModel, network: MedusaNetwork) -> None:
         super().__init__(info, target)
         self._network: MedusaNetwork | None = network
 
-    def new_companion(self) -> MedusaMemory:
+    def new_companion(self) -> LastHidden:
         """An empty one."""
-        return MedusaMemory(self, self.info.taps)
+        return LastHidden(self, self.info.taps)
 
-    def new_state(self, state: MlxState, companion: MedusaMemory) -> HeadState:
+    def new_state(self, state: MlxState, companion: LastHidden) -> HeadState:
         """Guesses beside a sequence."""
         assert self._network is not None
         return MedusaState(self, state, companion, self._network)
@@ -156,20 +121,14 @@ class MedusaHead(MlxHead[MedusaMemory]):
         self._network = None
 
 
-class MedusaState(MlxHeadState[MedusaMemory]):
+class MedusaState(MlxHeadState[LastHidden]):
     """`protocols.HeadState`. All rows are there after `start`; a guess picks that of its depth, whatever it is."""
 
-    def __init__(self, head: MedusaHead, state: MlxState, companion: MedusaMemory, network: MedusaNetwork) -> None:
+    def __init__(self, head: MedusaHead, state: MlxState, companion: LastHidden, network: MedusaNetwork) -> None:
         super().__init__(head, state, companion)
         self._network = network
         self._rows: mx.array | None = None
         self._depths: list[int] = []  # of the guesses; the anchor's children stand at 0
-
-    @property
-    def num_missing(self) -> int:
-        """Of the committed tokens, how many at the beginning it has not seen."""
-        log = self.companion.log
-        return log.first if len(log) else self.state.length
 
     @property
     def room(self) -> int:

@@ -9,21 +9,25 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from localspec.errors import HeadFileError, PairMismatchError
+from localspec.formats.gemma_assistant import AssistantConfig
 from localspec.formats.head import HeadHeader
 from localspec.formats.mtp import MtpConfig
+from localspec.protocols import DraftHead
 
 from ..border import is_memory_error
 from ..cache import Pass
+from ..device import builds_attention
 from ..grafts import place_positions
 from ..memory import planned
 from ..model import MlxModel
+from .assistant import build as build_assistant
 from .borrowed import Borrowed
 from .pairs import PairHead
 from .parameters import head_info, read_tensors, take_weights
@@ -57,7 +61,7 @@ class Mtp:
                 got=config.hidden,
                 expected=borrowed.hidden_size,
             )
-        self.current = Pass()
+        self.current = Pass(blocks=builds_attention())
         self.width = config.hidden
         self.notes: list[str] = []
         self._model = _one_layer(config)
@@ -155,9 +159,13 @@ def _stored(name: str, config: MtpConfig) -> str:
     return around.get(name) or parts.block + name.removeprefix("block.")
 
 
-def build(header: HeadHeader, target: MlxModel) -> PairHead:
-    """The head beside its target. Raises HeadFileError, and UnsupportedModelError for a target that cannot be read."""
+def build(header: HeadHeader, target: MlxModel) -> DraftHead:
+    """The head beside its target. Raises HeadFileError, PairMismatchError, and UnsupportedModelError for a target that
+    cannot be read."""
     config = header.details
+    if isinstance(config, AssistantConfig):
+        return cast("DraftHead", build_assistant(header, target))
     assert isinstance(config, MtpConfig)
     network = Mtp(config, read_tensors(header, config.tensors), target.ends)
-    return PairHead(head_info(header, network.module, header.taps, notes=network.notes), target, network)
+    info = head_info(header, network.module, header.taps, notes=network.notes)
+    return cast("DraftHead", PairHead(info, target, network))

@@ -17,7 +17,7 @@ from localspec.protocols import HeadInfo, HeadState, Scores, Tokens
 from localspec.types import NodeIndices
 
 from ..cache import Pass
-from ..companion import Companion
+from ..companion import Companion, Owner
 from ..layout import Layout, chain
 from ..memory import copied, rows_in
 from ..model import MlxModel
@@ -70,7 +70,7 @@ class PairMemory(Companion):
     """The pairs of one sequence, and the guesses since `start`. Positions are counted from the first pair: rotary
     embeddings turn by differences only."""
 
-    def __init__(self, head: object, taps: Sequence[int], network: PairNetwork) -> None:
+    def __init__(self, head: Owner | None, taps: Sequence[int], network: PairNetwork) -> None:
         super().__init__(head, taps)
         self._network = network
         self._log = FeatureLog(0)
@@ -131,11 +131,6 @@ class PairMemory(Companion):
     def nbytes(self) -> int:
         """Memory that it takes."""
         return sum(array.nbytes for array in [*self._log.arrays(), *self._cells()])
-
-    @property
-    def first(self) -> int | None:
-        """Position of the first token that it was fed and holds; None where there is none."""
-        return self._log.first if len(self._log) else None
 
     # ------------------------------------------------------------ guesses
 
@@ -235,12 +230,6 @@ class PairHead(MlxHead[PairMemory]):
 
 class PairHeadState(MlxHeadState[PairMemory]):
     """`protocols.HeadState`. Rows stay on the device, and a chain is guessed without waiting."""
-
-    @property
-    def num_missing(self) -> int:
-        """Of the committed tokens, how many at the beginning it has not seen."""
-        first = self.companion.first
-        return self.state.length if first is None else first
 
     @property
     def room(self) -> int:
