@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +19,14 @@ from localspec.errors import HeadFileError, PairMismatchError, UnsupportedModelE
 from localspec.formats import summarize, summarize_head
 from localspec.formats.head import read_head_header
 from localspec.loading import get_backend
-from localspec.protocols import DraftHead, LanguageModel, LoadSettings
+from localspec.protocols import DraftHead, HostTokens, LanguageModel, LoadSettings, Step, chain_parents
 from localspec.sampling import SamplingParams
-from localspec.testing.eagle3 import write_eagle3
-from localspec.testing.files import write_safetensors
+from localspec.testing.eagle3 import Eagle3Reference, write_eagle3
+from localspec.testing.files import write_gguf, write_safetensors
 from localspec.testing.heads import HeadConformance
 from localspec.testing.medusa import write_medusa
 from localspec.testing.mtp import write_mtp
+from localspec.testing.pair_heads import TargetEnds, guess_row
 
 BACKEND = get_backend("mlx")
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny" / "target.gguf"
@@ -312,6 +314,42 @@ def test_a_head_of_another_target_is_refused(tmp_path: Path, folder: Path) -> No
     write_eagle3(tmp_path, "eagle", target=(48, 8, 320))
     with pytest.raises(PairMismatchError, match=r"fc.weight .*got 48, expected 64"):
         BACKEND.load_head(tmp_path, tiny_target(folder))
+
+
+def test_a_head_without_an_embedding_takes_a_quantised_targets(tmp_path: Path) -> None:
+    """Its rows are dequantised; what the head says is what numpy says of them."""
+    import mlx.core as mx
+
+    target: Any = BACKEND.load(write_gguf(tmp_path / "m.gguf", quantization="Q4_0"), LoadSettings(dtype="file"))
+    config, weights = write_eagle3(
+        tmp_path, "eagle", target=(64, 2, target.vocab_size), changes={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+    )
+    head: Any = BACKEND.load_head(tmp_path, target)
+    assert head.info.taps == (-1, 0, 1)
+    state = target.open()
+    beside = head.open(state)
+    ids = np.arange(3, 12, dtype=np.int32)
+    target.forward([Step(state, (HostTokens(ids),), chain_parents(state, len(ids)), ())])
+    record: dict[int, Any] = {}
+    layout = import_module(f"{type(target).__module__.rpartition('.')[0]}.layout")
+    target.network.run(mx.array(ids), target.network.caches(), layout.Layout(0, layout.chain(9), 9), None, record)
+    state.keep(range(len(ids)))
+    taps = np.concatenate([np.array(record[tap][0].astype(mx.float32), np.float64) for tap in head.info.taps], axis=1)
+    entered = np.array(target.ends.embed(mx.arange(target.vocab_size)).astype(mx.float32), np.float64)
+    want = guess_row(Eagle3Reference(config, weights, TargetEnds(entered, entered)), taps, ids.tolist(), [20])
+    np.testing.assert_allclose(beside.start(20).rows([0])[0], want, rtol=0, atol=1e-4)
+    target.close()
+
+
+def test_copies_of_the_targets_ends_are_not_kept(tmp_path: Path, folder: Path) -> None:
+    target: Any = tiny_target(folder)
+    write_eagle3(tmp_path, "specforge", target=sizes(target))
+    embedding, output = (np.array(matrix) for matrix in target.ends.matrices())
+    change_tensors(tmp_path, lambda w: w.update({"embed_tokens.weight": embedding, "lm_head.weight": output}))
+    head: Any = BACKEND.load_head(tmp_path, target)
+    assert head._network.module.embed_tokens.weight is target.network.body.embed_tokens.weight
+    assert head._network.module.lm_head.weight is target.network.module.lm_head.weight
+    head.close()
 
 
 def test_a_model_is_no_head(folder: Path) -> None:

@@ -12,8 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from localspec.formats.eagle3 import eagle3_config
-from localspec.formats.head import HeadFiles, read_head_header
-from localspec.formats.mtp import read_mtp_head
+from localspec.formats.head import read_head_header
 from localspec.loading import get_backend
 from localspec.testing import mtp
 from localspec.testing.eagle3 import LAYOUTS, Eagle3Reference, write_eagle3
@@ -63,6 +62,9 @@ class Beside:
         self.state = module("heads.pairs").PairMemory(None, range(num_taps), network)
         self.tokens: list[int] = []
         self.taps: NDArray[np.float64] = np.zeros((0, self.width))
+
+    def use_blocks(self) -> None:
+        self.state._network.current.blocks = True
 
     def copy(self) -> Beside:
         other = object.__new__(Beside)
@@ -123,6 +125,23 @@ def eagle3(folder: Path, layout: str, seed: int = 0, **options: Any) -> Beside:
     return Beside(network, Eagle3Reference(written, weights, ends.reference), config.num_taps, seed)
 
 
+def mtp_layer(folder: Path, layout: str) -> Beside:
+    _, weights = mtp.write_mtp(folder, layout, target=(WIDTH, NUM_LAYERS, VOCAB))
+    return read_mtp_layer(folder, layout, weights)
+
+
+def read_mtp_layer(folder: Path, layout: str, weights: dict[str, Any]) -> Beside:
+    """The layer in a folder beside the numpy form of its weights."""
+    header = read_head_header(folder)
+    assert header is not None and header.kind == "mtp" and header.taps == (-2,)
+    ends = Ends(3)
+    config: Any = header.details
+    tensors = {name: value for name, value in loaded(folder).items() if name in config.tensors}
+    network = module("heads.mtp").Mtp(config, tensors, ends)
+    assert len(network.notes) == 2 * layout.startswith("qwen")
+    return Beside(network, mtp.MtpReference(layout, NUM_LAYERS, weights, ends.reference), 1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("draft_vocab", [0, 40])
 def test_eagle3_rows_are_those_of_numpy(tmp_path: Path, layout: str, draft_vocab: int) -> None:
@@ -133,17 +152,7 @@ def test_eagle3_rows_are_those_of_numpy(tmp_path: Path, layout: str, draft_vocab
 @pytest.mark.parametrize("layout", mtp.LAYOUTS)
 def test_mtp_rows_are_those_of_numpy(tmp_path: Path, layout: str) -> None:
     """The same of multi-token prediction."""
-    written, weights = mtp.write_mtp(tmp_path, layout, target=(WIDTH, NUM_LAYERS, VOCAB))
-    header = read_mtp_head(
-        HeadFiles(tmp_path, "safetensors", written, {n: value.shape for n, value in weights.items()})
-    )
-    assert header is not None and header.taps == (-2,)
-    ends = Ends(3)
-    config: Any = header.details
-    tensors = {name: value for name, value in loaded(tmp_path).items() if name in config.tensors}
-    network = module("heads.mtp").Mtp(config, tensors, ends)
-    assert len(network.notes) == 2 * layout.startswith("qwen")
-    check_rounds(Beside(network, mtp.MtpReference(layout, NUM_LAYERS, weights, ends.reference), 1))
+    check_rounds(mtp_layer(tmp_path, layout))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +172,32 @@ def test_medusa_rows_are_those_of_numpy(tmp_path: Path, options: dict[str, Any])
     hidden = np.random.default_rng(1).standard_normal((1, WIDTH)).astype(np.float32)
     expected = medusa_rows(weights, ends.reference, hidden[0].astype(np.float64))
     np.testing.assert_allclose(np.array(network.rows(mx.array(hidden)), np.float64), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "qwen3_5", "deepseek_v3"])
+def test_rows_are_the_same_where_attention_is_given_whole_blocks(tmp_path: Path, layout: str) -> None:
+    """As on CUDA, where a kernel is built for a number of cells."""
+    beside = eagle3(tmp_path, "eagle") if layout == "eagle3" else mtp_layer(tmp_path, layout)
+    beside.use_blocks()
+    check_rounds(beside)
+
+
+def test_quantised_layers_are_read(tmp_path: Path) -> None:
+    """As mlx-lm packs them, some tensors and not others."""
+    import mlx.core as mx
+
+    _, weights = mtp.write_mtp(tmp_path, "qwen3_5", target=(WIDTH, NUM_LAYERS, VOCAB))
+    stored: dict[str, Any] = {}
+    for name, value in weights.items():
+        stored[name] = mx.array(value)
+        if value.ndim == 2 and value.shape[1] % 32 == 0 and "fc" not in name:
+            packed, scales, biases = mx.quantize(stored[name], group_size=32, bits=4)
+            stem = name.removesuffix("weight")
+            stored |= {name: packed, f"{stem}scales": scales, f"{stem}biases": biases}
+            weights[name] = np.array(mx.dequantize(packed, scales, biases, group_size=32, bits=4))
+    assert "mtp.layers.0.self_attn.q_proj.scales" in stored
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), stored)
+    check_rounds(read_mtp_layer(tmp_path, "qwen3_5", weights))
 
 
 def check_rounds(beside: Beside) -> None:

@@ -18,11 +18,12 @@ from localspec.formats.eagle3 import Eagle3Config
 from localspec.formats.head import HeadHeader
 
 from ..cache import Pass, TreeCache
+from ..device import builds_attention
 from ..grafts import place_positions
 from ..model import MlxModel
 from .borrowed import Borrowed
 from .pairs import PairHead
-from .parameters import head_info, read_tensors, take_weights
+from .parameters import head_info, read_tensors, share, take_weights
 
 
 class _Attention(nn.Module):
@@ -127,7 +128,7 @@ class Eagle3:
         weights = {name.removeprefix("model."): value for name, value in weights.items()}
         offsets, allowed = weights.pop("d2t", None), weights.pop("t2d", None)
         self._places = _places(config, offsets, allowed, borrowed.vocab_size)
-        self.current = Pass()
+        self.current = Pass(blocks=builds_attention())
         self.module = _Module(config)
         take_weights(self.module, {_renamed(name, config.block): value for name, value in weights.items()})
         place_positions(self.module, self.current)
@@ -206,10 +207,17 @@ def _places(
 
 
 def build(header: HeadHeader, target: MlxModel) -> PairHead:
-    """The head beside its target. Raises HeadFileError, and UnsupportedModelError for a target that cannot be read."""
+    """The head beside its target. Raises HeadFileError, PairMismatchError, and UnsupportedModelError for a target that
+    cannot be read."""
     config = header.details
     assert isinstance(config, Eagle3Config)
-    taps = config.taps(target.network.taps.num_layers)
+    num_layers = target.network.taps.num_layers
+    if header.num_target_layers not in (None, num_layers):
+        raise PairMismatchError(
+            "the head was trained for a target with other layers", got=header.num_target_layers, expected=num_layers
+        )
+    taps = config.taps(num_layers)
     network = Eagle3(config, read_tensors(header), target.ends)
+    share(network.module, target.ends.matrices())
     target.ends.check_taps(taps)
     return PairHead(head_info(header, network.module, taps), target, network)

@@ -23,6 +23,7 @@ from localspec.protocols import DraftHead
 
 from ..border import is_memory_error
 from ..cache import Pass
+from ..device import builds_attention
 from ..grafts import place_positions
 from ..memory import planned
 from ..model import MlxModel
@@ -60,7 +61,7 @@ class Mtp:
                 got=config.hidden,
                 expected=borrowed.hidden_size,
             )
-        self.current = Pass()
+        self.current = Pass(blocks=builds_attention())
         self.width = config.hidden
         self.notes: list[str] = []
         self._model = _one_layer(config)

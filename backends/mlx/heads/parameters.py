@@ -53,8 +53,20 @@ def take_weights(
     module.load_weights(list(weights.items()), strict=True)
     module.eval()
     narrow = any(value.dtype == mx.float16 for value in weights.values())
-    compute_in(module, None, mx.bfloat16 if narrow else None)  # a target's hidden states overflow float16
+    compute_in(module, None, mx.float32 if narrow else None)  # a target's hidden states overflow float16
     mx.eval(module.parameters())
+
+
+def share(module: nn.Module, others: Sequence[mx.array]) -> None:
+    """Let go of an embedding and an output matrix that are copies of the target's."""
+    for name in ("embed_tokens", "lm_head"):
+        own = module.get(name)
+        if own is None:
+            continue
+        for other in others:
+            alike = own.weight.shape == other.shape and own.weight.dtype == other.dtype
+            if alike and bool(mx.array_equal(own.weight, other)):
+                own.weight = other
 
 
 def _quantize(module: nn.Module, weights: Mapping[str, mx.array]) -> None:
