@@ -25,6 +25,8 @@ _ARCHITECTURES = (
 )  # fmt: skip
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 _LAYER = re.compile(r"layers\.(\d{1,4})\..*")
+_LOGITS = "logit_head."
+_STARTS = ("sample_from_anchor", "shift_label")
 _MAX_LAYERS = 256
 _MAX_BLOCK = 256
 _IN_MODEL = "dspark_block_size"  # DeepSeek-V4 carries its DSpark stages inside the checkpoint
@@ -57,8 +59,10 @@ class _Reader:
         """Everything but the tensors' shapes is checked."""
         settings, kind, layout = self._settings, self._kind(), self._layout()
         settings.word("projector_type", ("dflash", "dspark", "dflash2"), "dflash")
-        if settings.flag("shift_label", False):
-            raise HeadFileError("config.json: shift_label is not known", got="true", expected="false")
+        settings.word("attention_mode", ("gqa",), "gqa")
+        for key in ("output_multiplier", "input_embedding_scale"):  # the target's own are used
+            if settings.number(key, 1.0) != 1.0:
+                raise HeadFileError(f"config.json: {key} is not known", got=settings.get(key), expected=1.0)
         backbone = self._backbone()
         vocab = self._shape.size("vocab_size", least=1)
         taps, num_target_layers = self._taps(backbone), settings.size("num_target_layers", 0) or None
@@ -84,9 +88,7 @@ class _Reader:
         said = self._files.config.get("speculators_model_type")
         if self._is_speculators and said not in ("dspark", "dflash"):
             raise HeadFileError("config.json: speculators_model_type is not known", got=str(said)[:80])
-        if self._markov_prefix() is not None or (
-            "DSpark" in self._architecture and self._has("confidence_head.proj.weight")
-        ):
+        if self._markov_name() is not None or self._confidence_name() is not None:
             return "dspark"
         if self._has("candidate_selector.predecessor_codebook"):
             return "dflash2"
@@ -104,8 +106,18 @@ class _Reader:
     def _has(self, name: str) -> bool:
         return name in self._names
 
-    def _markov_prefix(self) -> str | None:
-        return next((p for p in ("", "logit_head.") if self._has(f"{p}markov_head.markov_w1.weight")), None)
+    @property
+    def _logits_prefix(self) -> str:
+        return _LOGITS if any(name.startswith(_LOGITS) for name in self._names) else ""
+
+    def _markov_name(self) -> str | None:
+        """The newer files have the tensors of both heads in modules, others bare."""
+        prefix = self._logits_prefix
+        return next((name for name in ("markov_head.", "") if self._has(f"{prefix}{name}markov_w1.weight")), None)
+
+    def _confidence_name(self) -> str | None:
+        names, prefix = ("confidence_head.proj", "confidence_proj"), self._logits_prefix
+        return next((name for name in names if self._has(f"{prefix}{name}.weight")), None)
 
     # ------------------------------------------------------------ the backbone
 
@@ -188,26 +200,28 @@ class _Reader:
     # ------------------------------------------------------------ the block
 
     def _details(self, kind: str, layout: str, backbone: Backbone) -> BlockDetails:
-        settings, prefix = self._settings, self._markov_prefix()
+        settings, markov_name = self._settings, self._markov_name()
         gemma = backbone.family == "gemma4"
         windows = self._windows(backbone)
         rank = settings.size("markov_rank", 0)
-        if (rank > 0) != (prefix is not None):
+        if (rank > 0) != (markov_name is not None):
             raise HeadFileError("config.json: markov_rank does not fit the tensors", got=rank)
-        confidence = settings.flag("enable_confidence_head", False)
+        confidence, sees_markov = self._confidence(backbone.hidden_size, rank)
         block = settings.size("block_size", least=2, most=_MAX_BLOCK)
         own = BlockDetails(
             block_size=block,
             mask_token=settings.size("mask_token_id"),
-            in_place=not settings.flag("sample_from_anchor", layout == "deepspec" or kind == "dspark"),
+            in_place=not self._starts_at_anchor(layout == "deepspec" or kind == "dspark"),
             causal=self._causal(kind, layout, windows),
             windows=windows,
             window_from_anchor=self._is_speculators,
             markov=settings.word("markov_head_type", ("vanilla", "gated", "rnn"), "vanilla") if rank else "",
             markov_rank=rank,
-            confidence=confidence,
-            confidence_sees_markov=confidence and settings.flag("confidence_head_with_markov", False),
-            logits_prefix=prefix or "",
+            confidence=confidence is not None,
+            confidence_sees_markov=sees_markov,
+            logits_prefix=self._logits_prefix,
+            markov_name=markov_name if markov_name is not None else "markov_head.",
+            confidence_name=confidence or "confidence_head.proj",
             own_embedding=self._has("embed_tokens.weight"),
             own_output=self._has("lm_head.weight"),
             embedding_scale=math.sqrt(backbone.hidden_size) if gemma else 1.0,
@@ -221,6 +235,24 @@ class _Reader:
         if own.mask_token >= self._shape.size("vocab_size"):
             raise HeadFileError("config.json: mask_token_id is out of range", got=own.mask_token)
         return own
+
+    def _starts_at_anchor(self, default: bool) -> bool:
+        """Does the anchor's slot guess, and every slot the token behind it? Two trainers, two names."""
+        said = [self._settings.flag(key, default) for key in _STARTS if self._settings.get(key) is not None]
+        if len(set(said)) > 1:
+            raise HeadFileError(f"config.json: {' and '.join(_STARTS)} disagree")
+        return said[0] if said else default
+
+    def _confidence(self, hidden: int, rank: int) -> tuple[str | None, bool]:
+        """(the tensors' name, does it see the token before?), by the tensors; flags must not say otherwise."""
+        name = self._confidence_name()
+        for key in ("enable_confidence_head", "use_confidence_head"):
+            if self._settings.flag(key, name is not None) != (name is not None):
+                raise HeadFileError(f"config.json: {key} does not fit the tensors", got=self._settings.get(key))
+        if name is None:
+            return None, False
+        width = self._files.shape(f"{self._prefix}{self._logits_prefix}{name}.weight")[1]
+        return name, self._settings.flag("confidence_head_with_markov", rank > 0 and width == hidden + rank)
 
     def _pair(self, first: str, second: str, divided: int | None) -> tuple[int, int]:
         pair = (self._settings.size(first, least=1, most=4096), self._settings.size(second, least=1, most=4096))

@@ -22,9 +22,10 @@ class BlockDetails:
     the anchor's slot nothing; otherwise slot i guesses the one behind it.  causal: of each layer, do slots not see
     later ones?  windows: of each layer, tokens that it sees, None for all.  window_from_anchor: the window is counted
     from the anchor for all slots alike.  markov: "", vanilla, gated or rnn; markov_rank: its inner size.  confidence:
-    it says how sure it is; confidence_sees_markov: from the previous token, too.  logits_prefix: before the names of
-    the heads' tensors.  own_embedding, own_output: False where the target's is used.  embedding_scale, softcap: around
-    its own.  convolution: (taps, channels in a group) around each sublayer.  selector: (rank, candidates).
+    it says how sure it is; confidence_sees_markov: from the previous token, too.  logits_prefix, and then markov_name
+    and confidence_name: how the tensors of both begin.  own_embedding, own_output: False where the target's is used.
+    embedding_scale, softcap: around its own.  keys_are_values: values are the keys before their norm.  convolution:
+    (taps, channels in a group) around each sublayer.  selector: (rank, candidates).
     """
 
     block_size: int
@@ -38,6 +39,8 @@ class BlockDetails:
     confidence: bool = False
     confidence_sees_markov: bool = False
     logits_prefix: str = ""
+    markov_name: str = "markov_head."
+    confidence_name: str = "confidence_head.proj"
     own_embedding: bool = False
     own_output: bool = False
     embedding_scale: float = 1.0
@@ -118,19 +121,20 @@ def _ends(header: HeadHeader, details: BlockDetails, hidden: int) -> Shapes:
     if header.draft_vocab is not None:
         yield "d2t", (draft_vocab,)
         yield "t2d", (vocab,)
-    rank, prefix = details.markov_rank, details.logits_prefix
+    rank, name = details.markov_rank, details.logits_prefix + details.markov_name
     if details.markov:
-        yield f"{prefix}markov_head.markov_w1.weight", (vocab, rank)
-        yield f"{prefix}markov_head.markov_w2.weight", (draft_vocab, rank)
+        yield f"{name}markov_w1.weight", (vocab, rank)
+        yield f"{name}markov_w2.weight", (draft_vocab, rank)
     if details.markov == "gated":
-        yield f"{prefix}markov_head.gate_proj.weight", (rank, hidden + rank)
-        yield f"{prefix}markov_head.gate_proj.bias", (rank,)
+        yield f"{name}gate_proj.weight", (rank, hidden + rank)
+        yield f"{name}gate_proj.bias", (rank,)
     if details.markov == "rnn":
-        yield f"{prefix}markov_head.joint_proj.weight", (3 * rank, 2 * rank + hidden)
-        yield f"{prefix}markov_head.joint_proj.bias", (3 * rank,)
+        yield f"{name}joint_proj.weight", (3 * rank, 2 * rank + hidden)
+        yield f"{name}joint_proj.bias", (3 * rank,)
     if details.confidence:
-        yield f"{prefix}confidence_head.proj.weight", (1, hidden + (rank if details.confidence_sees_markov else 0))
-        yield f"{prefix}confidence_head.proj.bias", (1,)
+        name = details.logits_prefix + details.confidence_name
+        yield f"{name}.weight", (1, hidden + (rank if details.confidence_sees_markov else 0))
+        yield f"{name}.bias", (1,)
     if details.selector is not None:
         size, _ = details.selector
         yield "candidate_selector.predecessor_codebook", (vocab, size)

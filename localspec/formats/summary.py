@@ -275,7 +275,7 @@ def _head_kind(config: Mapping[str, Any], tensors: Mapping[str, object]) -> str 
     said = config.get("speculators_model_type")
     if isinstance(said, str):
         return said[:40]
-    if any(name.removeprefix("logit_head.").startswith("markov_head.") for name in tensors):
+    if any(name.removeprefix("logit_head.").startswith(("markov_head.", "markov_w1.")) for name in tensors):
         return "dspark"
     if any(name.startswith("candidate_selector.") for name in tensors):
         return "dflash2"

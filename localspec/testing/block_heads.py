@@ -28,10 +28,10 @@ _HEADS, _KV_HEADS, _HEAD, _FEED_FORWARD = 4, 2, 16, 96
 class BlockSpec:
     """What a head does.
 
-    layout: deepspec, specforge, speculators or z-lab.  target: (hidden size, layers, vocabulary).  taps: outputs of the
-    target's layers, -1 its embedding.  slots: the block's size, the anchor's slot included.  in_place: slot i guesses
-    the token at its own place, the anchor's nothing.  window: of the last layer, 0 for none.  causal: which layers hide
-    later slots: "", windows or all.  confidence: "", plain or markov.
+    layout: deepspec, specforge, speculators or z-lab; bare: SpecForge's other names.  target: (hidden size, layers,
+    vocabulary).  taps: outputs of the target's layers, -1 its embedding.  slots: the block's size, the anchor's slot
+    included.  in_place: slot i guesses the token at its own place, the anchor's nothing.  window: of the last layer, 0
+    for none.  causal: which layers hide later slots: "", windows or all.  confidence: "", plain or markov.
     draft_vocab: 0 for all of the target's.  own_ends: it carries an embedding and an output matrix.
     """
 
@@ -52,6 +52,7 @@ class BlockSpec:
     keys_are_values: bool = False
     convolved: bool = False
     jetspec: bool = False
+    bare: bool = False
     mask_token: int = 7
     rope_theta: float = 5000.0
     softcap: float = 0.0
@@ -158,9 +159,11 @@ def _layer_shapes(spec: BlockSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _stored_name(spec: BlockSpec, name: str) -> str:
-    if spec.layout == "specforge" and name.startswith(("markov_head.", "confidence_head.")):
-        return f"logit_head.{name}"
-    return name
+    if spec.layout != "specforge" or not name.startswith(("markov_head.", "confidence_head.")):
+        return name
+    if spec.bare:
+        return name.replace("markov_head.", "").replace("confidence_head.proj", "confidence_proj")
+    return f"logit_head.{name}"
 
 
 # ---------------------------------------------------------------- config.json
@@ -256,8 +259,12 @@ def _nested(spec: BlockSpec) -> dict[str, Any]:
     config = {**_backbone(spec), "block_size": spec.slots, "num_target_layers": spec.target[1]}
     if spec.layout == "specforge":
         config["architectures"] = ["DSparkDraftModel"]
-        block |= {"projector_type": "dspark", **_markov(spec)}
-        if spec.in_place:
+        block |= {"projector_type": "dspark", "attention_mode": "gqa", **_markov(spec)}
+        if spec.bare:
+            block["use_confidence_head"] = block.pop("enable_confidence_head")
+            block.pop("confidence_head_with_markov", None)
+            block["shift_label"] = not spec.in_place
+        elif spec.in_place:
             block["sample_from_anchor"] = False
     elif spec.convolved:
         config["architectures"] = ["DFlash2DraftModel"]

@@ -48,6 +48,7 @@ SPECS = {
     "dspark-gemma4-values": BlockSpec(markov="vanilla", confidence="markov", gemma=True),
     "dflash-deepspec": BlockSpec(),
     "dspark-specforge": BlockSpec(layout="specforge", markov="vanilla", confidence="markov", own_ends=False),
+    "dspark-bare": BlockSpec(layout="specforge", markov="vanilla", confidence="markov", own_ends=False, bare=True),
     "dspark-in-place": BlockSpec(layout="specforge", markov="vanilla", in_place=True, own_ends=False),
     "dspark-speculators": BlockSpec(
         layout="speculators", markov="rnn", confidence="markov", draft_vocab=90, window=6, causal="windows"
@@ -401,7 +402,11 @@ def changed_tensors(path: Path, change: Callable[[dict[str, Any]], object]) -> N
         ("dspark-speculators", {"speculators_model_type": "dspark9"}, "speculators_model_type is not known .*dspark9"),
         ("dflash", {"dflash_config": 3}, "dflash_config is wrong"),
         ("dflash-speculators", {"projector_type": "domino"}, "projector_type is not known .*domino"),
-        ("dflash-speculators", {"shift_label": True}, "shift_label is not known"),
+        ("dspark-in-place", {"shift_label": True}, "sample_from_anchor and shift_label disagree"),
+        ("dspark", {"enable_confidence_head": False}, "enable_confidence_head does not fit"),
+        ("dspark", {"confidence_head_with_markov": False}, r"confidence_head.proj.weight has the wrong shape"),
+        ("dspark", {"attention_mode": "mla"}, "attention_mode is not known .*mla"),
+        ("dflash", {"output_multiplier": 0.2}, "output_multiplier is not known"),
     ],
 )
 def test_headers_that_are_not_known_are_refused_by_name(

@@ -88,7 +88,7 @@ class BlockHead(MlxHead["BlockCompanion"]):
         self._output = Linear(weights.take_or_share("lm_head.weight", ends)) if details.own_output else None
         self.markov = Markov(details, weights) if details.markov else None
         self.selector = Selector(details, weights) if details.selector is not None else None
-        name = f"{details.logits_prefix}confidence_head.proj"
+        name = details.logits_prefix + details.confidence_name
         self._confidence = weights.linear(name) if details.confidence else None
         self._places = None if header.draft_vocab is None else _places(weights, target.vocab_size)
         weights.read()

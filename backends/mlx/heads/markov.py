@@ -13,13 +13,13 @@ class Markov:
     """kind: vanilla, gated or rnn. `rank` is the size of a token's entry, and of the RNN's memory."""
 
     def __init__(self, details: BlockDetails, weights: Weights) -> None:
-        name = f"{details.logits_prefix}markov_head"
+        name = details.logits_prefix + details.markov_name
         self._kind = details.markov
         self.rank = details.markov_rank
-        self._entries = weights.take(f"{name}.markov_w1.weight")
-        self._output = weights.linear(f"{name}.markov_w2")
-        self._gate = weights.linear(f"{name}.gate_proj") if self._kind == "gated" else None
-        self._joint = weights.linear(f"{name}.joint_proj") if self._kind == "rnn" else None
+        self._entries = weights.take(f"{name}markov_w1.weight")
+        self._output = weights.linear(f"{name}markov_w2")
+        self._gate = weights.linear(f"{name}gate_proj") if self._kind == "gated" else None
+        self._joint = weights.linear(f"{name}joint_proj") if self._kind == "rnn" else None
 
     def entries(self, tokens: mx.array) -> mx.array:
         """[N, rank] of the tokens before N slots."""
