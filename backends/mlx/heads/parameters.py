@@ -61,7 +61,9 @@ def share(module: nn.Module, others: Sequence[mx.array]) -> None:
     """Let go of an embedding and an output matrix that are copies of the target's."""
     for name in ("embed_tokens", "lm_head"):
         own = module.get(name)
-        for other in others if own is not None else ():
+        if own is None:
+            continue
+        for other in others:
             alike = own.weight.shape == other.shape and own.weight.dtype == other.dtype
             if alike and bool(mx.array_equal(own.weight, other)):
                 own.weight = other
