@@ -18,6 +18,7 @@ from localspec.errors import SettingError, UnsupportedModelError
 from localspec.loading import bundled_path, exit_layers, get_backend, is_early_exit, open_pair
 from localspec.protocols import DraftHead, HostTokens, LanguageModel, LoadSettings, Step, chain_parents
 from localspec.sampling import SamplingParams
+from localspec.schedule.machine import describe_head
 from localspec.testing.files import write_safetensors
 from localspec.testing.heads import HeadConformance
 
@@ -150,6 +151,18 @@ def test_a_target_with_recurrent_layers_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="depends on the path"):
         BACKEND.early_exit(model, 1)
     model.close()
+
+
+def test_what_is_measured_of_some_layers_is_not_taken_for_others() -> None:
+    assert describe_head(BACKEND.early_exit(target(), 1)) != describe_head(head())
+
+
+def test_the_schedule_may_use_it() -> None:
+    settings = LoadSettings(context=256, num_sequences=3)
+    with open_pair(str(folder()), backend="mlx", settings=settings, heads=["early_exit:layers=2"]) as pair:
+        params = SamplingParams(temperature=0.8, seed=3, max_tokens=16, ignore_eos=True)
+        with pair.session("nothing") as plain, pair.session("auto") as drafted:
+            assert drafted.generate([*range(40, 60)], params).tokens == plain.generate([*range(40, 60)], params).tokens
 
 
 def test_without_a_number_about_half_of_the_layers_draft() -> None:

@@ -62,6 +62,13 @@ def test_to_remember_with_a_drafter_that_does_not_guess_from_it_is_refused() -> 
     assert result.exit_code == 2 and "expected auto or suffix" in result.stderr
 
 
+@pytest.mark.real
+def test_fit_says_that_a_copy_has_no_header_before_it_is_made() -> None:
+    result = run("fit", "tiny", "--draft", "self")
+    assert result.exit_code == 2 and "localspec kept" in result.stderr
+    assert run("fit", "tiny", "--head", "early_exit:layers=4").exit_code == 0
+
+
 def test_what_is_kept_is_listed_and_deleted_by_kind(folders: Path) -> None:
     (folders / "history" / "abc").mkdir(parents=True)
     (folders / "history" / "abc" / "one.session").write_bytes(b"x" * 40)
