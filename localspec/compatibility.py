@@ -13,6 +13,7 @@ _MAX_TOKENIZER = 128 * 2**20
 _MAX_IDS = 2**22
 _HEAVY = 0.5  # of the target's bytes: from here on a draft pass costs what it should save
 _SPECIAL = ("bos", "eos", "pad")
+_PACKED = ("Q2", "Q3", "Q4", "4 bits", "3 bits", "2 bits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +52,13 @@ def check_whole(model: ModelSummary, role: str) -> None:
     raise UnsupportedModelError(
         f"the {role} is a draft head, not a model that writes by itself",
         got=f"{model.drafter_kind}{trained_for}",
-        fix="Give the model that the head was trained for, or a whole small model as drafter.",
+        fix="Give the model that the head was trained for, and the head with --head.",
     )
 
 
 def check_draft(target: ModelSummary, draft: ModelSummary) -> tuple[str, ...]:
-    """Doubts about a pair, for people. Raises UnsupportedModelError for heads, and PairMismatchError for a
-    draft model of the target's vocabulary with more rows of logits. Another vocabulary is no fault."""
-    if draft.drafter_kind is not None:
-        _refuse_head(target, draft)
+    """Doubts about a pair, for people. Raises PairMismatchError for a draft model of the target's vocabulary with
+    more rows of logits. Another vocabulary is no fault. A head is no draft model: see `check_head`."""
     mine, other = read_vocabulary(target.path), read_vocabulary(draft.path)
     if mine is None or other is None or mine.difference(other) != "":
         return doubts(target, draft)
@@ -145,8 +144,15 @@ def _of_folder(path: Path) -> Vocabulary | None:
     return Vocabulary(tokens, f"tokenizer.json {model.get('type') if isinstance(model, dict) else ''}", special)
 
 
-def _refuse_head(target: ModelSummary, head: ModelSummary) -> None:
-    """Says first what could never work, then that heads are not driven here."""
+def check_head(target: ModelSummary, head: ModelSummary) -> tuple[str, ...]:
+    """Doubts about a head for a target, for people. Raises PairMismatchError for one that was trained for another, and
+    UnsupportedModelError for what is no head at all, as far as headers tell; the backend has the last word."""
+    if head.drafter_kind is None and head.path != target.path:  # a target's file may hold heads of its own
+        raise UnsupportedModelError(
+            "this is no head that reads a target's hidden states, as far as is known",
+            got=f"{head.path.name}, a {head.architecture} model",
+            fix="Name a draft model with --draft.",
+        )
     for what, got, expected in (
         ("hidden size", head.target_hidden, target.hidden_size),
         ("number of layers", head.num_target_layers, target.num_layers),
@@ -158,10 +164,6 @@ def _refuse_head(target: ModelSummary, head: ModelSummary) -> None:
                 expected=expected,
                 fix="Give the model that the head was trained for.",
             )
-    packed = any(mark in target.quantization for mark in ("Q2", "Q3", "Q4", "4 bits", "3 bits", "2 bits"))
-    loss = f" (the target's {target.quantization} will cost it some acceptance)" if packed else ""
-    raise UnsupportedModelError(
-        f"the drafter is a {head.drafter_kind} head, which this version cannot drive as a draft model{loss}",
-        got=head.path.name,
-        fix="Give a whole small model of the target's tokenizer, or --drafter ngram.",
-    )
+    if head.path != target.path and any(mark in target.quantization for mark in _PACKED):
+        return (f"a head is trained on the whole target: {target.quantization} will cost it some acceptance",)
+    return ()

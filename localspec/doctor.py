@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from localspec import __version__
+from localspec.drafters import DRAFTERS
 from localspec.errors import LocalspecError
 from localspec.loading import BUNDLED, backend_names, bundled_path, choose_backend, get_backend
 from localspec.protocols import BackendReport
@@ -27,6 +28,7 @@ class Report:
     backends: tuple[BackendReport, ...]
     bundled: str
     choice: str
+    drafters: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -51,6 +53,7 @@ def examine() -> Report:
         backends=tuple(_report(name) for name in backend_names()),
         bundled=f"{BUNDLED}, {size / 1e6:.0f} MB" if size else "missing: reinstall localspec",
         choice=choice,
+        drafters=tuple(DRAFTERS),
     )
 
 

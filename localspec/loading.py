@@ -13,6 +13,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -20,16 +21,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from localspec.compatibility import check_draft, check_whole
+from localspec.compatibility import check_draft, check_head, check_whole
+from localspec.copies import is_self, make_copy
 from localspec.drafters import (
     AUTO,
     Draft,
     DrafterSpec,
     DraftModel,
     Forced,
-    Ngram,
+    HeadDrafter,
     Nothing,
+    Suffix,
     check_settings,
+    find_head,
     make_drafter,
 )
 from localspec.engine.overhead import round_overhead
@@ -47,10 +51,11 @@ from localspec.errors import (
 )
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import EXACT_CHOICES, Bound, Exactness, Mode, wants_guarding
-from localspec.formats import summarize
+from localspec.formats import summarize, summarize_head
+from localspec.history import DEFAULT_BYTES, History
 from localspec.memory import Part, look, settle
 from localspec.peers import PeerLibrary
-from localspec.protocols import Backend, Drafter, LanguageModel, LoadSettings, require_rewind
+from localspec.protocols import Backend, Drafter, DraftHead, LanguageModel, LoadSettings, require_rewind
 from localspec.schedule.scheduled import Experience, Scheduled
 from localspec.schedule.store import class_for, knows_bound, load_or_measure, load_or_measure_bound, options_for
 from localspec.verify import make_acceptance
@@ -60,12 +65,16 @@ _HOME = Path(__file__).resolve().parent.parent
 _APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 _PREFERENCE = ("mlx", "llamacpp") if _APPLE_SILICON else ("llamacpp", "mlx")
 _COMMON_SETTINGS = frozenset({"context", "num_sequences", "trees", "batch"})
+_READABLE = (".gguf", ".safetensors")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 
 BUNDLED = "tiny"
 """Name of the pair that comes with localspec."""
 
-TARGET, DRAFT = "target", "draft model"
+EARLY_EXIT = "early_exit"
+"""In the place of a head's path: the target's own first layers; with how many of them, `early_exit:layers=N`."""
+
+TARGET, DRAFT, HEAD = "target", "draft model", "head"
 """Roles of the parts of a memory plan."""
 
 
@@ -232,14 +241,23 @@ def resolve_model(text: str, role: str = "target", find_pulled: Callable[[str], 
 
 
 class Pair:
-    """A target with its draft model (if any), opened and checked. Close it, or use it with `with`.
+    """A target with its draft model and its trained heads (if any), opened and checked. Close it, or use it with
+    `with`.
 
-    found: what was decided or found doubtful before loading, in words.
+    found: what was decided or found doubtful before loading, in words.  heads: of different kinds.
     """
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel | None, found: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        target: LanguageModel,
+        draft: LanguageModel | None,
+        found: Sequence[str] = (),
+        heads: Sequence[DraftHead] = (),
+    ) -> None:
         self.target = target
         self.draft = draft
+        self.history: History | None = None
+        self.heads = tuple(heads)
         self._found = tuple(found)
         self._experiences: dict[tuple[int, int | None], Experience] = {}
 
@@ -253,9 +271,17 @@ class Pair:
         """What was decided before loading, and worked around for the two models and between them, each thing once."""
         found = [*self._found]
         found += [note for model in (self.target, self.draft) if model is not None for note in model.info.notes]
+        found += [note for head in self.heads for note in head.info.notes]
         if self.drafting is not None and not self.drafting.relation.same:
             found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
+        if self.history is not None:
+            found.append(f"what is said is remembered in {self.history.folder} (`localspec kept` lists and deletes it)")
         return tuple(dict.fromkeys(found))
+
+    def remember(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        """Keep what is said in the sessions that are opened from now on, and guess from what was kept before
+        (`localspec.history`); whoever opens them should know. max_bytes: of all sessions with this vocabulary."""
+        self.history = History(self.target.tokenizer, about=self.target.info.name, max_bytes=max_bytes)
 
     @property
     def experience(self) -> Experience:
@@ -269,7 +295,7 @@ class Pair:
         widths = exactness.widths
         place = (widths.min_width, widths.max_width)
         if place not in self._experiences:
-            costs = load_or_measure(self.target, self.draft, overhead=round_overhead)
+            costs = load_or_measure(self.target, self.draft, overhead=round_overhead, heads=self.heads)
             self._experiences[place] = Experience(costs, replace(self.target.capabilities, width_class=widths))
         return self._experiences[place]
 
@@ -304,39 +330,55 @@ class Pair:
 
     def drafter(self, spec: str | DrafterSpec, *, exact: str = AUTO_EXACT, acceptance: str = "walk") -> Drafter:
         """A drafter for one session, which closes it. "auto" decides every round what pays: prompt lookup, the draft
-        model if there is one, how much of either, or nothing; with settings it is the draft model (lookup without
-        one) so set. exact, acceptance: the session's, which say what widths it may plan with."""
+        model and the heads if there are any, how much of each, or nothing; with settings it is the draft model (else
+        the first head, else lookup) so set. exact, acceptance: the session's, which say what widths it may use."""
         parsed = DrafterSpec.parse(spec) if isinstance(spec, str) else spec
         if not parsed.decides:
-            return make_drafter(parsed, self.drafting)
+            return make_drafter(parsed, self.drafting, self.heads, history=self.history)
         # first of all: measuring needs a free sequence
         experience = self.experience_with(self.exactness(exact, acceptance=acceptance))
         capabilities = self.target.capabilities
         # on a device a chain is guessed without waiting for it, a tree waits once per level
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
         form = "tree" if branches else "chain"
-        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None), Forced()]
-        if self.draft is None:
-            return Scheduled(free, [], experience)
-        if form == "tree" and not self.draft.capabilities.trees:
-            form = "chain"
-        size = 16 if self.drafting is not None and not self.drafting.relation.same else 48
-        draft = make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting)
-        return Scheduled(free, [draft], experience)
+        lookup = f"{Suffix.name}:num=24,shape={form},min_prob=0.1"  # the plan cuts what is not worth verifying
+        free = [make_drafter(lookup, None, history=self.history), Forced()]
+        return Scheduled(free, self._dear(capabilities.trees and capabilities.exact_trees), experience)
+
+    def _dear(self, trees: bool) -> list[Drafter]:
+        """The drafters that run a network, in the widest form that the schedule may cut down. trees: can the target
+        verify them?"""
+        made: list[Drafter] = []
+        if self.draft is not None:
+            able = trees and self.target.capabilities.host_scores and self.draft.capabilities.trees
+            size = 16 if self.drafting is not None and not self.drafting.relation.same else 48
+            form = "tree" if able else "chain"
+            made.append(make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting))
+        for head in self.heads:
+            # waiting for a device level by level pays where the levels themselves cost next to nothing
+            able = trees and head.info.trees and (head.info.host_scores or head.info.one_pass)
+            size, deepest = (48, min(head.info.levels or 16, 16)) if able else (head.info.levels or 16, 0)
+            form = "tree" if able else "chain"
+            made.append(HeadDrafter(head, num=size, shape=form, depth=deepest))
+        return made
 
     def drafting_with(self, draft: LanguageModel) -> Pair:
         """The same pair with something in front of its draft model; what sessions learn is shared. Not to be closed."""
-        other = Pair(self.target, draft, self._found)
+        other = Pair(self.target, draft, self._found, self.heads)
+        other.history = self.history
         other._experiences = self._experiences
         return other
 
     def check_drafter(self, spec: DrafterSpec) -> None:
         """Raise what `drafter` or the first session with it would, as far as that shows without opening anything:
-        UsageError for a draft model that is not there, UnsupportedModelError for what the target cannot verify."""
-        resolved = spec.resolved(self.draft)
-        parts = (resolved, *resolved.others)
+        UsageError for a draft model or head that is not there, UnsupportedModelError for what the target cannot
+        verify."""
+        parts = spec.resolved(self.draft, self.heads).parts
         if any(part.needs_draft for part in parts) and self.draft is None:
             raise UsageError(f"drafter {spec.name!r} needs a draft model", fix="Load the model with one (--draft).")
+        for part in parts:
+            if part.needs_head:
+                find_head(part.name, self.heads)
         check_settings(parts)
         if not spec.decides and any(part.name != Nothing.name for part in parts):
             require_rewind(self.target)
@@ -367,6 +409,8 @@ class Pair:
 
     def close(self) -> None:
         """Give all memory back."""
+        for head in self.heads:
+            head.close()
         self.target.close()
         if self.draft is not None:
             self.draft.close()
@@ -386,14 +430,16 @@ def open_pair(
     settings: LoadSettings | None = None,
     check_memory: bool = True,
     use_tuned: bool = True,
+    heads: Sequence[str] = (),
 ) -> Pair:
-    """Open a target and, if one is named, its draft model; with no target the bundled pair.
+    """Open a target and, if they are named, its draft model and trained heads; with no target the bundled pair. draft:
+    "self" or "self:KIND" is a copy of the target with fewer bits (`localspec.copies`), which is made the first time.
 
-    The draft model gets the target's context length. Where no context is named and memory does not allow
-    the usual one, a shorter one is chosen and said in `Pair.notes`. check_memory: refuse what does not
-    fit (`localspec.memory`).  use_tuned: where no runtime option is given, load with those that `localspec tune`
-    found best, and stay in the width class that it found. Raises members of the error tree; what was opened
-    before an error is closed again.
+    The draft model gets the target's context length; a head that is named as `draft` is taken as a head. Where no
+    context is named and memory does not allow the usual one, a shorter one is chosen and said in `Pair.notes`.
+    check_memory: refuse what does not fit (`localspec.memory`).  use_tuned: where no runtime option is given, load with
+    those that `localspec tune` found best, and stay in the width class that it found. Raises members of the error tree;
+    what was opened before an error is closed again.
     """
     settings = settings or LoadSettings()
     if target is None:
@@ -401,40 +447,83 @@ def open_pair(
     if draft is None and target in bundled_names() and not Path(target).exists():
         draft = target
     target_path = resolve_model(target, "target")
-    draft_path = resolve_model(draft, "draft") if draft is not None else None
-    parts = plan_parts(target_path, draft_path, backend)
+    if draft is not None and is_self(draft):
+        named: Path | None = make_copy(target_path, choose_backend(backend, target_path), draft)
+    else:
+        named = None if draft is None else resolve_model(draft, "draft")
+    exits = [exit_layers(head) for head in heads if is_early_exit(head)]
+    files = [resolve_model(head, HEAD) for head in heads if not is_early_exit(head)]
+    draft_path, head_paths = sort_out(named, files)
+    parts = plan_parts(target_path, draft_path, backend, head_paths)
     found = check_pair(parts)
     if check_memory:
         settings, said = settle(parts, settings, look())
         found += said
     tuned, noted = _tuned(target_path, draft_path, backend, settings) if use_tuned else (settings, ())
-    try:
-        model = load_model(target_path, backend, tuned)
-        settings, found = tuned, (*found, *noted)
-    except (SettingError, BackendError) as error:
-        if tuned is settings:
-            raise
-        model = load_model(target_path, backend, settings)
-        found = (*found, f"the options that `localspec tune` found do not work any more ({error.what}): run it again")
-    try:
+    with ExitStack() as opened:
+        try:
+            model = load_model(target_path, backend, tuned)
+            settings, found = tuned, (*found, *noted)
+        except (SettingError, BackendError) as error:
+            if tuned is settings:
+                raise
+            model = load_model(target_path, backend, settings)
+            found = (
+                *found,
+                f"the options that `localspec tune` found do not work any more ({error.what}): run it again",
+            )
+        opened.callback(model.close)
         if use_tuned:
             model.capabilities = replace(model.capabilities, width_class=class_for(model))
-        if draft_path is None:
-            return Pair(model, None, found)
-        # a drafter's trees need not be exact, so it is spared what that costs
-        own = replace(settings, context=model.info.context_length, trees=False)
-        helper = load_model(draft_path, backend, own)
-        try:
-            pair = Pair(model, helper, found)
+        loaded: list[DraftHead] = []
+        runtime = choose_backend(backend, target_path)
+        for path in head_paths:
+            loaded.append(runtime.load_head(path, model))
+            opened.callback(loaded[-1].close)
+        for layers in exits:
+            loaded.append(runtime.early_exit(model, layers))
+            opened.callback(loaded[-1].close)
+        check_kinds(loaded)
+        pair = Pair(model, None, found, loaded)
+        if draft_path is not None:
+            # a drafter's trees need not be exact, so it is spared what that costs
+            own = replace(settings, context=model.info.context_length, trees=False)
+            pair.draft = load_model(draft_path, backend, own)
+            opened.callback(pair.draft.close)
             if pair.drafting is not None and pair.drafting.relation.same:
-                check_rows(model, helper)
-        except BaseException:
-            helper.close()
-            raise
+                check_rows(model, pair.draft)
+        opened.pop_all()
         return pair
-    except BaseException:
-        model.close()
-        raise
+
+
+def is_early_exit(head: str) -> bool:
+    """Is a part of the target meant? What exists on disk is a path, whatever its name."""
+    return head.partition(":")[0] == EARLY_EXIT and not Path(head).exists()
+
+
+def exit_layers(head: str) -> int | None:
+    """How many layers `early_exit:layers=N` names; None for `early_exit` alone. Raises SettingError."""
+    _, _, setting = head.partition(":")
+    name, _, value = setting.partition("=")
+    if not setting:
+        return None
+    if name != "layers" or not value.isdecimal():
+        raise SettingError("not a head that is known", got=head, expected=f"{EARLY_EXIT}:layers=N")
+    return int(value)
+
+
+def sort_out(draft: Path | None, heads: Sequence[Path]) -> tuple[Path | None, tuple[Path, ...]]:
+    """(draft model, heads): a head that was named as draft model is one. Raises as `formats.summarize`."""
+    if draft is not None and (draft.is_dir() or draft.suffix in _READABLE) and summarize(draft).drafter_kind:
+        return None, (draft, *(head for head in heads if head != draft))
+    return draft, tuple(heads)
+
+
+def check_kinds(heads: Sequence[DraftHead]) -> None:
+    """Raise UsageError for two heads of one kind: their drafters would have one name."""
+    for place, head in enumerate(heads):
+        if any(other.info.kind == head.info.kind for other in heads[:place]):
+            raise UsageError(f"two heads of kind {head.info.kind}", got=head.info.name, fix="Name one of them.")
 
 
 def _tuned(
@@ -453,25 +542,29 @@ def _tuned(
     return replace(settings, **changes), (f"runtime options found by `localspec tune`: {words}",)
 
 
-def plan_parts(target: Path, draft: Path | None = None, backend: str = AUTO) -> list[Part]:
+def plan_parts(target: Path, draft: Path | None = None, backend: str = AUTO, heads: Sequence[Path] = ()) -> list[Part]:
     """What a memory plan is made from; without the models whose backend cannot tell. Raises as `choose_backend`
     and `formats.summarize`."""
-    parts = []
-    for role, path in ((TARGET, target), (DRAFT, draft)):
-        planner = choose_backend(backend, path).planner if path is not None else None
-        if path is not None and planner is not None:
-            parts.append(Part(role, summarize(path), planner))
-    return parts
+    own = choose_backend(backend, target).planner
+    found = [(TARGET, target, own)]
+    if draft is not None:
+        found.append((DRAFT, draft, choose_backend(backend, draft).planner))
+    parts = [Part(role, summarize(path), planner) for role, path, planner in found if planner is not None]
+    # heads run on the target's backend, and what lies in the target's own file is counted there
+    apart = () if own is None else tuple(path for path in heads if path != target)
+    return parts + [Part(HEAD, summarize_head(path), own) for path in apart if own is not None]
 
 
 def check_pair(parts: Sequence[Part]) -> tuple[str, ...]:
-    """What headers say against a target and its draft model, from `plan_parts`. Returns doubts; raises
+    """What headers say against a target, its draft model and its heads, from `plan_parts`. Returns doubts; raises
     PairMismatchError and UnsupportedModelError. What only a backend can read is left to it."""
     models = {part.role: part.model for part in parts}
     target, draft = models.get(TARGET), models.get(DRAFT)
-    if target is not None:
-        check_whole(target, TARGET)
-    return () if target is None or draft is None else check_draft(target, draft)
+    if target is None:
+        return ()
+    check_whole(target, TARGET)
+    found = () if draft is None else check_draft(target, draft)
+    return found + tuple(doubt for part in parts if part.role == HEAD for doubt in check_head(target, part.model))
 
 
 def load_model(path: Path, backend: str = AUTO, settings: LoadSettings | None = None) -> LanguageModel:

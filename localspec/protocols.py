@@ -377,11 +377,11 @@ class Tokenizer(Protocol):
 class HeadInfo:
     """What a loaded head is, for people, for statistics and for whoever grows trees with it.
 
-    kind: dspark, dflash, eagle3, medusa, mtp, jetspec, early_exit; also the name of its drafter.  taps: layers of the
-    target whose output it reads, -1 for the embedding.  levels: most levels below the anchor that it can guess; None:
-    any number.  one_pass: `start` does the work of all levels, and `extend` costs next to nothing; otherwise each level
-    is a pass of its own.  confident: it says how sure it is (`HeadState.confidence`).  trees: may a guess have two
-    children?  host_scores: as in `Capabilities`.
+    kind: dspark, dflash, dflash2, eagle3, medusa, mtp, jetspec, early_exit; also the name of its drafter.  taps: layers
+    of the target whose output it reads, -1 for the embedding.  levels: most levels below the anchor that it can guess;
+    None: any number.  one_pass: `start` does the work of all levels, and `extend` costs next to nothing; otherwise each
+    level is a pass of its own.  confident: it says how sure it is (`HeadState.confidence`).  trees: may a guess have
+    two children?  host_scores: as in `Capabilities`.
     """
 
     name: str
@@ -404,6 +404,11 @@ class HeadState(Protocol):
     copied by `fork` and `save`, gone with `close`. Here are its guesses, numbered from 0 since `start`; a guess's
     parent is such a number, or -1 for the anchor.
     """
+
+    @property
+    def num_missing(self) -> int:
+        """Of the committed tokens, how many at the beginning it has not seen: they were there when it was opened."""
+        ...
 
     @property
     def room(self) -> int:
@@ -432,7 +437,7 @@ class HeadState(Protocol):
 
 class DraftHead(Protocol):
     """A small network trained to read a target's hidden states, or a part of the target itself; bound to one loaded
-    target. Loaded by `Backend.load_head` before the target has open sequences."""
+    target. From `Backend.load_head` or `early_exit`, before the target has open sequences."""
 
     @property
     def info(self) -> HeadInfo: ...
@@ -538,6 +543,12 @@ class Backend(Protocol):
         """Open a trained head for a target of this backend that has no open sequences. Raises members of the error tree
         only: HeadFileError names the tensor or key that is wrong, UnsupportedModelError what this backend or this
         target cannot do."""
+        ...
+
+    def early_exit(self, target: LanguageModel, layers: int | None) -> DraftHead:
+        """The first `layers` of a loaded target, with its end, as a head that needs no file; None leaves the number to
+        the backend. Raises SettingError for a number that there is not, UnsupportedModelError with the reason where
+        this backend or this target cannot do it."""
         ...
 
 
@@ -692,8 +703,9 @@ class Drafter(Protocol):
         ...
 
     def attach(self, state: SequenceState) -> None:
-        """The target's sequence that it will guess for, before the target reads anything more into it; again whenever
-        another sequence takes its place. For drafters that read the target's hidden states; others need nothing."""
+        """The target's sequence that it will guess for, before the target reads anything more into it: again before
+        every turn, and whenever another sequence takes its place. For drafters that read the target's hidden states;
+        others need nothing. One that has not seen all of it may empty it, and it is read again for it."""
         ...
 
     def begin(self, context: Context) -> None:

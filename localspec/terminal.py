@@ -18,7 +18,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from localspec.drafters import DrafterSpec, Nothing
+from localspec.drafters import KINDS, DrafterSpec, Nothing
 from localspec.engine.answer import Generation
 from localspec.engine.chat import Chat
 from localspec.engine.session import Progress, Stream
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from localspec.doctor import Report
     from localspec.loading import Pair
-    from localspec.protocols import ModelInfo
+    from localspec.protocols import HeadInfo, ModelInfo
     from localspec.trace.file import TraceWriter
 
 _LONG_PROMPT = 512  # tokens; reading fewer takes no time worth a sign of life
@@ -227,6 +227,12 @@ def describe(info: ModelInfo) -> str:
     return f"{info.name} ({info.architecture}, {info.quantization}, {size}) on {info.backend}, {info.device}"
 
 
+def describe_head(info: HeadInfo) -> str:
+    """One trained head in a few words."""
+    ahead = "" if info.levels is None else f", {info.levels} tokens ahead"
+    return f"{info.name} ({info.kind}, {info.num_parameters / 1e6:.0f}M{ahead})"
+
+
 def notes(pair: Pair) -> list[str]:
     """What was worked around for the target and the draft model, each thing once."""
     return list(pair.notes)
@@ -284,6 +290,8 @@ class ChatProgram:
         self.console.print(f"target  {describe(self.pair.target.info)}", style="dim")
         if self.pair.draft is not None:
             self.console.print(f"draft   {describe(self.pair.draft.info)}", style="dim")
+        for head in self.pair.heads:
+            self.console.print(f"head    {describe_head(head.info)}", style="dim")
         for note in notes(self.pair):
             self.console.print(f"note    {note}", style="dim")
         if self.hint:
@@ -489,3 +497,5 @@ def print_doctor(report: Report) -> None:
             console.print(f"  note: {note}")
     console.print("\nbundled pair: " + report.bundled)
     console.print("chat uses: " + report.choice)
+    console.print("drafters: " + ", ".join(name for name in report.drafters if name not in KINDS))
+    console.print("with a trained head of that kind (--head): " + ", ".join(KINDS))

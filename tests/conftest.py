@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from localspec.bench.prompts import Prompt, load_prompts
 from localspec.schedule import store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +33,13 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests, and the programs they start, leave the user's measurements alone, and measure nothing that a test did
-    not ask for."""
+    """Tests, and the programs they start, leave the user's measurements and sessions alone, and measure nothing that
+    a test did not ask for."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XDG_DATA_HOME", str(folder / "data"))
+        patch.delenv("LOCALSPEC_REMEMBER", raising=False)
         patch.setenv("LOCALSPEC_MEASURE", "0")
         patch.setattr(store, "default_folder", lambda: folder / "tune")
         patch.setattr(store, "_automatic", False)
@@ -51,6 +54,13 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared"):
             item.add_marker(skip)
+
+
+def brief_prompts(*domains: str) -> list[Prompt]:
+    """The first held-out prompt of each domain, texts cut to 80 characters: MLX on a CPU, and the
+    reference model, take as long for a token of the prompt as for one of the answer."""
+    prompts = load_prompts(domains=domains, per_domain=1)
+    return [replace(prompt, text=prompt.text and prompt.text[:80]) for prompt in prompts]
 
 
 @pytest.fixture(scope="session")

@@ -176,16 +176,19 @@ def test_a_drafter_as_heavy_as_the_target_is_doubted(tmp_path: Path) -> None:
     assert len(notes) == 1 and "Q8_0 and Q4_0" in notes[0]
 
 
-def test_a_head_is_refused_by_kind_and_by_its_target(tmp_path: Path) -> None:
-    from localspec.compatibility import check_draft
+def test_a_head_is_refused_by_its_target_and_alone(tmp_path: Path) -> None:
+    from localspec.compatibility import check_head
     from localspec.formats import summarize
 
     if not (SHARED / "dspark").is_dir():
         pytest.skip("needs the development models beside the repository")
     head, target = summarize(SHARED / "dspark"), summarize(SHARED / "target")
-    with pytest.raises(UnsupportedModelError, match="dspark head"):
-        check_draft(target, head)
+    assert not check_head(target, head)
+    [doubt] = check_head(replace(target, quantization="4 bits in groups of 64"), head)
+    assert "4 bits" in doubt
     with pytest.raises(PairMismatchError, match="hidden size differs"):
-        check_draft(summarize(write_gguf(tmp_path / "t.gguf")), head)
+        check_head(summarize(write_gguf(tmp_path / "t.gguf")), head)
+    with pytest.raises(UnsupportedModelError, match="no head"):
+        check_head(target, summarize(write_gguf(tmp_path / "t.gguf")))
     with pytest.raises(UnsupportedModelError, match="trained for a target of hidden size 512"):
         open_pair(str(SHARED / "dspark"), backend="mlx")

@@ -18,7 +18,7 @@ from pathlib import Path
 from localspec.errors import LocalspecError, UnsupportedModelError
 from localspec.protocols import Backend, BackendReport, DraftHead, LanguageModel, LoadSettings, Tokenizer
 
-from . import loading, native, probe
+from . import heads, loading, native, probe
 from .quantizer import LlamaQuantizer
 
 __all__ = ["BACKEND"]
@@ -46,8 +46,16 @@ class LlamaCppBackend:
         return loading.load(path, settings)
 
     def load_head(self, path: Path, target: LanguageModel) -> DraftHead:
-        """None is known yet. Raises UnsupportedModelError."""
-        raise UnsupportedModelError("the llamacpp backend runs no trained heads yet", got=path)
+        """A GGUF head. Raises members of the error tree only."""
+        return heads.load_head(path, target)
+
+    def early_exit(self, target: LanguageModel, layers: int | None) -> DraftHead:
+        """Never: a context computes the whole graph of its model. Raises UnsupportedModelError."""
+        raise UnsupportedModelError(
+            "llama.cpp runs all layers of a model or none, so there is no early exit",
+            got=target.info.name,
+            fix="Use a copy of the target with fewer bits (--draft self), or the mlx backend.",
+        )
 
     def open_tokenizer(self, path: Path) -> Tokenizer:
         """The tokenizer of a model file. Raises members of the error tree only."""

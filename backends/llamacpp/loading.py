@@ -283,7 +283,7 @@ def _with_context(
         try:
             return native.Context(weights.pointer, params, weights.vocab_size, window, longest)
         except BackendError as error:
-            raise _context_error(path, native.complaints(), error) from error
+            raise context_error(path, native.complaints(), error) from error
 
     memory = (
         Streams(make_context(), settings.num_sequences, LlamaState)
@@ -450,7 +450,8 @@ def _with_one_pass(model: LlamaModel) -> LlamaModel:
     return model
 
 
-def _context_error(path: Path, complaints: Sequence[str], error: BackendError) -> FailureError:
+def context_error(path: Path, complaints: Sequence[str], error: BackendError) -> FailureError:
+    """llama.cpp's complaints about a context as a member of the error tree."""
     words = native.quoted(complaints)
     if any("alloc" in line.lower() or "memory" in line.lower() for line in complaints):
         return OutOfMemoryError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 from numpy import int8, int64
@@ -18,25 +19,30 @@ from localspec.errors import BackendError
 from localspec.protocols import SavedState
 from localspec.types import Logits, NodeIndices, Positions, TokenIds
 
+from .companion import Recording, SavedCompanion
 from .native import Context, Saved
+from .taps import Features, Taps
 
 
 @dataclass(slots=True)
 class Pass:
     """Tokens as llama.cpp wants them. ids: the sequence ids of each token, or the one that all have.
-    outputs: 1 for scored tokens."""
+    outputs: 1 for scored tokens.  features: where their hidden states are written to, if anybody wants them."""
 
     tokens: TokenIds
     positions: Positions
     ids: list[list[int]] | int
     outputs: NDArray[int8]
+    features: Features | None = None
 
     def part(self, places: slice | NDArray[int64]) -> Pass:
-        """Some of its tokens; `outputs` may then be written to without changing the whole."""
+        """Some of its tokens; `outputs` may then be written to without changing the whole, and what is written to
+        `features` is in the whole if they are a slice."""
         ids = self.ids
         if not isinstance(ids, int):
             ids = ids[places] if isinstance(places, slice) else [ids[place] for place in places.tolist()]
-        return Pass(self.tokens[places], self.positions[places], ids, self.outputs[places].copy())
+        features = None if self.features is None else self.features[places]
+        return Pass(self.tokens[places], self.positions[places], ids, self.outputs[places].copy(), features)
 
 
 MAX_IDS = 256
@@ -124,11 +130,15 @@ class Cache:
 
 
 class State(ABC):
-    """What both kinds of `SequenceState` share: a cache of their own, and the calls of a forward."""
+    """What both kinds of `SequenceState` share: a cache of their own, and the calls of a forward.
+
+    recording: what a trained head wants to know of it, once one was opened for it.
+    """
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.closed = False
+        self.recording: Recording | None = None
 
     @property
     @abstractmethod
@@ -178,6 +188,15 @@ class State(ABC):
     def save(self) -> SavedState:
         """A copy of the committed tokens outside of llama.cpp. Raises ValueError while nodes are pending."""
 
+    def _heard(self) -> Recording | None:
+        """The recording, if any head is still there to listen."""
+        if self.recording is not None and not self.recording.is_heard():
+            self.recording = None
+        return self.recording
+
+    def _saved_companions(self) -> tuple[SavedCompanion, ...]:
+        return () if self.recording is None else self.recording.save()
+
     def fork(self) -> State:
         """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
         copy = self.save().open()
@@ -189,6 +208,8 @@ class State(ABC):
         if self.closed:
             return
         self.closed = True
+        if self.recording is not None:
+            self.recording.close()
         if not self.cache.context.is_closed:
             self.cache.reset()
             self.cache.memory.release(self.cache)
@@ -207,6 +228,8 @@ class Memory:
         self._make_context, self._make_state = make_context, make_state
         self._num_sequences = num_sequences
         self._num_open = 0
+        self._wanted: list[Taps] = []
+        self.taps: Taps | None = None
         self._caches = [Cache(self, make_context())]  # the first at once: memory may be too small
         self._idle = list(self._caches)
 
@@ -215,10 +238,40 @@ class Memory:
         if self._num_open >= self._num_sequences:
             raise self.all_in_use()
         if not self._idle:
-            self._caches.append(Cache(self, self._make_context()))
+            context = self._make_context()
+            context.tap(self.taps)
+            self._caches.append(Cache(self, context))
             self._idle.append(self._caches[-1])
         self._num_open += 1
         return self._make_state(self._idle.pop())
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that are open."""
+        return self._num_open
+
+    def want(self, taps: Taps) -> None:
+        """Have these hidden states kept, too, in every context; for a memory without open sequences."""
+        self._wanted.append(taps)
+        self._tap(reduce(Taps.joined, self._wanted))
+
+    def want_no_more(self, taps: Taps) -> None:
+        """One of those who wanted them is gone. Once all are nothing is kept any more; before that the others' places
+        in a row stay as they are."""
+        self._wanted.remove(taps)
+        if not self._wanted:
+            self._tap(None)
+
+    def _tap(self, taps: Taps | None) -> None:
+        self.taps = taps
+        for cache in self._caches:
+            if not cache.context.is_closed:
+                cache.context.tap(taps)
+
+    @property
+    def context(self) -> Context:
+        """One of its contexts; there is one from the start."""
+        return self._caches[0].context
 
     def all_in_use(self) -> BackendError:
         """The error for one sequence too many."""

@@ -27,7 +27,7 @@ class LlamaModel:
     """`LanguageModel` over llama.cpp. Owns the weights and all contexts."""
 
     def __init__(self, weights: Weights, memory: Memory, info: ModelInfo, capabilities: Capabilities) -> None:
-        self._weights, self._memory = weights, memory
+        self.weights, self.memory = weights, memory
         self.info, self.capabilities = info, capabilities
         self.vocab_size = weights.vocab_size
         self.tokenizer = LlamaTokenizer(weights)
@@ -39,7 +39,7 @@ class LlamaModel:
         """A new, empty sequence. Raises BackendError when all are in use."""
         if self._closed:
             raise ValueError("this model is closed")
-        return self._memory.open()
+        return self.memory.open()
 
     def forward(self, steps: Sequence[Step]) -> list[Scores]:
         """Run the steps: as one pass where sequences are streams of one context, else each in its own.
@@ -70,7 +70,7 @@ class LlamaModel:
     def _own(self, step: Step) -> State:
         """The step's state, checked. Raises ContextFullError, ValueError."""
         state = step.state
-        if not isinstance(state, State) or state.cache.memory is not self._memory:
+        if not isinstance(state, State) or state.cache.memory is not self.memory:
             raise ValueError("this state belongs to another model")
         state.check_open()
         room = self.info.context_length - state.length - state.num_pending
@@ -98,13 +98,18 @@ class LlamaModel:
         rows: Logits | None = None if num_parts == 1 else np.zeros((int(number[-1]) + 1, self.vocab_size), np.float32)
         for start, end in pairwise(cuts):
             chosen = columns[:, start:end].reshape(-1)
-            found = self._decode(context, whole.part(chosen))
+            part = whole.part(chosen)
+            found = self._decode(context, part)
+            if whole.features is not None and part.features is not None:
+                whole.features[chosen] = part.features
             if rows is None:
                 rows = found
             else:
                 rows[number[chosen[whole.outputs[chosen] == 1]]] = found
-        for state in streams:
+        for state, place in zip(streams, places, strict=True):
             state.drop_padding()
+            if state.recording is not None and whole.features is not None:
+                state.recording.fill(whole.features[place])
         assert rows is not None
         return [rows[number[place[0]] + 1 - whole.outputs[place[0]] : number[place[-1]] + 1] for place in places]
 
@@ -132,6 +137,8 @@ class LlamaModel:
             raise BackendError(
                 f"llama.cpp could not run the pass: {native.quoted(native.complaints())}", got=f"code {code}"
             )
+        if part.features is not None:
+            context.read_taps(part.features)
         if extra is None:
             return context.logits(count)
         return context.logits(2)[1 - extra : 2 - extra]
@@ -153,8 +160,8 @@ class LlamaModel:
         """Free context and weights. Twice does nothing."""
         self._closed = True
         self._generation[0] += 1
-        self._memory.close()
-        self._weights.close()
+        self.memory.close()
+        self.weights.close()
 
 
 def _gathered(step: Step) -> tuple[TokenIds, NDArray[np.int8]]:

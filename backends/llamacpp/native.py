@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from localspec.preparation import GpuMemory
 from localspec.types import Logits, Positions, TokenIds
 
 from . import runtime
+
+if TYPE_CHECKING:
+    from .taps import Taps
 
 INSTALL_COMMAND = "pip install llama-cpp-python"
 
@@ -146,12 +149,13 @@ def gpu_memory() -> GpuMemory | None:
     return GpuMemory(free.value, shared=sys.platform == "darwin") if free.value else None
 
 
-def quantize(source: Path, output: Path, file_type: str, num_threads: int) -> None:
-    """Write a GGUF file again in another type, e.g. MOSTLY_Q4_0. Raises BackendError."""
+def quantize(source: Path, output: Path, file_type: str, num_threads: int, *, again: bool = False) -> None:
+    """Write a GGUF file again in another type, e.g. MOSTLY_Q4_0. again: quantised tensors, too. Raises BackendError."""
     lib = library()
     params = lib.llama_model_quantize_default_params()
     params.ftype = getattr(lib, f"LLAMA_FTYPE_{file_type}")
     params.nthread = num_threads
+    params.allow_requantize = again
     forget_errors()
     if lib.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params)):
         raise BackendError(f"llama.cpp could not quantise {source.name}: {quoted(complaints())}")
@@ -236,6 +240,11 @@ def quoted(lines: Sequence[str]) -> str:
 # ---------------------------------------------------------------- one context and its batch
 
 
+def no_output(what: str) -> BackendError:
+    """The error where a pass succeeded and left nothing."""
+    return BackendError(f"llama.cpp returned no {what}")
+
+
 def _address(array: NDArray[Any]) -> int:
     """Where an array's data lie."""
     return int(array.ctypes.data)
@@ -257,7 +266,8 @@ class Context:
     """A llama_context and its batch: decode, and move cache cells between sequence ids.
 
     max_batch: tokens per decode.  max_outputs: of them scored.  longest: tokens of one sequence per decode.
-    max_ids: sequence ids 0 to max_ids - 1 exist.  window: of sliding-window attention, else 0.
+    max_ids: sequence ids 0 to max_ids - 1 exist.  window: of sliding-window attention, else 0.  taps: what is kept of
+    each token's hidden states.
     """
 
     def __init__(self, model: Any, params: Any, vocab_size: int, window: int, longest: int) -> None:
@@ -270,7 +280,21 @@ class Context:
         if not self._pointer:
             raise BackendError("llama.cpp could not create a context")
         self._memory = self._lib.llama_get_memory(self._pointer)
+        self.taps: Taps | None = None
         self._allocate()
+
+    def tap(self, taps: Taps | None) -> None:
+        """Have the hidden states of every token kept from the next pass on; None: of none."""
+        if self.taps is not None:
+            self.taps.enable(self._pointer, False)
+        self.taps = taps
+        if taps is not None:
+            taps.enable(self._pointer)
+
+    def read_taps(self, into: NDArray[np.float32]) -> None:
+        """Copy the hidden states of the last decode's tokens, in their order, to [T, W]."""
+        assert self.taps is not None
+        self.taps.read(self._pointer, into)
 
     def _allocate(self) -> None:
         """numpy arrays that llama_batch points into: filling them needs no loop."""
@@ -282,18 +306,20 @@ class Context:
         self._one_each = np.arange(size, dtype=np.uintp) * np.uintp(self._ids.itemsize) + np.uintp(
             self._ids.ctypes.data
         )
+        self._batch = self._batch_over(token=self._tokens, pos=self._positions)
+
+    def _batch_over(self, **inputs: NDArray[Any]) -> Any:
+        """A llama_batch that points into these arrays, and into those for ids and outputs."""
         batch = self._lib.llama_batch()
         fields = dict(self._lib.llama_batch._fields_)
-        arrays: dict[str, NDArray[Any]] = {
-            "token": self._tokens,
-            "pos": self._positions,
+        shared: dict[str, NDArray[Any]] = {
             "n_seq_id": self._num_ids,
             "seq_id": self._id_pointers,
             "logits": self._outputs,
         }
-        for name, array in arrays.items():
+        for name, array in {**inputs, **shared}.items():
             setattr(batch, name, ctypes.cast(ctypes.c_void_p(_address(array)), fields[name]))
-        self._batch = batch
+        return batch
 
     def decode(
         self, tokens: TokenIds, positions: Positions, ids: Sequence[Sequence[int]] | int, outputs: NDArray[np.int8]
@@ -304,15 +330,15 @@ class Context:
         """
         size = len(tokens)
         self._tokens[:size], self._positions[:size], self._outputs[:size] = tokens, positions, outputs
-        if isinstance(ids, int):
-            self._ids[:size], self._num_ids[:size] = ids, 1
-            self._id_pointers[:size] = self._one_each[:size]
-        else:
-            self._fill_ids(ids)
+        self._fill_ids(ids, size)
         self._batch.n_tokens = size
         return int(self._lib.llama_decode(self._pointer, self._batch))
 
-    def _fill_ids(self, ids: Sequence[Sequence[int]]) -> None:
+    def _fill_ids(self, ids: Sequence[Sequence[int]] | int, size: int) -> None:
+        if isinstance(ids, int):
+            self._ids[:size], self._num_ids[:size] = ids, 1
+            self._id_pointers[:size] = self._one_each[:size]
+            return
         counts = np.fromiter(map(len, ids), np.int32, len(ids))
         starts = np.cumsum(counts) - counts
         flat = np.fromiter((one for several in ids for one in several), np.int32, int(counts.sum()))
@@ -325,7 +351,7 @@ class Context:
             return np.zeros((0, self._vocab_size), np.float32)
         first = self._lib.llama_get_logits(self._pointer)
         if not first:
-            raise BackendError("llama.cpp returned no logits")
+            raise no_output("logits")
         buffer: Any = (ctypes.c_float * (num_rows * self._vocab_size)).from_address(ctypes.addressof(first.contents))
         rows: Logits = np.ndarray((num_rows, self._vocab_size), np.float32, buffer)
         return rows
@@ -357,6 +383,11 @@ class Context:
         """Put saved cells, now side by side and in order, into an empty id."""
         if not self._lib.llama_state_seq_set_data(self._pointer, saved.buffer, len(saved.buffer), sequence):
             raise BackendError("llama.cpp could not put a sequence into its cache")
+
+    @property
+    def handle(self) -> Any:
+        """The llama_context, for another one that shares its model."""
+        return self._pointer
 
     @property
     def is_closed(self) -> bool:

@@ -24,6 +24,7 @@ from localspec.replay import History, Mark
 from localspec.tree.mask import check_path
 from localspec.types import Logits, NodeIndices, TokenIds
 
+from .companion import SavedCompanion, reopened
 from .memory import Cache, Decode, Memory, Pass, Piece, State
 
 NUM_SNAPSHOTS = 3
@@ -121,7 +122,9 @@ class RecurrentState(State):
         num_again = len(waiting) - self._num_fresh if len(waiting) else 0
         num_again += sum(self._was_run[node] for node in plan.between)
         if len(waiting) > _MOST_WAITING:
-            decode(self._pass(waiting, start, np.zeros(len(waiting), np.int8)))
+            alone = self._pass(waiting, start, np.zeros(len(waiting), np.int8))
+            decode(alone)
+            self._hear(waiting, alone)
             self._num_fresh = 0
             self._remember()
             start, waiting = self.length, waiting[:0]
@@ -131,10 +134,23 @@ class RecurrentState(State):
         tokens = np.array([*before, *plan.tokens[: plan.num_run].tolist()], np.int32)
         outputs = np.concatenate([np.zeros(len(before), np.int8), plan.outputs[: plan.num_run]])
         self._num_replayed += num_again
-        return decode(self._pass(tokens, start, outputs))
+        whole = self._pass(tokens, start, outputs)
+        rows = decode(whole)
+        self._hear(waiting, whole)
+        return rows
 
     def _pass(self, tokens: TokenIds, start: int, outputs: NDArray[np.int8]) -> Pass:
-        return Pass(tokens, np.arange(start, start + len(tokens), dtype=np.int32), self._work, outputs)
+        recording = self._heard()
+        features = None if recording is None else recording.space(len(tokens))
+        positions = np.arange(start, start + len(tokens), dtype=np.int32)
+        return Pass(tokens, positions, self._work, outputs, features)
+
+    def _hear(self, waiting: TokenIds, done: Pass) -> None:
+        """A pass that began with committed tokens has run: hand over what is new of them, leave the nodes' features
+        for `commit`."""
+        if self.recording is not None and done.features is not None:
+            self.recording.catch_up(waiting, done.features, self.length)
+            self.recording.fill(done.features[len(waiting) :])
 
     def commit(self) -> None:
         """The planned nodes are pending now, and WORK has got to the last one that was run."""
@@ -143,6 +159,11 @@ class RecurrentState(State):
         first = len(self._parents)
         for node in plan.between:
             self._was_run[node] = True
+        if self.recording is not None:
+            heard = self.recording.newest
+            for node, row in zip(plan.between, heard, strict=False):
+                self.recording.put(node, row)
+            self.recording.add(plan.tokens, heard[len(plan.between) :])
         self._tokens += plan.tokens.tolist()
         self._parents += plan.parents
         self._was_run += [index < plan.num_run for index in range(len(plan.parents))]
@@ -175,6 +196,8 @@ class RecurrentState(State):
                 self._go_back()
             self._history.extend(tokens)
         self._tokens, self._parents, self._was_run, self._tip = [], [], [], None
+        if self.recording is not None:
+            self.recording.keep(nodes)
 
     def truncate(self, length: int) -> None:
         """Drop everything pending and all committed tokens from `length` on. Raises ValueError."""
@@ -188,6 +211,8 @@ class RecurrentState(State):
             self._num_fresh = max(0, self._num_fresh - dropped)
             self._go_back()
             self._forget_unused()
+            if self.recording is not None:
+                self.recording.truncate(length)
 
     def _newest(self) -> Mark[int] | None:
         return self._history.rewind(self.length)
@@ -228,7 +253,9 @@ class RecurrentState(State):
         pieces = self.cache.copied(self._work, mark.length) if mark is not None else []
         tokens = tuple(self._history.since(None).tolist())
         length = 0 if mark is None else mark.length
-        return RecurrentSaved(self.cache.memory, tokens, length, tuple(pieces), self._num_fresh)
+        return RecurrentSaved(
+            self.cache.memory, tokens, length, tuple(pieces), self._num_fresh, self._saved_companions()
+        )
 
     def fill(self, saved: RecurrentSaved) -> None:
         """Become what was saved; for an empty state only."""
@@ -238,6 +265,7 @@ class RecurrentState(State):
             self._remember()
         self._history.extend(saved.tokens[saved.mark :])
         self._num_fresh = saved.num_fresh
+        self.recording = reopened(self.cache.memory.taps, saved.companions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,11 +277,12 @@ class RecurrentSaved:
     mark: int
     pieces: tuple[Piece, ...]
     num_fresh: int
+    companions: tuple[SavedCompanion, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        """Of the state."""
-        return sum(piece.cells.num_bytes for piece in self.pieces)
+        """Of the state, and of what goes along with it."""
+        return sum(piece.cells.num_bytes for piece in self.pieces) + sum(one.num_bytes for one in self.companions)
 
     def open(self) -> State:
         """A new sequence that holds them. Raises as `Memory.open`."""

@@ -19,6 +19,7 @@ from localspec.errors import BackendError
 from localspec.tree.mask import check_path
 from localspec.types import Logits, NodeIndices, Positions, TokenIds
 
+from .companion import SavedCompanion, reopened
 from .memory import Cache, Decode, Memory, Pass, Piece, State
 
 
@@ -136,7 +137,9 @@ class LlamaState(State):
         assert plan is not None
         for source, target, end in plan.copies:
             self.cache.context.share(source, target, end)
-        return Pass(self._tokens, plan.positions, plan.ids, self._outputs)
+        recording = self._heard()
+        features = None if recording is None else recording.space(len(self._tokens))
+        return Pass(self._tokens, plan.positions, plan.ids, self._outputs, features)
 
     def drop_padding(self) -> None:
         """Forget the cells behind the planned chain."""
@@ -152,6 +155,8 @@ class LlamaState(State):
         self._depths += plan.depths
         self._lines += plan.lines
         self._borrowed += plan.borrowed
+        if self.recording is not None:
+            self.recording.add(self._tokens, self.recording.newest)
 
     def undo(self) -> None:
         """The pass failed: leave no cell behind."""
@@ -180,6 +185,8 @@ class LlamaState(State):
             self._choose(self._lines[nodes[-1]] if nodes else self._id, len(nodes))
         self._length += len(path)
         self._parents, self._depths, self._lines, self._borrowed = [], [], [], []
+        if self.recording is not None:
+            self.recording.keep(nodes)
 
     def _choose(self, winner: int, count: int) -> None:
         """The winner's id becomes the sequence's own; nothing is copied."""
@@ -205,6 +212,8 @@ class LlamaState(State):
         if length < self._length:
             self.cache.context.remove(self._id, length)
             self._length = length
+            if self.recording is not None:
+                self.recording.truncate(length)
 
     def save(self) -> LlamaSaved:
         """A copy of the committed tokens outside of llama.cpp. Raises ValueError while nodes are pending."""
@@ -212,12 +221,13 @@ class LlamaState(State):
         if self._parents:
             raise ValueError("cannot copy while nodes are pending")
         pieces = self.cache.copied(self._id, self._length) if self._length else []
-        return LlamaSaved(self.cache.memory, self._length, tuple(pieces))
+        return LlamaSaved(self.cache.memory, self._length, tuple(pieces), self._saved_companions())
 
     def fill(self, saved: LlamaSaved) -> None:
         """Become what was saved; for an empty state only."""
         self.cache.insert(self._id, saved.pieces)
         self._length = saved.length
+        self.recording = reopened(self.cache.memory.taps, saved.companions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +237,12 @@ class LlamaSaved:
     memory: Memory
     length: int
     pieces: tuple[Piece, ...]
+    companions: tuple[SavedCompanion, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        """Of the cells."""
-        return sum(piece.cells.num_bytes for piece in self.pieces)
+        """Of the cells, and of what goes along with them."""
+        return sum(piece.cells.num_bytes for piece in self.pieces) + sum(one.num_bytes for one in self.companions)
 
     def open(self) -> State:
         """A new sequence that holds them. Raises as `Memory.open`."""

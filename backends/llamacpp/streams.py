@@ -20,6 +20,7 @@ from localspec.types import TokenIds
 
 from .memory import Cache, Memory, Pass, Piece, State
 from .native import Context
+from .taps import Taps
 
 if TYPE_CHECKING:
     from .state import LlamaState
@@ -61,7 +62,13 @@ class Streams(Memory):
         self._idle_streams = list(range(num_sequences))
         self._make_state = make_state
         self._num_sequences = num_sequences
-        self.context = context
+        self._wanted: list[Taps] = []
+        self.taps: Taps | None = None
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that are open."""
+        return self._num_sequences - len(self._idle_streams)
 
     def open(self) -> State:
         """A new, empty sequence. Raises BackendError when all are in use."""
@@ -81,7 +88,7 @@ class Streams(Memory):
 
 def joined(states: Sequence[LlamaState], least: int) -> tuple[Pass, list[NDArray[np.int64]]]:
     """What was planned for these states as one pass of equally wide parts, at least `least`, in the order of their
-    streams; and per state the places of its own tokens in it."""
+    streams; and per state the places of its own tokens in it. `features` has room for all if one state wants them."""
     passes = [state.planned() for state in states]
     width = max(least, *(len(one.tokens) for one in passes))
     streams = [one.ids for one in passes if isinstance(one.ids, int)]
@@ -96,4 +103,6 @@ def joined(states: Sequence[LlamaState], least: int) -> tuple[Pass, list[NDArray
         positions[row] = one.positions[0] + np.arange(width)
         ids += [[streams[index]]] * width
         places[index] = row * width + np.arange(count)
-    return Pass(tokens.reshape(-1), positions.reshape(-1), ids, outputs.reshape(-1)), places
+    wide = next((one.features.shape[1] for one in passes if one.features is not None), None)
+    features = None if wide is None else np.empty((tokens.size, wide), np.float32)
+    return Pass(tokens.reshape(-1), positions.reshape(-1), ids, outputs.reshape(-1), features), places

@@ -25,6 +25,8 @@ class Weights:
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = extra_buffers
         params.vocab_only = vocab_only
+        if hasattr(params, "load_mtp"):  # of a file that has such a layer; it may be wanted as a head
+            params.load_mtp = True
         native.forget_errors()
         self.pointer: Any = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:

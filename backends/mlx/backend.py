@@ -14,7 +14,6 @@ from localspec.errors import (
     LocalspecError,
     ModelNotFoundError,
     SettingError,
-    UnsupportedModelError,
 )
 from localspec.protocols import BackendReport, DraftHead, LanguageModel, LoadSettings, Tokenizer
 
@@ -122,8 +121,27 @@ class MlxBackend:
             return cast("LanguageModel", open_model(path, settings, self._ledger))
 
     def load_head(self, path: Path, target: LanguageModel) -> DraftHead:
-        """None is known yet. Raises UnsupportedModelError."""
-        raise UnsupportedModelError("the mlx backend runs no trained heads yet", got=path)
+        """Open a trained head from a safetensors folder.
+
+        Raises ModelNotFoundError, HeadFileError, PairMismatchError, UnsupportedModelError or OutOfMemoryError.
+        """
+        from .heads import load_head
+        from .model import MlxModel
+
+        if not isinstance(target, MlxModel):
+            raise SettingError("a head runs where its target does", got=target.info.backend, expected=self.name)
+        with translated(f"loading {path.name}"):
+            return load_head(path, target)
+
+    def early_exit(self, target: LanguageModel, layers: int | None) -> DraftHead:
+        """See `Backend.early_exit`."""
+        from .early_exit import EarlyExit
+        from .model import MlxModel
+
+        if not isinstance(target, MlxModel):
+            raise SettingError("a head runs where its target does", got=target.info.backend, expected=self.name)
+        with translated("looking at the target's first layers"):
+            return cast("DraftHead", EarlyExit(target, layers))
 
 
 def _check_settings(settings: LoadSettings) -> None:

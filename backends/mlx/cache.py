@@ -27,6 +27,8 @@ class Pass:
         self.layout: Layout | JointLayout | None = None
         self.positions: mx.array | None = None  # [T] or [B, T], where they are not the row numbers
         self.rows: mx.array | None = None  # [R] rows whose logits are wanted; None: all
+        self.record: dict[int, mx.array] | None = None  # taps that were reached, where a pass is to be recorded
+        self.hidden: mx.array | None = None  # stands for what the layers give, so that only the output matrix runs
         self.shift = 0  # added to the offset that models see; only ever set by the self-check
 
     def begin(self, layout: Layout | JointLayout, rows: tuple[int, ...] | None) -> None:
@@ -42,7 +44,7 @@ class Pass:
 
     def end(self) -> None:
         """Forget the pass, so that nothing of it is kept alive."""
-        self.layout = self.positions = self.rows = None
+        self.layout = self.positions = self.rows = self.record = self.hidden = None
 
 
 class TreeCache(KVCache):

@@ -11,7 +11,8 @@ from .cache import Pass
 
 _ROPE_NAMES = ("rope", "rotary_emb")
 _TABLE_NAMES = ("wpe",)
-_BODY_PATHS = (("model",), ("language_model", "model"))
+_BODY_PATHS = (("model",), ("language_model", "model"), ("backbone",), ("transformer",))
+FINAL = -2  # in a record: the last hidden state of every row, behind the final norm
 
 
 class PlacedRope(nn.Module):
@@ -48,7 +49,7 @@ class PlacedRope(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Models read settings of the embedding: those of the inner one."""
-        return _inner_attribute(self, name)
+        return inner_attribute(self, name)
 
 
 class PlacedTable(nn.Module):
@@ -68,11 +69,11 @@ class PlacedTable(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Models read settings of the table: those of the inner one."""
-        return _inner_attribute(self, name)
+        return inner_attribute(self, name)
 
 
 class Body(nn.Module):
-    """A model without its head, that hands on only the rows whose logits are wanted."""
+    """A model without its output matrix, that hands on only the rows whose logits are wanted."""
 
     def __init__(self, inner: Any, current: Pass) -> None:
         super().__init__()
@@ -81,16 +82,20 @@ class Body(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """[B, R, hidden]."""
+        if self._current.hidden is not None:  # only the head's work on it is wanted
+            return self._current.hidden
         hidden = self.inner(*args, **kwargs)
+        if self._current.record is not None:
+            self._current.record[FINAL] = hidden
         rows = self._current.rows
         return hidden if rows is None else mx.take(hidden, rows, axis=1)
 
     def __getattr__(self, name: str) -> Any:
         """Heads reach into the body, for tied embeddings."""
-        return _inner_attribute(self, name)
+        return inner_attribute(self, name)
 
 
-def _inner_attribute(module: nn.Module, name: str) -> Any:
+def inner_attribute(module: nn.Module, name: str) -> Any:
     """An attribute of a module, or of the one that it wraps."""
     try:
         return nn.Module.__getattr__(module, name)

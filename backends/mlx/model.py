@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
 
@@ -14,12 +15,15 @@ from localspec.protocols import Capabilities, ModelInfo, Rewind, Scores, Step
 from localspec.types import NodeIndices
 
 from .border import translated
+from .companion import Owner
 from .device import replay_class, width_class, width_steps
+from .ends import Ends
 from .layout import Layout
 from .network import Network
 from .replay_state import ReplayState
 from .scores import DeviceScores, DeviceTokens, Ledger
 from .state import MlxState
+from .taps import Record
 from .tokenizer import MlxTokenizer
 
 _MOST_TOGETHER = 128  # tokens of each sequence in a pass that several share
@@ -46,15 +50,17 @@ class MlxModel:
             limits=tuple(network.limits),
         )
         self._network: Network | None = network
-        self._ledger = ledger
+        self.ledger = ledger
         self._open: set[MlxState] = set()
 
     @property
     def num_syncs(self) -> int:
         """How often the host has waited for the device, over all models of this backend."""
-        return self._ledger.num_syncs
+        return self.ledger.num_syncs
 
-    def _running(self) -> Network:
+    @property
+    def network(self) -> Network:
+        """What runs the passes. Raises ValueError once closed."""
         if self._network is None:
             raise ValueError("this model is closed")
         return self._network
@@ -63,7 +69,7 @@ class MlxModel:
 
     def open(self) -> MlxState:
         """A new, empty sequence. Raises BackendError when all are in use."""
-        network = self._running()
+        network = self.network
         if len(self._open) >= self.capabilities.num_sequences:
             limit = self.capabilities.num_sequences
             raise BackendError("too many open sequences", got=limit + 1, expected=f"at most {limit}")
@@ -85,7 +91,26 @@ class MlxModel:
 
     def _run_again(self, ids: mx.array, caches: list[Any], layout: Layout) -> None:
         """A pass whose logits nobody wants; being lazy, they are not computed."""
-        self._running().run(ids, caches, layout, None)
+        self.network.run(ids, caches, layout, None)
+
+    # ------------------------------------------------------------ heads
+
+    @property
+    def is_closed(self) -> bool:
+        """Were the weights given back?"""
+        return self._network is None
+
+    @cached_property
+    def ends(self) -> Ends:
+        """The embedding and the output matrix, for heads. Raises UnsupportedModelError where there is no telling."""
+        return Ends(self.network)
+
+    def drop_companions(self, head: Owner) -> None:
+        """A head follows no sequence any more."""
+        for state in self._open:
+            companion = state.companions.of(head)
+            if companion is not None:
+                state.companions.remove(companion)
 
     def close(self) -> None:
         """Close all states and give the weights back."""
@@ -93,6 +118,7 @@ class MlxModel:
             state.close()
         if self._network is not None:
             self._network = None
+            self.__dict__.pop("ends", None)
             mx.clear_cache()
 
     # ------------------------------------------------------------ forward
@@ -103,7 +129,7 @@ class MlxModel:
         Raises ContextFullError before anything changes, BackendError if the runtime fails (all
         sequences are then as before), ValueError for malformed steps.
         """
-        network = self._running()
+        network = self.network
         states = [self._own(step) for step in steps]
         if len(set(states)) != len(states):
             raise ValueError("two steps for one sequence in one forward")
@@ -132,17 +158,23 @@ class MlxModel:
             end = min(start + _CHUNK, step.num_tokens)
             rows = tuple(row - start for row in wanted if start <= row < end)
             every = len(rows) == end - start
-            layout = state.add(step.parents[start:end])
-            logits = network.run(ids[start:end], state.caches, layout, None if every or not rows else rows)
+            first, layout = state.num_pending, state.add(step.parents[start:end])
+            wanted_rows = None if every or not rows else rows
+            if state.companions:
+                record: Record = {}
+                logits = network.run(ids[start:end], state.caches, layout, wanted_rows, record)
+                state.companions.record(first, ids[start:end], network.taps.of(record, 0))
+            else:
+                logits = network.run(ids[start:end], state.caches, layout, wanted_rows)
             if rows:
                 parts.append(logits)
             if end < step.num_tokens:
-                self._ledger.fetch(*state.arrays(), *parts)
+                self.ledger.fetch(*state.arrays(), *parts)
         # Started now, so that the device works while the host prepares the next pass. Caches are
         # part of it: an unread pass must not pile up as an unevaluated graph.
         mx.async_eval(*state.arrays(), *parts)
         scores = mx.concatenate(parts) if len(parts) > 1 else parts[0] if parts else mx.zeros((0, self.vocab_size))
-        return cast("Scores", DeviceScores(scores, self._ledger))
+        return cast("Scores", DeviceScores(scores, self.ledger))
 
     def _run_together(self, network: Network, steps: Sequence[Step], states: Sequence[MlxState]) -> list[Scores]:
         """All steps as one pass, each as wide as the widest; the padding's rows are dropped."""
@@ -156,14 +188,19 @@ class MlxModel:
             padding = np.arange(numbers[-1] - 1, numbers[-1] - 1 + missing, dtype=np.int32)
             layouts.append(state.add(padding).widened(width))
             ids.append(mx.pad(_joined(step), (0, missing)))
-        logits = network.run_together(mx.stack(ids), [state.caches for state in states], layouts)
+        record: Record | None = {} if any(state.companions for state in states) else None
+        logits = network.run_together(mx.stack(ids), [state.caches for state in states], layouts, record)
         scores = []
         for index, (step, state) in enumerate(zip(steps, states, strict=True)):
             state.forget(numbers[index])
+            if record is not None and state.companions:
+                real = (index, slice(step.num_tokens))
+                features = network.taps.of(record, real)
+                state.companions.record(numbers[index] - step.num_tokens, ids[index][: step.num_tokens], features)
             wanted = list(range(step.num_tokens)) if step.rows is None else list(step.rows)
             scores.append(mx.take(logits[index], mx.array(wanted, mx.int32), axis=0))
         mx.async_eval(*(array for state in states for array in state.arrays()), *scores)
-        return [cast("Scores", DeviceScores(rows, self._ledger)) for rows in scores]
+        return [cast("Scores", DeviceScores(rows, self.ledger)) for rows in scores]
 
     def _own(self, step: Step) -> MlxState:
         state = step.state

@@ -17,6 +17,7 @@ from .grafts import Body, place_positions, wrap_body
 from .layout import Layout
 from .memory import planned, states_in
 from .selfcheck import SelfCheck, refuse_broken, small_budgets
+from .taps import Record, Taps
 from .together import JointCache, JointLayout
 
 
@@ -31,7 +32,7 @@ class Network:
 
     def __init__(self, module: nn.Module) -> None:
         refuse_broken(module)
-        self._module: Any = module
+        self.module: Any = module
         self.current = Pass()
         self.notes: list[str] = []
         self.limits: list[str] = []
@@ -42,6 +43,7 @@ class Network:
         self.replays = bool(kinds)
         place_positions(module, self.current)
         self._graft = wrap_body(module, self.current)
+        self.taps = Taps(module, self.current)
         self.vocab_size, self.same_bits, self.trees = 0, True, False
         with small_budgets(module):
             self.current.blocks = builds_attention() and SelfCheck(self).takes_blocks()
@@ -49,13 +51,21 @@ class Network:
 
     def caches(self) -> list[Any]:
         """Empty caches for one sequence."""
-        return [planned(cache, self.current) for cache in make_prompt_cache(self._module)]
+        return [planned(cache, self.current) for cache in make_prompt_cache(self.module)]
 
-    def run(self, ids: mx.array, caches: list[Any], layout: Layout, rows: tuple[int, ...] | None) -> mx.array:
-        """[R, V] lazy logits of the wanted rows of one pass over ids [T]."""
+    def run(
+        self,
+        ids: mx.array,
+        caches: list[Any],
+        layout: Layout,
+        rows: tuple[int, ...] | None,
+        record: Record | None = None,
+    ) -> mx.array:
+        """[R, V] lazy logits of the wanted rows of one pass over ids [T]; fills `record` with taps [1, T, hidden]."""
         self.current.begin(layout, rows)
+        self.current.record = record
         try:
-            logits: mx.array = self._module(ids[None], cache=caches)[0]
+            logits: mx.array = self.module(ids[None], cache=caches)[0]
             if self._graft is None and rows is not None:
                 logits = mx.take(logits, mx.array(rows, mx.int32), axis=0)
             return logits
@@ -63,16 +73,32 @@ class Network:
             self.current.end()
 
     @property
+    def body(self) -> nn.Module | None:
+        """The part before the output matrix; None where it could not be told apart."""
+        if self._graft is None:
+            return None
+        owner, name = self._graft
+        return owner[name].inner  # type: ignore[no-any-return]
+
+    @property
     def can_join(self) -> bool:
         """Could several sequences go into one pass? Only the self-check knows whether they may."""
         return self.trees and all(isinstance(cache, TreeCache) for cache in self.caches())
 
-    def run_together(self, ids: mx.array, caches: Sequence[list[Any]], layouts: Sequence[Layout]) -> mx.array:
-        """[B, T, V] lazy logits of one pass over ids [B, T], each with caches and a layout of its own."""
+    def run_together(
+        self,
+        ids: mx.array,
+        caches: Sequence[list[Any]],
+        layouts: Sequence[Layout],
+        record: Record | None = None,
+    ) -> mx.array:
+        """[B, T, V] lazy logits of one pass over ids [B, T], each with caches and a layout of its own; fills `record`
+        with the taps [B, T, hidden]."""
         self.current.begin(JointLayout(layouts), None)
+        self.current.record = record
         try:
             joined = [JointCache(lanes) for lanes in zip(*caches, strict=True)]
-            return self._module(ids, cache=joined)  # type: ignore[no-any-return]
+            return self.module(ids, cache=joined)  # type: ignore[no-any-return]
         finally:
             self.current.end()
 

@@ -82,10 +82,11 @@ class ReplayState(MlxState):
         in part. Raises ValueError for a non-path, and BackendError if a replay fails: `length` then says how
         many tokens are left."""
         self.check_open()
-        check_path(self._parents, [int(node) for node in path])
+        nodes = [int(node) for node in path]
+        check_path(self._parents, nodes)
         if not self._marks:
             return
-        count, ids = len(path), self._pending_ids()
+        count, ids, length = len(nodes), self._pending_ids(), self._length
         whole = count == self.num_pending
         number, taken = (count, None) if whole else next(m for m in reversed(self._marks) if m[0] <= count)
         self._forget_pending()
@@ -95,6 +96,7 @@ class ReplayState(MlxState):
             self._rewind(self._length)
         self._replay(ids[number:count])
         self._history.mark(snapshot(self._states))
+        self.companions.keep(nodes, length)  # what the pass that was verified saw, not the replay
 
     def truncate(self, length: int) -> None:
         """Drop what is pending and everything from `length` on. Raises BackendError if a replay fails."""
@@ -104,6 +106,7 @@ class ReplayState(MlxState):
         if length == self._length and not self._marks:
             return
         self._forget_pending()
+        self.companions.truncate(length)
         mark = self._history.rewind(length)
         again = self._history.since(mark)
         self._length = mark.length if mark is not None else 0
@@ -155,6 +158,7 @@ class ReplayState(MlxState):
             except Exception:
                 restore(self._states, before)
                 self._rewind(self._length)
+                self.companions.truncate(self._length)
                 raise
             self._commit(part)
             self._num_replayed += len(part)

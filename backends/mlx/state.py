@@ -13,6 +13,7 @@ from localspec.protocols import Tokens
 from localspec.tree.mask import check_path
 from localspec.types import NodeIndices
 
+from .companion import Companions
 from .layout import Layout
 from .memory import copied, rows_in
 
@@ -35,6 +36,7 @@ class MlxState:
         self._length = 0
         self._parents: NodeIndices = np.zeros(0, np.int32)
         self._closed = False
+        self.companions = Companions()
 
     @property
     def length(self) -> int:
@@ -45,6 +47,11 @@ class MlxState:
     def num_pending(self) -> int:
         """Number of pending nodes."""
         return len(self._parents)
+
+    @property
+    def parents(self) -> NodeIndices:
+        """[P] parents of the pending nodes."""
+        return self._parents
 
     @property
     def num_replayed(self) -> int:
@@ -69,11 +76,12 @@ class MlxState:
     def forget(self, num_pending: int) -> None:
         """Drop the pending nodes from `num_pending` on, whether their rows were written or not."""
         self._parents = self._parents[:num_pending]
+        self.companions.forget(num_pending)
         self._rewind(self._length + num_pending)
 
     def arrays(self) -> list[mx.array]:
         """What must be computed for all rows to exist."""
-        return [array for cache in self._rows for array in cache.arrays()]
+        return [*(array for cache in self._rows for array in cache.arrays()), *self.companions.arrays()]
 
     # ------------------------------------------------------------ protocol
 
@@ -88,6 +96,7 @@ class MlxState:
         rows = mx.array(moved, mx.int32) + self._length if moved else None
         for cache in self._rows:
             cache.keep_rows(start, rows, len(moved))
+        self.companions.keep(nodes, self._length)
         self._length += len(nodes)
         self._parents = self._parents[:0]
 
@@ -98,6 +107,7 @@ class MlxState:
             raise ValueError(f"cannot truncate {self._length} tokens to {length}")
         self._parents = self._parents[:0]
         self._length = length
+        self.companions.truncate(length)
         self._rewind(length)
 
     def fork(self) -> MlxState:
@@ -127,6 +137,7 @@ class MlxState:
         self.caches = [copied(cache) for cache in other.caches]
         self._rows = list(rows_in(self.caches))
         self._length = other._length
+        self.companions = other.companions.copy()
 
     def close(self) -> None:
         """Give the memory back."""
@@ -135,6 +146,7 @@ class MlxState:
         self._closed = True
         for cache in self._rows:
             cache.drop()
+        self.companions.truncate(0)
         self._length, self._parents = 0, self._parents[:0]
         self._on_close()
 

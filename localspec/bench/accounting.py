@@ -11,7 +11,8 @@ import numpy as np
 from localspec.context import Context
 from localspec.drafters import Draft
 from localspec.drafters.aligned_cache import AlignedCache
-from localspec.drafters.draft_cache import ANCHOR, DraftCache
+from localspec.drafters.draft_cache import DraftCache
+from localspec.drafters.guesser import ANCHOR
 from localspec.protocols import HostTokens
 from localspec.types import TokenIds
 

@@ -117,6 +117,7 @@ def describe(
         "runtime": dict(runtime),
         "target": _model(pair.target),
         "draft": None if pair.draft is None else _model(pair.draft),
+        "heads": [f"{head.info.name} ({head.info.kind})" for head in pair.heads],
         "exact": exactness.mode.value,
         "padding": exactness.widest_padding,
         "width_class": str(exactness),

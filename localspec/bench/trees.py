@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from localspec.bench.prompts import Prompt
-from localspec.drafters import DraftModel
+from localspec.drafters import DraftModel, HeadDrafter, find_head
 from localspec.engine.round import RoundResult
 from localspec.errors import UsageError
 from localspec.loading import Pair
+from localspec.protocols import Drafter
 from localspec.sampling import SamplingParams
 from localspec.verify import make_acceptance
 
@@ -107,23 +108,19 @@ def measure(
     budgets: Sequence[int],
     max_tokens: int,
     on_prompt: Callable[[Report], None] = lambda report: None,
+    *,
+    name: str = DraftModel.name,
 ) -> Report:
     """Decode every prompt with every method and budget, always with the prompt's own seed.
 
-    Raises UsageError without a draft model.  on_prompt: called with the report so far after each prompt.
+    name: who guesses, the draft model or the kind of a head. A head's chain is as long as it has levels at most.
+    Raises UsageError where that is not loaded.  on_prompt: called with the report so far after each prompt.
     """
-    if pair.draft is None:
-        raise UsageError("trees are grown by a draft model", fix="Name one with --draft.")
-    if pair.drafting is not None and not pair.drafting.relation.same:
-        raise UsageError(
-            "ways of guessing are compared with a draft model of the target's tokenizer",
-            got=str(pair.drafting.relation),
-            fix="Name another one; `localspec bench cross` is for this one.",
-        )
+    about, make = _guesser(pair, name)
     info = pair.target.info
     report = Report(
         f"{info.name} {info.quantization} on {info.backend}, {info.device}",
-        f"{pair.draft.info.name} {pair.draft.info.quantization}",
+        about,
         max_tokens,
         tuple(budgets),
     )
@@ -137,7 +134,7 @@ def measure(
                     row = report.row(method.label, temperature, prompt.domain)
                     row.num_prompts += 1
                     for budget in budgets:
-                        drafter = DraftModel(pair.draft, num=budget, shape=method.shape, guess=method.guess)
+                        drafter = make(method, budget)
                         try:
                             session.use(drafter, make_acceptance(method.acceptance))
                             judge = row.judge if method.acceptance == "walk" else None
@@ -148,6 +145,33 @@ def measure(
                         row.num_rounds[budget] = row.num_rounds.get(budget, 0) + stats.num_rounds
             on_prompt(report)
     return report
+
+
+def _guesser(pair: Pair, name: str) -> tuple[str, Callable[[Method, int], Drafter]]:
+    """(what guesses, what makes a drafter of it). Raises UsageError."""
+    if name != DraftModel.name:
+        head = find_head(name, pair.heads)
+        levels = head.info.levels
+
+        def of_head(method: Method, budget: int) -> Drafter:
+            num = budget if levels is None or method.shape != "chain" else min(budget, levels)
+            return HeadDrafter(head, num=num, shape=method.shape, guess=method.guess)
+
+        return f"{head.info.name} ({head.info.kind})", of_head
+    draft = pair.draft
+    if draft is None:
+        raise UsageError("trees are grown by a draft model", fix="Name one with --draft.")
+    if pair.drafting is not None and not pair.drafting.relation.same:
+        raise UsageError(
+            "ways of guessing are compared with a draft model of the target's tokenizer",
+            got=str(pair.drafting.relation),
+            fix="Name another one; `localspec bench cross` is for this one.",
+        )
+
+    def of_model(method: Method, budget: int) -> Drafter:
+        return DraftModel(draft, num=budget, shape=method.shape, guess=method.guess)
+
+    return f"{draft.info.name} {draft.info.quantization}", of_model
 
 
 def table(report: Report) -> str:

@@ -130,9 +130,10 @@ def equality(output: Path | None, resume: bool, **options: Any) -> None:
     show_default=True,
     help="Nodes per round.",
 )
+@click.option("--with", "name", default="draft_model", show_default=True, help="Who guesses; or a head's kind.")
 @load_options
 def trees(
-    temperatures: Sequence[float], budgets: Sequence[int], tokens: int, output: Path | None, **options: Any
+    temperatures: Sequence[float], budgets: Sequence[int], tokens: int, output: Path | None, name: str, **options: Any
 ) -> None:
     """Accepted length of chains and trees at equal budgets, by how they are guessed and accepted."""
     from localspec.bench.trees import measure, table
@@ -143,8 +144,8 @@ def trees(
             output.write_text(json.dumps(report.as_dict(), indent=1))
 
     prompts = _workload(options)
-    with open_models(options, DrafterSpec.parse("draft_model:shape=tree")) as pair:
-        report = measure(pair, prompts, temperatures, budgets, tokens, save)
+    with open_models(options, DrafterSpec.parse(f"{name}:shape=tree")) as pair:
+        report = measure(pair, prompts, temperatures, budgets, tokens, save, name=name)
     _finish_bench(table(report), report.as_dict(), output)
 
 

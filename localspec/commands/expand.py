@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -18,6 +19,7 @@ _TYPES = "gguf: F32, F16, Q8_0, Q4_0; safetensors: float32, float16, bfloat16"
 @click.option("--format", "form", metavar="FORMAT", help="gguf or safetensors [default: by OUTPUT's name].")
 @click.option("--type", "kind", metavar="TYPE", help=f"{_TYPES} [default: Q4_0; bfloat16].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--head", "heads", multiple=True, metavar="FOLDER", help="Also a head of SOURCE's, to OUTPUT-NAME.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT.")
 @click.option("--check", "num_check", type=click.IntRange(1, 40), metavar="N", help="Then ask both N prompts a domain.")
 @click.option("--tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Longest answer of --check.")
@@ -31,6 +33,7 @@ def expand(
     form: str | None,
     kind: str | None,
     seed: int,
+    heads: Sequence[str],
     force: bool,
     num_check: int | None,
     tokens: int,
@@ -44,7 +47,7 @@ def expand(
     speed at realistic cost with true acceptance; it knows no more than SOURCE. Use SOURCE's draft model with it.
     --check compares greedy answers and logits with those of SOURCE; exits with 1 if an answer differs.
     """
-    from localspec.bench.expand import Size
+    from localspec.bench.expand import Size, expand_head
     from localspec.bench.expand import expand as write
     from localspec.bench.expand.check import check
     from localspec.bench.prompts import load_prompts
@@ -58,6 +61,11 @@ def expand(
     with progress_bar(f"writing {output.name}") as tell:
         done = write(path, output, Size.named(size), form, kind, seed=seed, force=force, on_bytes=tell)
     report, lines = done.as_dict(), done.lines()
+    for name in heads:
+        folder = resolve_model(name, "head")
+        widened = output.with_name(f"{output.stem}-{folder.name}")
+        expand_head(folder, widened, path, Size.named(size))
+        lines.append(f"{widened}: the head for it, its weights as they were")
     equal = True
     if num_check is not None:
         prompts = load_prompts(per_domain=num_check)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def _tokens(_: click.Context, __: click.Parameter, text: str | None) -> int | No
 @click.command()
 @click.argument("name", required=False, metavar="[NAME|PATH]")
 @click.option("--draft", "-md", metavar="MODEL", help="Draft model, where NAME is no pair.")
+@click.option("--head", "heads", multiple=True, metavar="MODEL", help="Trained head for it. Repeatable.")
 @click.option("--pair", metavar="NAME[:QUANTISATION]", help="The same as a pair's name alone.")
 @catalog_option
 @click.option("--context", "-c", callback=_tokens, metavar="N", help="Tokens of context, e.g. 8192 or 32k.")
@@ -37,6 +39,7 @@ def _tokens(_: click.Context, __: click.Parameter, text: str | None) -> int | No
 def fit(
     name: str | None,
     draft: str | None,
+    heads: Sequence[str],
     pair: str | None,
     catalog: Path | None,
     context: int | None,
@@ -61,14 +64,17 @@ def fit(
         name, pair = None, name
     if pair is None and catalog is not None and name is not None:
         raise SettingError("--catalog only says where pairs are looked for", got=name, expected="a pair's name")
-    options = {"target": name, "draft": draft, "pair": pair, "catalog": catalog, "backend": backend}
+    options = {"target": name, "draft": draft, "heads": heads, "pair": pair, "catalog": catalog, "backend": backend}
+    options["task"] = None
     with tempfile.TemporaryDirectory(prefix="localspec-") as folder:
-        target, helper, backend = named_models(options, partial(_find, Path(folder)))
+        find = partial(_find, Path(folder))
+        named = named_models(options, find)
         found = examine(
-            target,
-            helper,
+            named.target,
+            named.draft,
+            heads=named.heads,
             context=context,
-            backend=backend,
+            backend=named.backend,
             settings=LoadSettings(trees=trees),
             num_sequences=conversations,
         )

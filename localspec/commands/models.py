@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,19 +36,44 @@ def open_models(
 
     trees = any(spec.asks_for_trees for spec in specs)
     settings = load_settings(options, num_sequences=num_sequences, trees=trees, batch=batch)
-    target, draft, backend = named_models(options, offer_pull=offer_pull)
+    named = named_models(options, offer_pull=offer_pull)
     with loading(quiet=quiet) as status:
-        pair = open_pair(target, draft, backend=backend, settings=settings, check_memory=options["check_memory"])
+        draft = _own_copy(named, say=_ignore if status is None else status.update)
+        pair = open_pair(
+            named.target,
+            draft,
+            backend=named.backend,
+            settings=settings,
+            check_memory=options["check_memory"],
+            heads=named.heads,
+        )
         if status is not None:
             status.update("measuring what is not known here (once) ...")
         try:  # before a session takes the sequence that measuring needs
             exactness = pair.exactness(options.get("exact", AUTO), acceptance=options.get("acceptance", WALK))
             if any(spec.decides for spec in specs):
                 _ = pair.experience_with(exactness)
+            if options.get("remember") and any(spec.remembers for spec in specs):
+                pair.remember(options["remember_size"] << 20)
         except BaseException:
             pair.close()
             raise
         return pair
+
+
+def _own_copy(named: Named, say: Callable[[str], None]) -> str | None:
+    """The draft model's path, where it is a copy of the target, which is made now if it has to be."""
+    from localspec.copies import is_self, make_copy
+    from localspec.loading import BUNDLED, choose_backend, resolve_model
+
+    if named.draft is None or not is_self(named.draft):
+        return named.draft
+    path = resolve_model(named.target or BUNDLED, "target")
+    return str(make_copy(path, choose_backend(named.backend, path), named.draft, on_progress=say))
+
+
+def _ignore(_: str) -> None:
+    pass
 
 
 def load_settings(options: dict[str, Any], **more: Any) -> LoadSettings:
@@ -58,10 +84,19 @@ def load_settings(options: dict[str, Any], **more: Any) -> LoadSettings:
     return LoadSettings(**({name: options[name] for name in names} | more))
 
 
-def named_models(
-    options: dict[str, Any], find: Find | None = None, *, offer_pull: bool = False
-) -> tuple[str | None, str | None, str]:
-    """Target, draft model and backend as named, or those of the catalog's pair.
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What the options name: paths, or bundled names."""
+
+    target: str | None
+    draft: str | None
+    heads: tuple[str, ...]
+    backend: str
+
+
+def named_models(options: dict[str, Any], find: Find | None = None, *, offer_pull: bool = False) -> Named:
+    """Target, draft model, heads and backend as named, or those of the catalog's pair, with the heads that are named
+    beside it.
 
     find: from (name or path, role, backend) to the model [default: on this machine].  offer_pull: on a terminal,
     ask whether to fetch what is not here.
@@ -72,23 +107,33 @@ def named_models(
     if options["pair"] is None:
         if options["catalog"] is not None:
             raise SettingError("--catalog only says where pairs are looked for", fix="Name one with --pair.")
-        target, draft = (_locate(options[role], role, options["backend"], find) for role in ("target", "draft"))
-        return target, draft, options["backend"]
+        if options["task"] is not None:
+            raise SettingError("--task chooses among the drafters of a pair", fix="Name one with --pair.")
+        backend = options["backend"]
+        target, draft = (_locate(options[role], role, backend, find) for role in ("target", "draft"))
+        return Named(target, draft, _heads(options, backend, find), backend)
     if options["target"] is not None or options["draft"] is not None:
         raise SettingError("--pair names both models", fix="Leave out --target and --draft, or --pair.")
     return _models_of_pair(options, find, offer_pull)
 
 
-def _models_of_pair(options: dict[str, Any], find: Find, offer_pull: bool) -> tuple[str, str | None, str]:
-    """As `named_models`. Asks once for both models, because one is of no use without the other."""
+def _heads(options: dict[str, Any], backend: str, find: Find) -> tuple[str, ...]:
+    from localspec.loading import is_early_exit
+
+    return tuple(text if is_early_exit(text) else str(find(text, "head", backend)) for text in options["heads"])
+
+
+def _models_of_pair(options: dict[str, Any], find: Find, offer_pull: bool) -> Named:
+    """As `named_models`. Asks once for all models, because one is of no use without the others."""
     from localspec.errors import ModelNotFoundError
     from localspec.hub.selection import locate, memory_gb
 
     pair, choice = chosen_pair(options)
 
-    def located() -> tuple[str, str | None, str]:
-        target, draft = locate(pair, choice, lambda text: find(text, "target", choice.backend))
-        return str(target), None if draft is None else str(draft), choice.backend
+    def located() -> Named:
+        found = locate(pair, choice, lambda text: find(text, "target", choice.backend))
+        heads = (*map(str, found.heads), *_heads(options, choice.backend, find))
+        return Named(str(found.target), None if found.draft is None else str(found.draft), heads, choice.backend)
 
     try:
         return located()
@@ -104,11 +149,13 @@ def chosen_pair(options: dict[str, Any]) -> tuple[KnownPair, Choice]:
     """The pair that --pair names, and which of its files suit this machine."""
     from localspec.doctor import memory_bytes
     from localspec.hub.catalog import load_catalog
-    from localspec.hub.selection import choice_for
+    from localspec.hub.selection import choice_for, for_task
 
     name, _, quantization = options["pair"].partition(":")
     pair = load_catalog(options["catalog"]).get(name)
-    return pair, choice_for(pair, memory_bytes(), allowed_backends(options), quantization or None)
+    choice = choice_for(pair, memory_bytes(), allowed_backends(options), quantization or None)
+    task = options.get("task")
+    return pair, choice if task is None else for_task(pair, choice, task)
 
 
 def allowed_backends(options: dict[str, Any]) -> list[str]:
@@ -122,9 +169,10 @@ def allowed_backends(options: dict[str, Any]) -> list[str]:
 
 def _locate(text: str | None, role: str, backend: str, find: Find) -> str | None:
     """The path of a model; bundled names stay as they are, because they name pairs."""
+    from localspec.copies import is_self
     from localspec.loading import bundled_names
 
-    if text is None or text in bundled_names():
+    if text is None or text in bundled_names() or (role == "draft" and is_self(text)):
         return text
     return str(find(text, role, backend))
 
@@ -147,8 +195,10 @@ def _may_ask() -> bool:
 
 
 def pull_pair(choice: Choice, *, verify: bool = False) -> list[Path]:
-    """Fetch what a catalog's choice names; the paths of target and draft model. Paths of the user's own are left."""
-    names = [name for name in (choice.target, choice.draft) if name is not None and not name.startswith(("/", "~"))]
+    """Fetch what a catalog's choice names; the paths of target, draft model and heads. Paths of the user's own are
+    left."""
+    named = (choice.target, choice.draft, *choice.heads)
+    names = [name for name in named if name is not None and not name.startswith(("/", "~"))]
     return [pull_model(name, None, choice.backend, verify=verify) for name in names]
 
 

@@ -102,8 +102,9 @@ def speed(
         if size is not None:
             options = _expanded(options, size, stack)
         pair = stack.enter_context(_open(options, specs))
-        if not configs and pair.draft is None:
-            names = [name for name, spec in zip(names, specs, strict=True) if not spec.needs_draft]
+        if not configs:
+            known = [name for name, spec in zip(names, specs, strict=True) if pair.draft or not spec.needs_draft]
+            names = [*known, *(head.info.kind for head in pair.heads)] if names else names
         strangers = _Strangers(pair, options, stack)
         workloads = _workloads(options, pair, strangers, notes)
         contenders, static = _ours(pair, names, with_grid, strangers, stack, notes, options["exact"])
@@ -178,14 +179,14 @@ def _libraries(against: Sequence[str]) -> list[tuple[PeerLibrary, list[PeerMode]
 def _expanded(options: dict[str, Any], size: str, stack: ExitStack) -> dict[str, Any]:
     """The options with a target of that size's cost in the place of the one they name: in Q4_0 for a GGUF file, in
     bfloat16 for a folder. It goes when the stack does."""
-    from localspec.bench.expand import Size, expand
+    from localspec.bench.expand import Size, expand, expand_head
     from localspec.commands.models import named_models
     from localspec.commands.progress import progress_bar
     from localspec.loading import BUNDLED, bundled_names, bundled_path, resolve_model
 
     wanted = Size.named(size)
-    target, draft, backend = named_models(options)
-    target = target or BUNDLED
+    named = named_models(options)
+    target, draft = named.target or BUNDLED, named.draft
     source = resolve_model(target, "target")
     if draft is None and target in bundled_names():
         draft = str(bundled_path(target, "draft"))
@@ -194,7 +195,12 @@ def _expanded(options: dict[str, Any], size: str, stack: ExitStack) -> dict[str,
     output = Path(stack.enter_context(TemporaryDirectory(prefix="localspec-"))) / name
     with progress_bar(f"writing {name}") as tell:
         expand(source, output, wanted, form, kind, on_bytes=tell)
-    return {**options, "target": str(output), "draft": draft, "backend": backend, "pair": None, "catalog": None}
+    heads = []
+    for number, head in enumerate(named.heads):
+        heads.append(str(output.parent / f"head-{number}"))
+        expand_head(Path(head), Path(heads[-1]), source, wanted)
+    changed = {"target": str(output), "draft": draft, "heads": heads, "backend": named.backend}
+    return {**options, **changed, "pair": None, "task": None, "catalog": None}
 
 
 def _open(options: dict[str, Any], specs: Sequence[DrafterSpec]) -> Pair:
@@ -237,7 +243,7 @@ def _ours(
     from localspec.drafters import make_drafter
 
     for name in names:
-        make_drafter(name, pair.drafting).close()  # a setting out of range is told now
+        make_drafter(name, pair.drafting, pair.heads).close()  # a setting out of range is told now
     static, left_out = grid(pair) if with_grid else ([], [])
     notes += left_out
     contenders = plain_contenders(pair, exact)
@@ -278,7 +284,7 @@ class _Strangers:
             )
             model = load_model(path, draft.info.backend, settings)
             self._stack.callback(model.close)
-            self._made = Pair(target, model)
+            self._made = Pair(target, model, heads=self._pair.heads)
         return self._made
 
 

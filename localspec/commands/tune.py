@@ -53,18 +53,22 @@ def tune(
 
     if model is not None and options["target"] is not None:
         raise SettingError("the target is named twice", got=f"{model}, --target {options['target']}")
+    if options["heads"]:
+        raise SettingError("heads are measured when they are first loaded", got="--head", fix="Leave --head out.")
     options["target"] = options["target"] if model is None else model
     for name, file in (("--plot", plot), ("--output", output)):
         if file is not None and not file.parent.is_dir():
             raise SettingError(f"{name}: no such folder: {file.parent}", fix="Make it first.")
     if plot is not None:
         check_plot(plot)
-    target, draft, backend = named_models(options)
+    named = named_models(options)
     names = ("context", "threads", "gpu_layers", "flash_attention", "extra_buffers", "cache_type", "dtype")
     settings = LoadSettings(num_sequences=1, **{name: options[name] for name in names})
     plan = Plan(seconds or (_QUICK_SECONDS if quick else Plan().seconds), search=not quick, fresh=fresh)
     with progress_bar() as on_progress:
-        result = search(target, draft, backend=backend, settings=settings, plan=plan, on_progress=on_progress)
+        result = search(
+            named.target, named.draft, backend=named.backend, settings=settings, plan=plan, on_progress=on_progress
+        )
     click.echo(text_of(result))
     if output is not None:
         output.write_text(json.dumps(result.as_dict(), indent=1))

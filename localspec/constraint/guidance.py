@@ -236,6 +236,9 @@ class GuidanceConstraint:
         same = common_prefix(self._output, output)
         if same < len(self._output):
             self._matcher.rollback(len(self._output) - same)
+            # llguidance 1.9 knows its last mask by the state of the lexer and the number of lexemes, and would give it
+            # again for another output with as many; a mask of here takes its place
+            self._matcher.compute_bitmask()
         rest = output[same:].tolist()
         taken = self._matcher.try_consume_tokens(rest) if rest else 0
         self._output = output[: same + taken].copy()

@@ -4,42 +4,50 @@ by plus signs, are merged into one tree."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from localspec.drafters.combined import Combined
 from localspec.drafters.cross_tokenizer import CrossTokenizer
 from localspec.drafters.draft_model import DraftModel
 from localspec.drafters.forced import Forced
+from localspec.drafters.head import KINDS, HeadDrafter
 from localspec.drafters.ngram import Ngram
 from localspec.drafters.nothing import Nothing
+from localspec.drafters.suffix import Suffix
 from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.fingerprint import Relation, relate
-from localspec.protocols import Drafter, LanguageModel
+from localspec.history import History
+from localspec.protocols import Drafter, DraftHead, LanguageModel
 
 __all__ = [
     "AUTO",
     "DRAFTERS",
+    "KINDS",
     "Combined",
     "CrossTokenizer",
     "Draft",
     "DraftModel",
     "DrafterSpec",
     "Forced",
+    "HeadDrafter",
     "Ngram",
     "Nothing",
+    "Suffix",
     "check_settings",
+    "find_head",
     "make_drafter",
 ]
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {
-    maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Forced)
+    **{maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Suffix, Forced)},
+    **dict.fromkeys(KINDS, HeadDrafter),
 }
 """Name -> class. Keyword arguments of the class are its settings on the command line."""
 
 AUTO = "auto"
-"""The schedule decides every round (`Pair.drafter`); with settings, the pair's draft model when there is one,
-lookup otherwise."""
+"""The schedule decides every round (`Pair.drafter`); with settings, the pair's draft model when there is one, else
+its first head, else lookup (`suffix`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,22 @@ class DrafterSpec:
         """Does it need a draft model?"""
         return self.name in DRAFTERS and "model" in inspect.signature(DRAFTERS[self.name]).parameters
 
+    @property
+    def needs_head(self) -> bool:
+        """Does it need a trained head of its name?"""
+        return self.name in KINDS
+
+    @property
+    def parts(self) -> tuple[DrafterSpec, ...]:
+        """This one and those it is merged with, each alone."""
+        return (DrafterSpec(self.name, self.settings), *self.others)
+
+    @property
+    def remembers(self) -> bool:
+        """Does it guess from earlier sessions, where they are kept?"""
+        names = [part.name for part in self.parts]
+        return self.decides or any("history" in inspect.signature(DRAFTERS[name]).parameters for name in names)
+
     def with_settings(self, settings: Mapping[str, str]) -> DrafterSpec:
         """With more settings. Raises SettingError where it is not clear whose they are."""
         if settings and self.others:
@@ -96,11 +120,12 @@ class DrafterSpec:
             )
         return DrafterSpec(self.name, {**self.settings, **settings}, self.others)
 
-    def resolved(self, draft: LanguageModel | None) -> DrafterSpec:
-        """The same with `auto` decided: the draft model where there is one, lookup otherwise."""
+    def resolved(self, draft: LanguageModel | None, heads: Sequence[DraftHead] = ()) -> DrafterSpec:
+        """The same with `auto` decided: the draft model where there is one, else the first head, else lookup."""
         if self.name != AUTO:
             return self
-        return DrafterSpec(DraftModel.name if draft is not None else Ngram.name, self.settings, self.others)
+        first = heads[0].info.kind if heads else Suffix.name
+        return DrafterSpec(DraftModel.name if draft is not None else first, self.settings, self.others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +142,22 @@ class Draft:
         return cls(model, relate(target.tokenizer, model.tokenizer), target.vocab_size)
 
 
-def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -> Drafter:
+def make_drafter(
+    spec: str | DrafterSpec,
+    draft: LanguageModel | Draft | None,
+    heads: Sequence[DraftHead] = (),
+    *,
+    history: History | None = None,
+) -> Drafter:
     """Build a drafter for one session. draft: the pair's draft model, if it has one; with another tokenizer than
-    the target's, `draft_model` means the wrapper that translates."""
+    the target's, `draft_model` means the wrapper that translates.  heads: those that are loaded.  history: earlier
+    sessions, if any are kept."""
     model = draft.model if isinstance(draft, Draft) else draft
-    parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(model)
+    parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(model, heads)
     if parsed.others:
         parts: list[Drafter] = []
         try:
-            parts += (make_drafter(part, draft) for part in (DrafterSpec(parsed.name, parsed.settings), *parsed.others))
+            parts += (make_drafter(part, draft, heads, history=history) for part in parsed.parts)
         except BaseException:
             for made in parts:
                 made.close()
@@ -137,6 +169,8 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -
     maker = DRAFTERS[name]
     arguments = inspect.signature(maker).parameters
     settings = {key: _convert(name, key, value, arguments) for key, value in parsed.settings.items()}
+    if "head" in arguments:
+        return maker(find_head(name, heads), **settings)
     if "model" in arguments:
         if model is None:
             raise UsageError(
@@ -149,7 +183,21 @@ def make_drafter(spec: str | DrafterSpec, draft: LanguageModel | Draft | None) -
                 f"drafter {name!r} needs to know the target's vocabulary", fix="Use Draft.of(target, draft)."
             )
         return maker(model, draft.relation, draft.num_rows, **settings)
+    if "history" in arguments:
+        return maker(history, **settings)
     return maker(**settings)
+
+
+def find_head(kind: str, heads: Sequence[DraftHead]) -> DraftHead:
+    """The loaded head of a kind. Raises UsageError where there is none."""
+    for head in heads:
+        if head.info.kind == kind:
+            return head
+    raise UsageError(
+        f"drafter {kind!r} needs such a head",
+        got=", ".join(head.info.kind for head in heads) or "none loaded",
+        fix="Name it with --head PATH.",
+    )
 
 
 def check_settings(specs: Iterable[DrafterSpec]) -> None:

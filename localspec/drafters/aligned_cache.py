@@ -12,6 +12,7 @@ from localspec.drafters.mirror import MAP, Mirror
 from localspec.fingerprint import Relation
 from localspec.protocols import HostTokens, LanguageModel, SavedDraft, Scores, Tokens
 from localspec.sampling import HostScores
+from localspec.types import Probabilities
 
 
 class AlignedCache:
@@ -116,13 +117,17 @@ class SharedTokens:
         """Follow another conversation."""
         self._aligned.begin(context)
 
-    def start(self, num_rows: int = 1) -> Scores:
-        """Scores [num_rows, V of the target] of the last tokens."""
-        return self._translated(self._aligned.start(num_rows))
+    def start(self) -> Scores:
+        """Scores [1, V of the target] of the last token."""
+        return self._translated(self._aligned.start())
 
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
         """Feed guesses of the target's vocabulary; scores [N, V of the target] of all of them."""
         return self._translated(self._aligned.extend(HostTokens(self._to_draft[tokens.numpy()]), parents))
+
+    def confidence(self) -> Probabilities | None:
+        """A model says no more than its rows do."""
+        return None
 
     def observe(self) -> None:
         """Take in what was emitted."""

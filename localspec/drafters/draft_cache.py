@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from localspec.context import Context, common_prefix
+from localspec.drafters.guesser import ANCHOR
 from localspec.protocols import (
     HostTokens,
     LanguageModel,
@@ -18,33 +18,9 @@ from localspec.protocols import (
     chain_parents,
     require_rewind,
 )
+from localspec.types import Probabilities
 
 _PREFILL_CHUNK = 512
-ANCHOR = -1
-
-
-class GuessCache(Protocol):
-    """What feeds a draft model for `DraftModel`; `DraftCache` says what each part does."""
-
-    @property
-    def room(self) -> int: ...
-
-    @property
-    def free(self) -> int: ...
-
-    def begin(self, context: Context) -> None: ...
-
-    def start(self, num_rows: int = 1) -> Scores: ...
-
-    def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores: ...
-
-    def observe(self) -> None: ...
-
-    def save(self) -> tuple[SavedDraft, ...]: ...
-
-    def restore(self, saved: Sequence[SavedDraft]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class DraftCache:
@@ -123,6 +99,10 @@ class DraftCache:
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
         """Feed guesses; scores [N, V] of all of them."""
         return self._forward(tokens, [self._base + parent for parent in parents], None)
+
+    def confidence(self) -> Probabilities | None:
+        """A model says no more than its rows do."""
+        return None
 
     def observe(self) -> None:
         """Commit the fed tokens that the context now holds, whoever proposed them; forget the others."""

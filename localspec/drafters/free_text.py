@@ -18,7 +18,7 @@ from localspec import noise
 from localspec.drafters.aligned_cache import AlignedCache
 from localspec.drafters.byte_encoder import ByteEncoder, incomplete
 from localspec.drafters.continuation import Prefixes, continuations
-from localspec.drafters.draft_cache import ANCHOR
+from localspec.drafters.guesser import ANCHOR
 from localspec.drafters.mirror import Tail
 from localspec.drafters.shape import MOST_CHILDREN, MOST_NODES
 from localspec.fingerprint import Relation

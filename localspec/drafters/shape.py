@@ -28,6 +28,12 @@ class Shape:
         """At most one child per node."""
         return max(self.branching) == 1
 
+    def cut(self, levels: int) -> Shape:
+        """The same with at most so many levels; a form without scores loses the nodes below them."""
+        branching = self.branching[:levels]
+        num = self.num if self.by_score else min(self.num, _whole(branching))
+        return Shape(num, branching, self.by_score)
+
     @classmethod
     def parse(cls, drafter: str, text: str, num: int, depth: int) -> Shape:
         """From settings as users write them: `chain`, `tree` or a fan-out such as `3-2-1`; num and depth 0
@@ -56,7 +62,7 @@ class Shape:
                 expected=f"chain, tree, or children per level from 1 to {MOST_CHILDREN}, such as 3-2-1",
             )
         fan_out = fan_out[: depth or len(fan_out)]
-        whole = sum(math.prod(fan_out[: level + 1]) for level in range(len(fan_out)))
+        whole = _whole(fan_out)
         if not num and whole > MOST_NODES:
             raise SettingError(
                 f"{drafter}: the fan-out has too many nodes",
@@ -65,3 +71,8 @@ class Shape:
                 fix="Write fewer levels, or cut it with num.",
             )
         return cls(num or whole, fan_out, by_score=False)
+
+
+def _whole(fan_out: tuple[int, ...]) -> int:
+    """Nodes of a fan-out that is complete."""
+    return sum(math.prod(fan_out[: level + 1]) for level in range(len(fan_out)))

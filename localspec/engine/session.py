@@ -97,15 +97,15 @@ class Session:
 
     def use(self, drafter: Drafter, acceptance: Acceptance | None = None) -> None:
         """Draft with another drafter, and accept by another rule, from the next answer on; the former drafter
-        is not closed. Raises UnsupportedModelError if the model cannot serve it, SettingError for a rule that
-        cannot be guarded."""
+        is not closed. One that reads the model's hidden states and was not there from the start has the next prompt
+        read again from its beginning. Raises UnsupportedModelError if the model cannot serve it, SettingError for a
+        rule that cannot be guarded."""
         if not isinstance(drafter, Nothing) or self.exactness.bound is not None:
             require_rewind(self.model)
         if drafter.needs_trees:
             require_trees(self.model, drafter.name)
         if self.exactness.bound is not None:
             require_guardable(acceptance or self.acceptance)
-        drafter.attach(self._state)
         self.drafter = drafter
         if acceptance is not None:
             self.acceptance = acceptance
@@ -212,6 +212,7 @@ class Session:
         """Bring the state to all of the prompt but its last token, the anchor."""
         started = perf_counter()
         last = len(tokens) - 1
+        self.drafter.attach(self._state)
         # guarded: what an answer left in the state depends on how it was guessed
         most = len(tokens) if self.exactness.bound is None else self._num_written
         same = self._num_written = reuse(self.model, self._state, self.tokens, tokens[: most + 1])

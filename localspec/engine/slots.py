@@ -53,7 +53,8 @@ class Slot:
         self.drafter.restore(drafts)
 
     def use(self, drafter: Drafter | None, key: str = "") -> None:
-        """Draft with another one; the former is closed."""
+        """Draft with another one; the former is closed. One that reads the target's hidden states may empty the
+        sequence, to see it read."""
         if self.drafter is not None:
             self.drafter.close()
         self.drafter, self.drafter_key = drafter, key if drafter is not None else ""
@@ -212,7 +213,8 @@ class Slots:
         if len(slot.held) >= WORTH_COPYING:
             self._keep(slot, besides=copy)
         self._empty(slot, copy.saved)
-        slot.held, slot.drafts = copy.tokens, copy.drafts
+        # none, where the slot's drafter has to see them read
+        slot.held, slot.drafts = copy.tokens[: slot.state.length], copy.drafts
         return slot
 
     def _empty(self, slot: Slot, saved: SavedState | None = None) -> None:

@@ -91,6 +91,7 @@ class Choice:
     """One way to get the pair: what `localspec pull` takes for the target and for the drafter.
 
     draft: None where the drafter is part of the target's files. memory: GB as the source has it, None: estimated.
+    heads: trained heads beside the drafter; which of them guesses is decided every round.
     """
 
     backend: str
@@ -99,6 +100,17 @@ class Choice:
     draft: str | None
     draft_quantization: str
     memory: float | None = None
+    heads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A drafter that was made for one kind of text, in place of the pair's own where that is asked for."""
+
+    name: str
+    backend: str
+    draft: str
+    draft_quantization: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +132,7 @@ class KnownPair:
     choices: tuple[Choice, ...]
     speeds: tuple[Speed, ...]
     origin: str
+    tasks: tuple[Task, ...] = ()
 
     @property
     def ratio(self) -> tuple[float, float] | None:
@@ -230,10 +243,10 @@ def read_text(text: str, path: str, origin: str | None = None) -> list[KnownPair
 
 
 def _read_pair(table: Mapping[str, Any], path: str, number: int, family: str, origin: str) -> KnownPair:
-    known = {field.name for field in fields(KnownPair)} - {"family", "origin", "choices", "speeds"}
+    known = {field.name for field in fields(KnownPair)} - {"family", "origin", "choices", "speeds", "tasks"}
     name = table.get("name")
     place = f"{path}, pair {name!r}" if isinstance(name, str) and _NAME.fullmatch(name) else f"{path}, pair {number}"
-    entry = _Fields(table, place, [*sorted(known), "choice", "speed"])
+    entry = _Fields(table, place, [*sorted(known), "choice", "speed", "task"])
     kind = entry.one_of("drafter", KINDS)
     return KnownPair(
         name=entry.matching("name", _NAME, "lower-case letters, digits, dots, dashes and underscores, at most 32"),
@@ -256,6 +269,20 @@ def _read_pair(table: Mapping[str, Any], path: str, number: int, family: str, or
             _read_speed(row, f"{place}, speed {position}") for position, row in enumerate(entry.tables("speed"), 1)
         ),
         origin=origin,
+        tasks=tuple(
+            _read_task(row, f"{place}, task {position}") for position, row in enumerate(entry.tables("task"), 1)
+        ),
+    )
+
+
+def _read_task(table: Mapping[str, Any], place: str) -> Task:
+    row = _Fields(table, place, [field.name for field in fields(Task)])
+    draft, quantization = row.reference("draft", "draft_quantization")
+    return Task(
+        name=row.matching("name", _NAME, "lower-case letters, digits, dots and dashes, at most 32, e.g. code"),
+        backend=row.matching("backend", _NAME, "a backend's name: mlx or llamacpp"),
+        draft=draft,
+        draft_quantization=quantization,
     )
 
 
@@ -272,6 +299,7 @@ def _read_choice(table: Mapping[str, Any], place: str, kind: str) -> Choice:
         draft=draft,
         draft_quantization=draft_quantization,
         memory=row.positive("memory") if "memory" in table else None,
+        heads=row.repositories("heads"),
     )
 
 
@@ -363,11 +391,18 @@ class _Fields:
             raise self.fault(name, _short(repr(value)), f"{at_least} or more tables, each below [[...{name}]]")
         return value
 
+    def repositories(self, name: str) -> tuple[str, ...]:
+        """What `localspec pull` takes, any number of times."""
+        value = self.table.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(text, str) and _names_files(text) for text in value):
+            raise self.fault(name, _short(repr(value)), 'a list of repositories or paths, such as ["OWNER/NAME"]')
+        return tuple(value)
+
     def reference(self, name: str, quantization: str) -> tuple[str, str]:
         """(what `localspec pull` takes, its quantisation as `BITS` spells it)."""
         text = self.text(name)
         match = _REPOSITORY.fullmatch(text)
-        if (match is None or ".." in text) and not text.startswith(("/", "~/")):
+        if not _names_files(text):
             expected = "OWNER/NAME, OWNER/NAME:QUANTISATION, OWNER/NAME:FILE, or a path from / or ~/"
             raise self.fault(name, repr(text), expected)
         spelling = {known.casefold(): known for known in BITS}
@@ -382,6 +417,11 @@ class _Fields:
         if inside not in (None, given):
             raise self.fault(quantization, given, f"{inside}, as {name} says", "Leave one of them out.")
         return text, given
+
+
+def _names_files(text: str) -> bool:
+    """A repository of the Hub, or a path that means the same everywhere."""
+    return text.startswith(("/", "~/")) or (_REPOSITORY.fullmatch(text) is not None and ".." not in text)
 
 
 def _short(value: object) -> str:

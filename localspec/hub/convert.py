@@ -1,5 +1,5 @@
 """From a safetensors folder to what a backend runs best: a GGUF file, or an MLX folder with fewer bits; then
-a check that source and result say the same.
+a check that source and result say the same. A trained head becomes a GGUF head for llama.cpp.
 
 The result is written beside the place where it is wanted and moved there when it is whole, so a broken
 conversion leaves nothing behind that looks like a model.
@@ -16,18 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from localspec.compatibility import check_whole
 from localspec.drafters import DrafterSpec, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import (
     BackendMissingError,
+    HeadFileError,
     ModelFileError,
     ModelNotFoundError,
     SettingError,
     UnsupportedModelError,
 )
 from localspec.formats import summarize
-from localspec.formats.conversion import Checkpoint, check_architecture, write_gguf_file
+from localspec.formats.conversion import QUANTIZATIONS, Checkpoint, check_architecture, write_gguf_file
+from localspec.formats.head_conversion import write_head_gguf
 from localspec.loading import get_backend, load_model
 from localspec.memory import look, size
 from localspec.preparation import Quantizer
@@ -55,6 +56,7 @@ two runtimes round differently."""
 _PLAIN = ("F32", "F16")
 _BACKENDS = {"gguf": "llamacpp", "mlx": "mlx"}
 _DEFAULTS = {"gguf": "Q4_K_M", "mlx": "4bit"}
+_HEAD_DEFAULT = "F16"  # heads are small, and what they lose is acceptance
 
 Say = Callable[[str], None]
 
@@ -118,9 +120,11 @@ def convert(
     quantization: str | None = None,
     force: bool = False,
     check: bool = True,
+    target: Path | None = None,
     on_progress: Say = lambda text: None,
 ) -> Report:
-    """Convert a safetensors folder. form: gguf or mlx (None: by the output's name).
+    """Convert a safetensors folder. form: gguf or mlx (None: by the output's name).  target: for a trained head, the
+    model that it was trained for, which has its tokenizer.
 
     Raises SettingError, UnsupportedModelError (naming the architectures that are known), ModelFileError (also
     where an F16 or F32 file does not say what its source says; it is not left behind), and what backends raise.
@@ -128,10 +132,15 @@ def convert(
     form = form or ("gguf" if output.suffix == ".gguf" else "mlx")
     if form not in _BACKENDS:
         raise SettingError("unknown form", got=form, expected=" or ".join(_BACKENDS))
-    kind = quantization or _DEFAULTS[form]
-    quantizer = _quantizer(form, kind)
     if not source.is_dir():
         raise ModelNotFoundError(f"{source} is no folder", expected="a folder with config.json and safetensors files")
+    is_head = summarize(source).drafter_kind is not None
+    kind = quantization or (_HEAD_DEFAULT if is_head else _DEFAULTS[form])
+    if is_head:
+        _check_head(form, kind, target)
+    elif target is not None:
+        raise SettingError("only a trained head needs a target", got=f"{source.name}, a model that writes by itself")
+    quantizer = None if is_head else _quantizer(form, kind)
     if output.exists() and not force:
         raise SettingError(f"{output} exists", fix="Give another name, or --force to replace it.")
     if output.exists() and output.is_dir() != (form == "mlx"):
@@ -140,16 +149,20 @@ def convert(
         raise SettingError(f"{output} is a folder with other things in it", fix="Give another name.")
     if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
         raise SettingError("the output would replace the source", got=output)
-    check_whole(summarize(source), "source")
     with _workplace(output) as work:
         made = work / output.name
-        if form == "gguf":
+        if is_head:
+            assert target is not None
+            _write_head(source, made, target, kind, on_progress)
+        elif form == "gguf":
             _write_gguf(source, made, kind, quantizer, on_progress)
         else:
             assert quantizer is not None
             quantizer.write(source, made, kind, on_progress)
         agreement, reason = None, "it was not asked for"
-        if check:
+        if is_head:
+            reason = "a head says nothing by itself"
+        elif check:
             agreement, reason = _compare(source, made, form, on_progress)
         if agreement is not None and kind in _PLAIN and agreement.share < LEAST_F16:
             raise ModelFileError(
@@ -159,6 +172,28 @@ def convert(
             )
         _move(made, output)
     return Report(output, kind, _bytes(source), _bytes(output), agreement, reason)
+
+
+def _check_head(form: str, kind: str, target: Path | None) -> None:
+    """Raise SettingError for what heads are not converted to, or without a target."""
+    if form != "gguf":
+        raise SettingError("a trained head is converted to GGUF only", got=form, fix="MLX reads the folder as it is.")
+    if kind not in QUANTIZATIONS:
+        raise SettingError("unknown quantization for a head", got=kind, expected=", ".join(QUANTIZATIONS))
+    if target is None:
+        raise SettingError(
+            "a trained head needs its target's tokenizer",
+            fix="Name the model that it was trained for with --target, a GGUF file or a folder.",
+        )
+
+
+def _write_head(source: Path, output: Path, target: Path, kind: str, say: Say) -> None:
+    try:
+        write_head_gguf(
+            output, source, target, kind, on_tensor=lambda done, total: say(f"writing tensor {done} of {total}")
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:  # a configuration that lacks something
+        raise HeadFileError(f"{source.name} cannot be converted", got=f"{type(error).__name__}: {error}") from error
 
 
 def _quantizer(form: str, kind: str) -> Quantizer | None:

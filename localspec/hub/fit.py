@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from localspec.compatibility import translation
 from localspec.drafters import AUTO
 from localspec.errors import UnsupportedModelError
 from localspec.hub.resolver import find_model
-from localspec.loading import BUNDLED, bundled_names, check_pair, plan_parts
+from localspec.loading import BUNDLED, HEAD, bundled_names, check_pair, plan_parts, sort_out
 from localspec.memory import Machine, MemoryPlan, default_context, largest_context, look, make_plan, size
 from localspec.protocols import LoadSettings
 
@@ -71,6 +72,7 @@ def examine(
     settings: LoadSettings | None = None,
     num_sequences: int = 1,
     machine: Machine | None = None,
+    heads: Sequence[str | Path] = (),
 ) -> Fit:
     """As `plan`, with the longest context that would fit, and what is doubtful about the pair."""
     settings, machine = settings or LoadSettings(), machine or look()
@@ -79,7 +81,8 @@ def examine(
         draft = target
     target_path = find_model(target, "target", backend)
     draft_path = find_model(str(draft), "draft", backend) if draft is not None else None
-    parts = plan_parts(target_path, draft_path, backend)
+    draft_path, head_paths = sort_out(draft_path, [find_model(str(head), HEAD, backend) for head in heads])
+    parts = plan_parts(target_path, draft_path, backend, head_paths)
     notes = check_pair(parts)
     if draft_path is not None and (said := translation(target_path, draft_path)) is not None:
         notes += (said,)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +195,34 @@ def choice_for(pair: KnownPair, memory: int, backends: Sequence[str], quantizati
     )
 
 
-def locate(pair: KnownPair, choice: Choice, resolve: Callable[[str], Path] = resolve_model) -> tuple[Path, Path | None]:
-    """Where target and drafter lie on this machine. resolve: finds what a repository's or a path's text means.
+def for_task(pair: KnownPair, choice: Choice, task: str) -> Choice:
+    """The choice with the drafter that was made for a task. Raises UnknownNameError."""
+    for one in pair.tasks:
+        if (one.name, one.backend) == (task, choice.backend):
+            return replace(choice, draft=one.draft, draft_quantization=one.draft_quantization)
+    known = [one.name for one in pair.tasks if one.backend == choice.backend]
+    raise UnknownNameError.among(f"task of pair {pair.name} on {choice.backend}:", task, known)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """What a choice needs, on this machine."""
+
+    target: Path
+    draft: Path | None
+    heads: tuple[Path, ...]
+
+
+def locate(pair: KnownPair, choice: Choice, resolve: Callable[[str], Path] = resolve_model) -> Located:
+    """Where target, drafter and heads lie on this machine; a head that is part of the target lies there. resolve: finds
+    what a repository's or a path's text means.
 
     Raises ModelNotFoundError, which names everything that is missing and how to get it.
     """
     found: list[Path] = []
     lacking: list[str] = []
     reasons: list[str] = []
-    references = [choice.target] if choice.draft is None else [choice.target, choice.draft]
+    references = [choice.target, *([] if choice.draft is None else [choice.draft]), *choice.heads]
     for reference in references:
         try:
             found.append(resolve(reference))
@@ -217,4 +236,7 @@ def locate(pair: KnownPair, choice: Choice, resolve: Callable[[str], Path] = res
             got="; ".join(dict.fromkeys(reasons)) or None,
             fix=f"Get it with {pulls}." if pulls else "Check the paths in its catalog.",
         )
-    return found[0], found[1] if len(found) == 2 else None
+    target, *others = found
+    draft = others.pop(0) if choice.draft is not None else None
+    inside = [target] if choice.draft is None else []
+    return Located(target, draft, (*inside, *others))

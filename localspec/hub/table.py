@@ -129,6 +129,10 @@ def print_pair(pair: KnownPair, memory: int, *, width: int | None = None) -> Non
         facts.add_row(choice.backend, f"{choice.quantization}, {memory_text(row)}, {room} in {memory / 2**30:.0f} GB")
         facts.add_row("", f"target  {choice.target}")
         facts.add_row("", f"drafter {choice.draft or 'in the target'}")
+        for head in choice.heads:
+            facts.add_row("", f"head    {head}")
+    for task in pair.tasks:
+        facts.add_row(f"task {task.name}", f"{task.backend}, drafter {task.draft}")
     console.print(facts)
     if not lacks:
         console.print(f"\nlocalspec chat --pair {pair.name}")

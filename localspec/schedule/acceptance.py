@@ -20,11 +20,19 @@ _TRUST = 6.0  # observations that a drafter's own word is worth
 _MEMORY = 300.0  # observations per table entry, then older ones count half
 _OPTIMISM = 0.8  # assumed chance of an edge of a drafter that estimates none
 _UNSCORED_MEMORY = 60.0
+_DEEPEST = 12  # depths beyond share a correction
+_DEPTH_TRUST = 12.0  # expected acceptances before a depth's own correction outweighs none
+_DEPTH_MEMORY = 150.0
 
 
 class Reliability:
-    """Calibration of one drafter: stated chance -> observed share, and for drafters that state none the share
-    by depth."""
+    """Calibration of one drafter: stated chance -> observed share, corrected once more by depth, and for drafters that
+    state none the share by depth.
+
+    Deep guesses follow from shallower ones that came true, so a drafter may be right to another degree there than
+    its word says everywhere (one that never saw the guesses between, say). Each depth's correction is a factor, learned
+    behind those above it. Source of calibrating depth after depth: DSpark's sequential temperature scaling.
+    """
 
     def __init__(self) -> None:
         self._seen = [0.0] * len(_CHANCES)
@@ -32,9 +40,21 @@ class Reliability:
         self._table = list(_CHANCES)
         self._depth_seen: list[float] = []
         self._depth_true: list[float] = []
+        self._expected = [0.0] * (_DEEPEST + 1)
+        self._came = [0.0] * (_DEEPEST + 1)
 
-    def chance(self, log_q: float) -> float:
-        """Chance that an edge with this logarithm of a chance comes true if its parent does."""
+    def chance(self, log_q: float, depth: int | None = None) -> float:
+        """Chance that an edge with this logarithm of a chance comes true if its parent does; at a depth (0: child of
+        the anchor), where that is known."""
+        everywhere = self._tabulated(log_q)
+        return everywhere if depth is None else min(everywhere * self._factor(depth), 1.0)
+
+    def _factor(self, depth: int) -> float:
+        """By how much guesses at a depth come true more often than the table says."""
+        place = min(depth, _DEEPEST)
+        return (self._came[place] + _DEPTH_TRUST) / (self._expected[place] + _DEPTH_TRUST)
+
+    def _tabulated(self, log_q: float) -> float:
         place = bisect_left(_LOGS, log_q)
         table = self._table
         if place == 0:
@@ -61,12 +81,22 @@ class Reliability:
                 return
             right = [node for node in children if guessed[node] == token]
             if log_q is not None:
+                self._count_edges(depth, [log_q[node] for node in children], bool(right))
                 for node in children:
                     self._count(log_q[node], node in right)
             self._count_depth(depth, children[0] in right)
             if not right:
                 return
             above = right[0]
+
+    def _count_edges(self, depth: int, log_q: Sequence[float], came_true: bool) -> None:
+        """All children of one node: what the table expects of them together, and whether one came true."""
+        place = min(depth, _DEEPEST)
+        self._expected[place] += sum(map(self._tabulated, log_q))
+        self._came[place] += came_true
+        if self._expected[place] > _DEPTH_MEMORY:
+            self._expected[place] /= 2.0
+            self._came[place] /= 2.0
 
     def _count(self, log_q: float, came_true: bool) -> None:
         """Shared by the two nearest entries, by nearness."""

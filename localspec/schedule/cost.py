@@ -68,15 +68,35 @@ def _line(places: Sequence[int], values: Sequence[float], place: int) -> float:
 
 
 @dataclass(frozen=True)
+class HeadCosts:
+    """What a trained head's guesses take, waited for. start: the first row (width 1).  extend: the rows behind so many
+    guesses; next to nothing for heads of one pass."""
+
+    start: Curve
+    extend: Curve
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"start": self.start.as_dict(), "extend": self.extend.as_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HeadCosts:
+        """The inverse. Raises ValueError, KeyError or TypeError for anything else."""
+        return cls(Curve.from_dict(data["start"]), Curve.from_dict(data["extend"]))
+
+
+@dataclass(frozen=True)
 class Costs:
     """What the plan needs to know of a pair: the target's and the draft model's curves (None without a draft model)
-    and the host's own milliseconds per round. measured: by `localspec tune`, in short at first load, or not at all."""
+    and the host's own milliseconds per round. measured: by `localspec tune`, in short at first load, or not at all.
+    heads: of trained heads, by kind; kept apart, for they come and go with the same pair of models."""
 
     target: Curve
     draft: Curve | None = None
     overhead_ms: float = 0.1
     measured: str = ""
     notes: tuple[str, ...] = field(default=())
+    heads: Mapping[str, HeadCosts] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

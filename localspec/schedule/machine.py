@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from localspec.protocols import LanguageModel
+from localspec.protocols import DraftHead, LanguageModel
 
 _HEADER = 1 << 16  # bytes: enough for the metadata that tells two models of equal size apart
 
@@ -61,3 +61,8 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
         "device": info.device,
         "options": dict(info.options),
     }
+
+
+def describe_head(head: DraftHead) -> dict[str, Any]:
+    """A loaded head: its kind and its files; what runs it is its target's business."""
+    return {"kind": head.info.kind, "files": describe_files(head.info.path)}

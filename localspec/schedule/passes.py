@@ -10,7 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
-from localspec.protocols import HostTokens, LanguageModel, Rewind, Scores, Step, chain_parents
+from localspec.protocols import HostTokens, LanguageModel, Rewind, Scores, SequenceState, Step, chain_parents
 from localspec.types import Logits, TokenIds
 
 _FIRST_CHUNK, _CHUNK = 64, 256  # the first one tells what the others will take
@@ -27,6 +27,11 @@ class Passes:
         self._rng = np.random.default_rng(seed)
         self._clock = clock
         self._state = model.open()
+
+    @property
+    def state(self) -> SequenceState:
+        """The sequence."""
+        return self._state
 
     @property
     def length(self) -> int:

@@ -9,7 +9,7 @@ all sizes are compared: the curve is a staircase, and the first drop of the valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from localspec.protocols import WidthClass
@@ -24,9 +24,11 @@ _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judge
 _OPTIMISM = 0.9
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.98  # of what was seen of a width, per round at another one
+_STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
 _SHARE_OF_CHANGE = 1.0 / 3.0  # of what another width costs at first: it is paid once for some rounds
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
+_FAINT = 0.1  # a leaf with that share of the best one's chance is not worth thinking of
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
 
 
@@ -74,7 +76,8 @@ class LiveCosts:
     never used would never be corrected. What was seen of a width is forgotten while others are used, for the same
     reason: a few rounds in which the machine was busy would shut it out. Plain decoding's own width is not flattered,
     and not forgotten.
-    steps: the widths to keep to; none: any.
+    steps: the widths to keep to; none: those that were measured, for the curve is no line between them (kernels take
+    rows by fours: 15 may cost half as much again as 16). Where lanes share a pass the table is read between its widths.
     """
 
     def __init__(
@@ -91,6 +94,8 @@ class LiveCosts:
         self.min_width = width_class.min_width
         most = min(max_width, width_class.max_width or max_width, MOST_NODES + 1)
         self._steps = frozenset(step for step in steps if self.min_width <= step <= most)
+        measured = frozenset(width for width in costs.target.widths if self.min_width <= width <= most)
+        self._alone = self._steps or (measured if len(measured) > 1 else frozenset())
         self.max_width = max(self._steps, default=most)
         self._learned: dict[int, _Learned] = {}
         self._last = (0, 0)  # lanes, width
@@ -121,10 +126,12 @@ class LiveCosts:
         ms: list[float] = []
         widths: list[int] = []
         most = min(self.max_width, max(self.min_width + _LEAST_ROOM, self.max_width * _WIDER // lanes))
-        most = max((step for step in self._steps if step <= most), default=most)
+        steps = self._alone if lanes == 1 else self._steps
+        most = max((step for step in steps if step <= most), default=most)
         for width in range(most, 0, -1):
-            own = self.verify_ms(max(width, self.min_width), context, lanes)
-            if ms and (ms[-1] < _WORTH_PADDING * own or (self._steps and width not in self._steps)):
+            skipped = bool(ms and steps) and width not in steps
+            own = 0.0 if skipped else self.verify_ms(max(width, self.min_width), context, lanes)
+            if skipped or (ms and ms[-1] < _WORTH_PADDING * own):
                 ms.append(ms[-1])
                 widths.append(widths[-1])
             else:
@@ -136,14 +143,17 @@ class LiveCosts:
         return ms, widths
 
     def observe_verify(self, width: int, context: int, ms: float, lanes: int = 1) -> None:
-        """What a pass took. A stall (another program, a page fault) counts as at most three times what was usual."""
+        """What a pass took. A stall (another program, a page fault) counts as a little more than what was usual, once
+        that is known: what is really slower now is found out within some rounds all the same."""
         if width < 1 or ms <= 0.0:
             return
         load = about(lanes)
         learned, in_a_row = self._of(load), (lanes, width) == self._last
         self._last = (lanes, width)
-        first, again = self._ratios(width, load)
-        ratio = min(ms / self.costs.target.at(lanes * width, context), 3.0 * (again if in_a_row else first))
+        usual = self._ratios(width, load)[in_a_row]
+        seen = (learned.again if in_a_row else learned.first).get(width)
+        most = _STALL_AT_FIRST if seen is None or seen.weight < _KNOWN else _STALL
+        ratio = min(ms / self.costs.target.at(lanes * width, context), most * usual)
         for by_width in (learned.first, learned.again):
             for other, seen in by_width.items():
                 if other != width and other > self.min_width:
@@ -247,22 +257,30 @@ class Valuation:
         """Tokens that its time is worth."""
         return self.rate * self.draft_ms(width)
 
-    def worth_expanding(self, reach: Sequence[float], leaves: Sequence[float], usual: float) -> int:
+    def worth_expanding(
+        self,
+        reach: Sequence[float],
+        leaves: Sequence[float],
+        usual: float,
+        extend_ms: Callable[[int], float] | None = None,
+    ) -> int:
         """How many of the best leaves should get children: 0 if drafting should end.
 
         reach: chances of all nodes so far.  leaves: those of the nodes that could be expanded, best first.
         usual: chance of the best child of a node where nothing else is known. Looks a few levels ahead, as a single
-        one may not reach the next step of the staircase.
+        one may not reach the next step of the staircase.  extend_ms: of the drafter's pass over so many leaves
+        [default: the draft model's].
         """
         if not leaves:
             return 0
         now = self.best(sorted(reach, reverse=True)).value
         best, chosen = now, 0
         second = 0.4 * (1.0 - usual)
-        for width in sorted({1, 2, 4, 8, len(leaves)}):
-            if width > len(leaves):
+        hopeful = sum(leaf >= _FAINT * leaves[0] for leaf in leaves)
+        for width in sorted({1, 2, 4, 8, hopeful}):
+            if width > hopeful:
                 break
-            price = self.draft_price(width)
+            price = self.draft_price(width) if extend_ms is None else self.rate * extend_ms(width)
             grown = list(reach)
             level = list(leaves[:width])
             for depth in range(1, _GLIMPSE + 1):
@@ -273,6 +291,8 @@ class Valuation:
                 value = self.best(sorted(grown, reverse=True)).value - depth * price
                 if value > best:
                     best, chosen = value, width
+                if level[0] * usual < _FAINT:
+                    break
         return chosen
 
 

@@ -31,13 +31,16 @@ from localspec.protocols import (
 )
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
+from localspec.schedule.drafting import FREE, DraftPrices, DraftTimes, times_of
 from localspec.schedule.guard import Guard
 from localspec.schedule.plan import LiveCosts, Rate, Valuation, about
+from localspec.schedule.router import Trials
 from localspec.tree.grow import Grower, merge
 from localspec.tree.token_tree import TokenTree
 
 _SMOOTHING = 0.1
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
+_LEAST_OWN = 0.4  # of a pass's time is its own, whatever drafting may be hidden in it
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
@@ -55,6 +58,7 @@ class Record:
     usual_value: float = 1.0  # tokens a round that asking it is expected to bring, its own time paid
     usual_edge: float = 0.8  # chance of a node's best child
     states_chances: bool = True
+    trials: Trials = field(default_factory=Trials)
 
 
 class Experience:
@@ -73,6 +77,7 @@ class Experience:
         self._pace: dict[int, _Pace] = {}
         self._reliability: dict[tuple[str, bool], Reliability] = {}
         self._records: dict[tuple[str, bool, int], Record] = {}
+        self._times: dict[str, DraftTimes] = {}
         self.lately: Load | None = None
         """The last round that several lanes shared, or might have."""
 
@@ -83,6 +88,12 @@ class Experience:
             reliability = self._reliability.setdefault((name, greedy), Reliability())
             self._records[key] = Record(reliability)
         return self._records[key]
+
+    def times(self, name: str) -> DraftTimes:
+        """What it takes to ask the dear drafter with that name."""
+        if name not in self._times:
+            self._times[name] = times_of(name, self.live)
+        return self._times[name]
 
     def rate(self, context: int, lanes: int = 1) -> float:
         """Tokens per millisecond, of all lanes together: what was reached lately, at least plain decoding's."""
@@ -127,7 +138,8 @@ class _Pace:
 @dataclass(slots=True)
 class _Asked:
     """One drafter's part in the round. tree: what it guessed, None while that is on the device.  chances: [N] of each
-    edge, corrected.  reach: [N] of each whole path."""
+    edge, corrected.  reach: [N] of each whole path.  hidden_ms: of its work, what the device had yet to do when it was
+    asked, so that the target's pass seemed to take it.  on_trial: others were expected to bring more."""
 
     name: str
     proposal: Proposal
@@ -136,6 +148,8 @@ class _Asked:
     reach: list[float]
     ms: float
     used: bool = False
+    hidden_ms: float = 0.0
+    on_trial: bool = False
 
     def value(self, prices: Valuation) -> float:
         """What verifying the best of it is worth; all of it, where it cannot be cut any more."""
@@ -191,8 +205,7 @@ class Scheduled:
         if part in self._free:
             return 0.0
         missed = len(self._context) - self._read.get(part.name, 0)
-        live = self.experience.live
-        return live.draft_ms(1 + missed, len(self._context)) - live.draft_ms(1, len(self._context))
+        return self.experience.times(part.name).missed_ms(missed, len(self._context))
 
     @property
     def _lanes(self) -> int:
@@ -220,25 +233,42 @@ class Scheduled:
             return Proposal(self.name, width=self._plain_width(prices, request), because=LOOKING)
         if request.needs_law:
             return self._drawn(request, prices)
-        best = 0.0
         parked: list[str] = []
-        for part in (*self._free, *self._dear):
+        best = max((self._ask_if_allowed(part, request, prices, parked) for part in self._free), default=0.0)
+        at_hand = 0.0  # of dear drafters
+        for part, on_trial in self._in_order(best, rate):
             record = self._record(part.name)
-            if part in self._dear and not self._may_beat(record, best, request.trees):
+            if not (on_trial or self._may_beat(record, best, at_hand, request.trees)):
                 continue
-            if not record.guard.allows(self._entry_ms(part) * rate):
-                parked.append(record.guard.because(part.name))
-                continue
-            asked = self._ask(part, record, request, prices)
-            value = asked.value(prices)
-            if part in self._dear:
-                own = value - rate * asked.ms
-                record.usual_value += _SMOOTHING * (own - record.usual_value)
-            best = max(best, value)
+            value = self._ask_if_allowed(part, request, prices, parked)
+            if self._asked and self._asked[-1].name == part.name:
+                asked = self._asked[-1]
+                asked.on_trial = on_trial
+                record.usual_value += _SMOOTHING * (value - rate * asked.ms - record.usual_value)
+                record.trials.observe(asked.ms)
+            at_hand = max(at_hand, value)
         proposal = self._chosen(request, prices)
         if proposal.num_nodes:
             return proposal
         return replace(proposal, because=parked[0] if parked else _NOTHING_WORTH)
+
+    def _ask_if_allowed(self, part: Drafter, request: DraftRequest, prices: Valuation, parked: list[str]) -> float:
+        """What a drafter's guesses are worth; nothing where it is parked, and `parked` is told so."""
+        record = self._record(part.name)
+        if not record.guard.allows(self._entry_ms(part) * prices.rate):
+            parked.append(record.guard.because(part.name))
+            return 0.0
+        return self._ask(part, record, request, prices).value(prices)
+
+    def _in_order(self, best: float, rate: float) -> list[tuple[Drafter, bool]]:
+        """The dear drafters, the likeliest to pay first, and whether one of them is only on trial: which it is before
+        the others, in a round in which they would be asked."""
+        usual = {part.name: self._record(part.name).usual_value for part in self._dear}
+        order = sorted(self._dear, key=lambda part: -usual[part.name])
+        if len(order) < 2 or usual[order[0].name] <= best:
+            return [(part, False) for part in order]
+        due = [part for part in order[1:] if self._record(part.name).trials.is_due(rate)][:1]
+        return [(part, True) for part in due] + [(part, False) for part in order if part not in due]
 
     def observe(self, outcome: Outcome) -> None:
         """The outcome, for all; and what it teaches."""
@@ -256,6 +286,7 @@ class Scheduled:
         if not experience.by_clock or self._load is not None:
             verify_ms = experience.live.verify_ms(width, context, lanes)
         elif verify_ms > 0.0 and usual:
+            verify_ms = max(verify_ms - sum(one.hidden_ms for one in asked), _LEAST_OWN * verify_ms)
             experience.live.observe_verify(width, context, verify_ms)
         draft_ms = sum(one.ms for one in asked)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
@@ -271,8 +302,14 @@ class Scheduled:
             brought = 0.5 * (brought + self._expected)
         for one in asked:
             record = self._record(one.name)
+            if one.proposal.laws is not None:  # nothing was known of its worth before
+                own = len(outcome.path) - one.ms / plain_ms
+                record.usual_value += _SMOOTHING * (own - record.usual_value)
+                record.trials.observe(one.ms)
             tree = one.tree if one.tree is not None else outcome.tree
             record.reliability.observe(tree, outcome.tokens)
+            if one.on_trial and not one.used:
+                continue  # it was asked to see what it says, not because that would pay
             share = extra / len(used) if one.used else 0.0
             # while one lane drafts, all wait
             record.guard.observe(brought / len(used) if one.used else 0.0, lanes * one.ms + share, plain_ms)
@@ -309,54 +346,71 @@ class Scheduled:
     def _record(self, name: str) -> Record:
         return self.experience.record(name, self._greedy, self._lanes)
 
-    def _may_beat(self, record: Record, best: float, trees: bool) -> bool:
-        """Is a drafter that takes time worth asking, beside what was guessed for nothing? In a tree both would
-        count, in a chain only the better. Where nothing was guessed the guard alone decides."""
-        if best <= 0.0 or record.guard.parked or record.usual_value > (0.5 * best if trees else best):
+    def _may_beat(self, record: Record, best: float, at_hand: float, trees: bool) -> bool:
+        """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters
+        have guessed? In a tree all would count, in a chain only the best; of two that take time the second seldom
+        guesses what the first did not. Where nothing was guessed the guard alone decides."""
+        enough = max(0.5 * best if trees else best, at_hand)
+        if enough <= 0.0 or record.guard.parked or record.usual_value > enough:
             return True
         record.usual_value += _FORGETTING * (1.0 - record.usual_value)
         return False
 
     def _ask(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> _Asked:
         reliability = record.reliability
-        budget = _Plan(prices, reliability, record) if part in self._dear else None
+        drafting = self._draft_prices(part)
+        budget = _Plan(prices, drafting, record) if part in self._dear else None
         most = prices.max_nodes
         if not record.states_chances:
-            most = max(1, self._ahead(reliability, prices, min(most, request.max_depth)))
+            most = max(1, self._ahead(reliability, prices, drafting, min(most, request.max_depth)))
         if part.name not in self._read:
             self._begin(part)
         entry_ms = self._entry_ms(part)
         started = perf_counter()
         proposal = obey(part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget)), request)
-        ms = (perf_counter() - started) * 1e3 / self._drafting  # all that draft side by side take this long together
+        # all that draft side by side take this long together
+        ms = (perf_counter() - started) * 1e3 / (self._drafting if self._is_shared(part) else 1)
         drafted_ms = max(ms - entry_ms, 0.0)
         if self._lanes == 1:  # else all wait while one reads
             ms = drafted_ms
         self._read[part.name] = len(self._context)
-        expected_ms = 0.0 if budget is None else budget.expected_ms
-        if budget is not None and proposal.num_nodes and proposal.log_q is None:  # not planned pass by pass
-            expected_ms = prices.draft_ms(1) * proposal.num_nodes
+        expected_ms, hidden_ms = 0.0 if budget is None else budget.expected_ms, 0.0
+        unread = budget is not None and proposal.num_nodes > 0 and proposal.log_q is None  # not planned pass by pass
+        if unread:
+            expected_ms = drafting.chain(proposal.num_nodes)
         if not self.experience.by_clock:
             ms = expected_ms
+        elif unread and not all(isinstance(segment, HostTokens) for segment in proposal.tokens):
+            hidden_ms = max(expected_ms - drafted_ms, 0.0)
+            ms += hidden_ms
         elif budget is not None:
-            self.experience.live.observe_draft(expected_ms, drafted_ms, self._drafting)
+            self.experience.times(part.name).observe(expected_ms, drafted_ms, self._drafting)
             ms = min(ms, _STALL * expected_ms + (entry_ms if self._lanes > 1 else 0.0))
         if proposal.num_nodes:
             record.states_chances = proposal.log_q is not None
         tree, chances = None, []
         if proposal.log_q is not None or (proposal.num_nodes == 0):
             tree = proposal.tree()
-            chances = [reliability.chance(value) for value in proposal.log_q or ()]
+            depth = tree.depth.tolist()
+            chances = [reliability.chance(value, depth[node]) for node, value in enumerate(proposal.log_q or ())]
         reach = self._chain_reach(reliability, proposal.num_nodes) if tree is None else _products(tree, chances)
-        asked = _Asked(part.name, proposal, tree, chances, reach, ms)
+        asked = _Asked(part.name, proposal, tree, chances, reach, ms, hidden_ms=hidden_ms)
         self._asked.append(asked)
         return asked
 
-    def _ahead(self, reliability: Reliability, prices: Valuation, most: int) -> int:
+    def _is_shared(self, part: Drafter) -> bool:
+        return part in self._free or self.experience.times(part.name).is_shared
+
+    def _draft_prices(self, part: Drafter) -> DraftPrices:
+        """What it takes to ask it this round."""
+        if part in self._free:
+            return FREE
+        return self.experience.times(part.name).prices(len(self._context), self._drafting)
+
+    def _ahead(self, reliability: Reliability, prices: Valuation, drafting: DraftPrices, most: int) -> int:
         """Length of a chain that must be decided before it is guessed."""
         reach = self._chain_reach(reliability, most)
-        price = prices.draft_price(1)
-        values = [prices.total(reach[:count]) - count * price for count in range(1, most + 1)]
+        values = [prices.total(reach[:count]) - prices.rate * drafting.chain(count) for count in range(1, most + 1)]
         best = int(np.argmax(values)) if values else 0
         return best + 1 if values and values[best] > 0.0 else 0
 
@@ -366,14 +420,15 @@ class Scheduled:
 
     def _drawn(self, request: DraftRequest, prices: Valuation) -> Proposal:
         """Rejection: the first drafter that may work draws as much as the past says pays."""
-        for part in (*self._dear, *self._free):
+        for part in (*(dear for dear, _ in self._in_order(0.0, prices.rate)), *self._free):
             record = self._record(part.name)
             if not record.guard.allows(self._entry_ms(part) * prices.rate):
                 continue
             if part.name not in self._read:
                 self._begin(part)
             reliability = record.reliability
-            most = max(1, self._ahead(reliability, prices, min(prices.max_nodes, request.max_depth)))
+            drafting = self._draft_prices(part)
+            most = max(1, self._ahead(reliability, prices, drafting, min(prices.max_nodes, request.max_depth)))
             started = perf_counter()
             proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes)))
             ms = (perf_counter() - started) * 1e3
@@ -457,10 +512,10 @@ class Scheduled:
 class _Plan:
     """The budget of one drafter in one round."""
 
-    def __init__(self, prices: Valuation, reliability: Reliability, record: Record) -> None:
-        self._prices, self._reliability, self._record = prices, reliability, record
+    def __init__(self, prices: Valuation, drafting: DraftPrices, record: Record) -> None:
+        self._prices, self._drafting, self._record = prices, drafting, record
         self._reach: list[float] = []
-        self.expected_ms = prices.draft_ms(1)  # the pass over what the drafter has not seen yet
+        self.expected_ms = drafting.start
 
     def expand(self, grower: Grower, nodes: Sequence[int]) -> list[int]:
         """The best of the newest nodes, as many as pay for a pass."""
@@ -468,15 +523,16 @@ class _Plan:
         previous = -2
         for node in range(len(reach), len(grower)):
             parent = grower.parent(node)
-            chance = self._reliability.chance(grower.log_q(node))
+            chance = record.reliability.chance(grower.log_q(node), grower.depth(node))
             if parent != previous:  # the best child of its parent
                 record.usual_edge += 0.02 * (chance - record.usual_edge)
                 previous = parent
             reach.append(chance * (reach[parent] if parent >= 0 else 1.0))
         ranked = sorted(nodes, key=lambda node: -reach[node])
-        count = self._prices.worth_expanding(reach, [reach[node] for node in ranked], record.usual_edge)
+        leaves = [reach[node] for node in ranked]
+        count = self._prices.worth_expanding(reach, leaves, record.usual_edge, self._drafting.extend)
         if count:
-            self.expected_ms += self._prices.draft_ms(count)
+            self.expected_ms += self._drafting.extend(count)
         return sorted(ranked[:count])
 
 

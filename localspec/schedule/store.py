@@ -12,8 +12,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,11 @@ import platformdirs
 
 from localspec.errors import SettingError
 from localspec.exactness import Bound
-from localspec.protocols import LanguageModel, WidthClass
+from localspec.protocols import DraftHead, LanguageModel, WidthClass
 from localspec.schedule.bound import measure as measure_bound
-from localspec.schedule.cost import Costs
-from localspec.schedule.machine import describe_files, describe_machine, describe_model
+from localspec.schedule.cost import Costs, HeadCosts
+from localspec.schedule.heads import assumed_heads, measure_heads
+from localspec.schedule.machine import describe_files, describe_head, describe_machine, describe_model
 from localspec.schedule.measure import Overhead, Progress, assumed, quick
 
 FORMAT = 1
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _TUNED, _QUICK, _CLASS, _OPTIONS = "tuned", "quick", "class", "options"
 _BOUND, _QUICK_BOUND = "bound", "quick-bound"
+_HEADS = "heads"
 
 _log = logging.getLogger("localspec.schedule")
 _automatic = True
@@ -53,10 +55,22 @@ def load_or_measure(
     *,
     overhead: Overhead | None = None,
     folder: Path | None = None,
+    heads: Sequence[DraftHead] = (),
 ) -> Costs:
     """The costs of a loaded pair: as `localspec tune` found them, else as measured in short before, else measured in
-    short now and stored. One sequence of each model must be free for that. Where measuring is not allowed
-    (`set_automatic`) they are assumed instead, and `Costs.measured` is empty."""
+    short now and stored; and those of heads. One sequence of each model must be free for that. Where measuring is not
+    allowed (`set_automatic`) they are assumed instead, and `Costs.measured` is empty."""
+    found = _load_or_measure_pair(target, draft, on_progress, overhead, folder)
+    return replace(found, heads=_load_or_measure_heads(target, heads, found, folder)) if heads else found
+
+
+def _load_or_measure_pair(
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    on_progress: Progress | None,
+    overhead: Overhead | None,
+    folder: Path | None,
+) -> Costs:
     key = _pair_key(target, draft)
     for kind in (_TUNED, _QUICK):
         stored = _find(_file(folder, kind, key), key, Costs.from_dict)
@@ -66,6 +80,25 @@ def load_or_measure(
         return assumed(target, draft)
     found = quick(target, draft, overhead=overhead, on_progress=on_progress)
     _write(_file(folder, _QUICK, key), key, found.as_dict())
+    return found
+
+
+def _load_or_measure_heads(
+    target: LanguageModel, heads: Sequence[DraftHead], costs: Costs, folder: Path | None
+) -> Mapping[str, HeadCosts]:
+    key = {**_target_key(target), "heads": [describe_head(head) for head in heads]}
+
+    def read(data: Mapping[str, Any]) -> dict[str, HeadCosts]:
+        return {head.info.kind: HeadCosts.from_dict(data[head.info.kind]) for head in heads}
+
+    stored = _find(_file(folder, _HEADS, key), key, read)
+    if stored is not None:
+        return stored
+    if not _automatic:
+        return assumed_heads(heads, costs.target.at(1, 0), target.info.num_parameters)
+    found = measure_heads(target, heads)
+    if found:
+        _write(_file(folder, _HEADS, key), key, {kind: one.as_dict() for kind, one in found.items()})
     return found
 
 
@@ -131,7 +164,7 @@ def keep_bound(target: LanguageModel, bound: Bound, folder: Path | None = None) 
 
 def options_for(
     path: Path, backend: str, draft: Path | None = None, folder: Path | None = None
-) -> dict[str, bool | int]:
+) -> dict[str, bool | int | str]:
     """The `LoadSettings` fields that won for a target with this draft model (None: without one) on this machine; empty
     if `localspec tune` was not run for them."""
     report = find_report(path, backend, draft, folder)
@@ -140,7 +173,7 @@ def options_for(
 
 def find_report(
     path: Path, backend: str, draft: Path | None, folder: Path | None = None
-) -> tuple[dict[str, bool | int], Mapping[str, Any]] | None:
+) -> tuple[dict[str, bool | int | str], Mapping[str, Any]] | None:
     """(the options that won, all that `localspec tune` said) for a target with a draft model, if it was run."""
     key = _options_key(path, backend, draft)
     return _find(_file(folder, _OPTIONS, key), key, lambda data: (_options(data["options"]), dict(data["report"])))
@@ -150,7 +183,7 @@ def keep_report(
     path: Path,
     backend: str,
     draft: Path | None,
-    options: Mapping[str, bool | int],
+    options: Mapping[str, bool | int | str],
     report: Mapping[str, Any],
     folder: Path | None = None,
 ) -> None:
@@ -207,8 +240,8 @@ def _file(folder: Path | None, kind: str, key: Mapping[str, Any]) -> Path:
 # ---------------------------------------------------------------- files
 
 
-def _options(data: Mapping[str, Any]) -> dict[str, bool | int]:
-    if not isinstance(data, dict) or not all(isinstance(value, int) for value in data.values()):
+def _options(data: Mapping[str, Any]) -> dict[str, bool | int | str]:
+    if not isinstance(data, dict) or not all(isinstance(value, int | str) for value in data.values()):
         raise TypeError("options that are neither numbers nor yes or no")
     return dict(data)
 

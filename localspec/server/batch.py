@@ -366,10 +366,11 @@ class Batch:
         running = [(one.slot, one.answer.context.tokens) for one in self._seats if one.slot is not None]
         slot = self._slots.take(seat.prompt, running)
         seat.sit(slot)
-        self._totals.prompt += len(seat.prompt)
-        self._totals.cached += seat.answer.stats.num_reused
         spec = seat.speculation
         slot.draft_with(spec.key, lambda: self._drafting.drafter(spec.drafter, exact=self.settings.exact))
+        seat.answer.stats.num_reused = slot.state.length  # none, if the drafter has to see them read
+        self._totals.prompt += len(seat.prompt)
+        self._totals.cached += seat.answer.stats.num_reused
 
     # ------------------------------------------------------------ rounds
 

@@ -100,6 +100,7 @@ class Service:
             "names": list(self.desk.names),
             "target": info.name,
             "draft": None if pair.draft is None else pair.draft.info.name,
+            "heads": [head.info.kind for head in pair.heads],
             "backend": info.backend,
             "device": info.device,
             "context_length": info.context_length,

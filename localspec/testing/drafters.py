@@ -18,7 +18,16 @@ from localspec.context import Context
 from localspec.drafters.nothing import Nothing
 from localspec.engine.answer import Generation
 from localspec.engine.session import Session
-from localspec.protocols import Drafter, DraftRequest, Outcome, Proposal, WidthClass
+from localspec.protocols import (
+    Drafter,
+    DraftRequest,
+    HostTokens,
+    Outcome,
+    Proposal,
+    Step,
+    WidthClass,
+    chain_parents,
+)
 from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.reference import ReferenceModel
 from localspec.tree.mask import is_chain
@@ -125,8 +134,7 @@ class DrafterConformance:
         target = self.target()
         drafter = self.drafter(target)
         for prompt in self.prompts():
-            context = Context(prompt)
-            drafter.begin(context)
+            context = self.begun(target, drafter, prompt)
             for budget, depth in ((0, 0), (1, 1), (2, 2), (5, 5), (40, 40), (40, 2), (2, 40), (12, 0)):
                 proposal = self.propose(drafter, context, budget, trees=budget > 2, depth=depth)
                 assert proposal.num_nodes <= budget
@@ -147,9 +155,9 @@ class DrafterConformance:
 
     def test_a_law_is_given_for_every_drawn_node(self) -> None:
         """Under rejection: laws that sum to one and hold the token, or none at all for point masses."""
-        drafter = self.drafter(self.target())
-        context = Context(next(self.prompts()))
-        drafter.begin(context)
+        target = self.target()
+        drafter = self.drafter(target)
+        context = self.begun(target, drafter, next(self.prompts()))
         proposal = self.propose(drafter, context, 5, needs_law=True, trees=True)
         assert (proposal.laws is not None) == self.draws
         if proposal.laws is not None:
@@ -158,6 +166,18 @@ class DrafterConformance:
                 assert abs(float(law.probs.sum()) - 1.0) < 1e-9
                 assert law.probability(int(token)) > 0.0
         drafter.close()
+
+    def begun(self, target: ReferenceModel, drafter: Drafter, prompt: Sequence[int]) -> Context:
+        """The context of a turn that has just begun, its prompt read by the target."""
+        state = target.open()
+        drafter.attach(state)
+        if len(prompt) > 1:
+            read = HostTokens(np.array(prompt[:-1], np.int32))
+            target.forward([Step(state, (read,), chain_parents(state, len(read)), ())])
+            state.keep(range(len(read)))
+        context = Context(prompt)
+        drafter.begin(context)
+        return context
 
     def propose(
         self,

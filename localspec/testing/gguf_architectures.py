@@ -10,7 +10,7 @@ window is 16 tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,8 @@ Tensors = dict[str, tuple[int, ...]]
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """kind: what is special about its memory.  metadata: beyond the common keys, or instead of them.
-    layer: tensors of a layer, by number.  outer: tensors beside the layers."""
+    layer: tensors of a layer, by number.  outer: tensors beside the layers.  mtp: tensors of one more layer that
+    guesses ahead, where one is known."""
 
     name: str
     kind: str
@@ -41,6 +42,7 @@ class Architecture:
     metadata: dict[str, Value]
     layer: Callable[[int], Tensors]
     outer: Tensors
+    mtp: Tensors = field(default_factory=dict)
 
     def tensors(self, num_rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of everything, for a vocabulary of num_rows."""
@@ -147,6 +149,14 @@ _DELTA: Tensors = {
 }
 _GATED_ATTENTION: Tensors = {**_ATTENTION, "attn_q.weight": (HIDDEN, 2 * _QUERIES), **_HEAD_NORMS}
 _AROUND_DELTA: Tensors = {"attn_norm.weight": (HIDDEN,), "post_attention_norm.weight": (HIDDEN,)}
+
+_DENSE_AFTER_NORM: Tensors = {name: shape for name, shape in _DENSE.items() if "norm" not in name}
+_NEXTN: Tensors = {
+    "nextn.eh_proj.weight": (2 * HIDDEN, HIDDEN),
+    "nextn.enorm.weight": (HIDDEN,),
+    "nextn.hnorm.weight": (HIDDEN,),
+    "nextn.shared_head_norm.weight": (HIDDEN,),
+}
 
 _LATENT, _ROTATED, _LATENT_QUERIES = 32, 8, 48
 _LATENT_ATTENTION: Tensors = {
@@ -342,6 +352,42 @@ _LIST = (
             {"ffn_gate_inp_shexp.weight": (HIDDEN,)},
         ),
         _NORM,
+        {
+            **_GATED_ATTENTION,
+            **_AROUND_DELTA,
+            **_EXPERT_MATRICES,
+            **_SHARED_EXPERT,
+            "ffn_gate_inp_shexp.weight": (HIDDEN,),
+            **_NEXTN,
+        },
+    ),
+    Architecture(
+        "qwen35moe",
+        "hybrid, experts",
+        4,
+        {
+            **_DELTA_KEYS,
+            **_MIXTURE_KEYS,
+            "expert_shared_feed_forward_length": _EXPERT_SIZE,
+            "rope.dimension_sections": [4, 2, 2, 0],
+        },
+        _second(
+            _GATED_ATTENTION,
+            {**_DELTA, "ssm_beta.weight": (HIDDEN, 4), "ssm_alpha.weight": (HIDDEN, 4)},
+            _AROUND_DELTA,
+            _EXPERT_MATRICES,
+            _SHARED_EXPERT,
+            {"ffn_gate_inp_shexp.weight": (HIDDEN,)},
+        ),
+        _NORM,
+        {
+            **_GATED_ATTENTION,
+            **_AROUND_DELTA,
+            **_EXPERT_MATRICES,
+            **_SHARED_EXPERT,
+            "ffn_gate_inp_shexp.weight": (HIDDEN,),
+            **_NEXTN,
+        },
     ),
     Architecture(
         "qwen35",
@@ -352,9 +398,10 @@ _LIST = (
             _GATED_ATTENTION,
             {**_DELTA, "ssm_beta.weight": (HIDDEN, 4), "ssm_alpha.weight": (HIDDEN, 4)},
             _AROUND_DELTA,
-            {name: shape for name, shape in _DENSE.items() if "norm" not in name},
+            _DENSE_AFTER_NORM,
         ),
         _NORM,
+        {**_GATED_ATTENTION, **_AROUND_DELTA, **_DENSE_AFTER_NORM, **_NEXTN},
     ),
 )
 
@@ -365,11 +412,13 @@ ARCHITECTURES = {architecture.name: architecture for architecture in _LIST}
 # ---------------------------------------------------------------- the file
 
 
-def write_architecture(path: Path, name: str, *, quantization: str = "F32", seed: int = 0, jitter: float = 0.0) -> Path:
+def write_architecture(
+    path: Path, name: str, *, quantization: str = "F32", seed: int = 0, jitter: float = 0.0, mtp: bool = False
+) -> Path:
     """Write a tiny model and return `path`.
 
     quantization: of the large matrices, as converters choose them.  seed: the weights.  jitter: standard deviation
-    of noise added to them, relative to their own: a drafter that often agrees.
+    of noise added to them, relative to their own: a drafter that often agrees.  mtp: with a layer that guesses ahead.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
@@ -377,6 +426,8 @@ def write_architecture(path: Path, name: str, *, quantization: str = "F32", seed
     if name not in ARCHITECTURES:
         raise SettingError("unknown architecture", got=name, expected=", ".join(ARCHITECTURES))
     architecture, tokenizer = ARCHITECTURES[name], tiny_checkpoint()
+    if mtp:
+        architecture = _with_mtp(architecture)
     num_rows = int(tokenizer.config["vocab_size"])
     in_file = "llama" if name == "mixtral" else name
     writer = GGUFWriter(path, in_file)
@@ -395,6 +446,18 @@ def write_architecture(path: Path, name: str, *, quantization: str = "F32", seed
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _with_mtp(architecture: Architecture) -> Architecture:
+    if not architecture.mtp:
+        raise SettingError("no layer that guesses ahead is known of this architecture", got=architecture.name)
+    last = architecture.num_layers
+    return replace(
+        architecture,
+        num_layers=last + 1,
+        metadata={**architecture.metadata, "nextn_predict_layers": 1},
+        layer=lambda number: architecture.mtp if number == last else architecture.layer(number),
+    )
 
 
 def _is_large(name: str, shape: tuple[int, ...]) -> bool:

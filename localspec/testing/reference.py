@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +28,29 @@ HIDDEN, HEADS, HEAD_DIM, LAYERS = 32, 2, 16, 2
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One token's keys and values, per layer [LAYERS, HEADS, HEAD_DIM], and its sequence."""
+    """One token's keys and values, [1, LAYERS, HEADS, HEAD_DIM] each, and its features: the embedding's output,
+    then each layer's [LAYERS + 1, HIDDEN]."""
 
     token: int
     keys: Array
     values: Array
+    features: Array
+
+
+class Companion(Protocol):
+    """What goes along with a sequence and sees the features of what is committed to it: a head's part."""
+
+    def feed(self, cells: Sequence[Cell]) -> None:
+        """These were committed."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """So many committed tokens are left."""
+        ...
+
+    def copied(self, state: ReferenceState) -> Companion:
+        """An independent copy for a copy of the sequence."""
+        ...
 
 
 class ByteTokenizer:
@@ -71,6 +90,7 @@ class ReferenceState:
         self.committed: list[Cell] = []
         self.pending: list[Cell] = []
         self.parents: list[int] = []
+        self.companions: list[Companion] = []
         self.closed = False
 
     @property
@@ -97,8 +117,11 @@ class ReferenceState:
         """Commit one path of pending nodes, drop the rest."""
         self.check_open()
         check_path(np.array(self.parents, np.int32), list(path))
-        self.committed += [self.pending[node] for node in path]
+        kept = [self.pending[node] for node in path]
+        self.committed += kept
         self.pending, self.parents = [], []
+        for companion in self.companions:
+            companion.feed(kept)
 
     def truncate(self, length: int) -> None:
         """Drop what is pending and everything from `length` on."""
@@ -107,6 +130,8 @@ class ReferenceState:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}")
         self.pending, self.parents = [], []
         del self.committed[length:]
+        for companion in self.companions:
+            companion.truncate(length)
 
     def fork(self) -> ReferenceState:
         """A copy of the committed cells."""
@@ -120,32 +145,35 @@ class ReferenceState:
         self.check_open()
         if self.pending:
             raise ValueError("cannot save while nodes are pending")
-        return ReferenceSaved(self.model, tuple(self.committed))
+        apart = ReferenceState(self.model)
+        apart.committed = list(self.committed)
+        apart.companions = [companion.copied(apart) for companion in self.companions]
+        return ReferenceSaved(apart)
 
     def close(self) -> None:
         """Forget everything."""
         if not self.closed:
             self.closed = True
             self.model.num_open -= 1
-            self.committed, self.pending, self.parents = [], [], []
+            self.committed, self.pending, self.parents, self.companions = [], [], [], []
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceSaved:
-    """Cells that a state had committed."""
+    """Cells that a state had committed, in a state that is not among the open ones."""
 
-    model: ReferenceModel
-    cells: tuple[Cell, ...]
+    state: ReferenceState
 
     @property
     def num_bytes(self) -> int:
         """Of keys and values."""
-        return sum(cell.keys.nbytes + cell.values.nbytes for cell in self.cells)
+        return sum(cell.keys.nbytes + cell.values.nbytes for cell in self.state.committed)
 
     def open(self) -> ReferenceState:
-        """A new sequence with these cells."""
-        state = self.model.open()
-        state.committed = list(self.cells)
+        """A new sequence with these cells, and what goes along with them."""
+        state = self.state.model.open()
+        state.committed = list(self.state.committed)
+        state.companions = [companion.copied(state) for companion in self.state.companions]
         return state
 
 
@@ -248,7 +276,7 @@ class ReferenceModel:
             hidden, cell = self.compute(token, self.position(state), self.visible(state))
             state.pending.append(cell)
             if index in wanted:
-                rows[list(wanted).index(index)] = self.head @ _normed(hidden)
+                rows[list(wanted).index(index)] = self.head @ normed(hidden)
         return HostScores(rows, self.generation)
 
     def position(self, state: ReferenceState) -> int:
@@ -267,32 +295,38 @@ class ReferenceModel:
     def compute(self, token: int, position: int, cells: list[Cell]) -> tuple[Array, Cell]:
         """(hidden [HIDDEN], own cell) of one token."""
         hidden = self.embedding[token].copy()
-        own_keys, own_values = (np.zeros((LAYERS, HEADS, HEAD_DIM)) for _ in range(2))
+        shape = (1, LAYERS, HEADS, HEAD_DIM)
+        own = Cell(token, np.zeros(shape), np.zeros(shape), np.zeros((LAYERS + 1, HIDDEN)))
+        own.features[0] = hidden
+        keys = np.concatenate([*(cell.keys for cell in cells), own.keys])
+        values = np.concatenate([*(cell.values for cell in cells), own.values])
+        angle = position * self.frequencies
+        cos, sin = np.cos(angle), np.sin(angle)
         for layer in range(LAYERS):
-            x = _normed(hidden)
+            x = normed(hidden)
             query, key, value = (
                 (weights[layer] @ x).reshape(HEADS, HEAD_DIM) for weights in (self.query, self.key, self.value)
             )
-            query, key = self._rotated(query, position), self._rotated(key, position)
-            own_keys[layer], own_values[layer] = key, value
-            keys = np.stack([*(cell.keys[layer] for cell in cells), key])
-            values = np.stack([*(cell.values[layer] for cell in cells), value])
-            weights = np.einsum("hd,thd->ht", query, keys) / np.sqrt(HEAD_DIM)
+            query = _rotated(query, cos, sin)
+            own.keys[0, layer] = keys[-1, layer] = _rotated(key, cos, sin)
+            own.values[0, layer] = values[-1, layer] = value
+            weights = np.einsum("hd,thd->ht", query, keys[:, layer]) / np.sqrt(HEAD_DIM)
             weights = np.exp(weights - weights.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
-            hidden = hidden + self.output[layer] @ np.einsum("ht,thd->hd", weights, values).reshape(-1)
-            hidden = hidden + self.down[layer] @ np.tanh(self.up[layer] @ _normed(hidden))
-        return hidden, Cell(token, own_keys, own_values)
-
-    def _rotated(self, x: Array, position: int) -> Array:
-        angle = position * self.frequencies
-        first, second = x[:, : HEAD_DIM // 2], x[:, HEAD_DIM // 2 :]
-        cos, sin = np.cos(angle), np.sin(angle)
-        return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1)
+            hidden = hidden + self.output[layer] @ np.einsum("ht,thd->hd", weights, values[:, layer]).reshape(-1)
+            hidden = hidden + self.down[layer] @ np.tanh(self.up[layer] @ normed(hidden))
+            own.features[layer + 1] = hidden
+        return hidden, own
 
 
-def _normed(x: Array) -> Array:
-    return np.asarray(x / np.sqrt(np.mean(x * x) + 1e-6))
+def _rotated(x: Array, cos: Array, sin: Array) -> Array:
+    first, second = x[:, : HEAD_DIM // 2], x[:, HEAD_DIM // 2 :]
+    return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1)
+
+
+def normed(x: Array) -> Array:
+    """Of length one per dimension."""
+    return np.asarray(x / np.sqrt(np.add.reduce(x * x) / len(x) + 1e-6))
 
 
 def random_tree(rng: np.random.Generator, num_nodes: int) -> NodeIndices:

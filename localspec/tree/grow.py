@@ -57,6 +57,10 @@ class Grower:
         """The parent of an offered node."""
         return self._parents[node]
 
+    def depth(self, node: int) -> int:
+        """Where an offered node stands; children of the anchor have depth 0."""
+        return self._depth[node]
+
     def log_q(self, node: int) -> float:
         """Logarithm of the chance that an offered node is accepted if its parent is."""
         return self._log_q[node]

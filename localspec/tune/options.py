@@ -8,7 +8,7 @@ from typing import Any
 
 from localspec.protocols import LanguageModel, LoadSettings
 
-Options = dict[str, bool | int]
+Options = dict[str, bool | int | str]
 """`LoadSettings` fields that move a model's speed, by name."""
 
 _MOST_AT_ONCE = 8
@@ -49,13 +49,29 @@ def combinations(tried: dict[str, list[Any]]) -> list[Options]:
     return [first] + [{**first, name: value} for name, values in tried.items() for value in values[1:]]
 
 
+def joining(
+    model: LanguageModel, own_settings: frozenset[str], given: LoadSettings, tried: dict[str, list[Any]]
+) -> Options | None:
+    """What may bring width 1 into the class of the wider passes, where the backend says that it lies outside: keys and
+    values in bfloat16 under flash attention (measured for llama.cpp on a CPU, docs/backends.md). None where the user
+    decided otherwise, or where there is no such option."""
+    chosen = dict(model.info.options)
+    fixed = given.cache_type is not None or given.flash_attention is False or bool(chosen.get("gpu_layers", 0))
+    if "cache_type" not in own_settings or fixed or model.capabilities.width_class.min_width == 1:
+        return None
+    first: Options = {name: values[0] for name, values in tried.items()}
+    return {**first, "flash_attention": True, "cache_type": "bf16"}
+
+
 def described(options: Options) -> str:
-    """For people: threads 2, flash attention, no extra buffers."""
+    """For people: threads 2, flash attention, no extra buffers, bf16 cache."""
     words = []
     for name, value in options.items():
         text = name.replace("_", " ")
         if isinstance(value, bool):
             words.append(text if value else f"no {text}")
+        elif isinstance(value, str):
+            words.append(f"{value} {text.removesuffix(' type')}")
         else:
             words.append(f"{value} {text}" if value != 1 else f"1 {text.removesuffix('s')}")
     return ", ".join(words) or "as the backend chooses"

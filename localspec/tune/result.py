@@ -24,7 +24,8 @@ class Candidate:
     """A set of options and what was found with it. failed: why it could not be loaded, empty if it could.
     width_class, classes, contradiction: where the classes were looked for.  plain_ratio: what a plain pass of the class
     costs against one of width 1.  free: the best round if passes may have any width (exactness off).  bound: of guarded
-    decoding; None where tokens cannot be taken back."""
+    decoding; None where tokens cannot be taken back.  may_join: rounds keys and
+    values otherwise, and is measured for its width class; never chosen without being asked for."""
 
     options: Options
     device: str = ""
@@ -36,11 +37,20 @@ class Candidate:
     failed: str = ""
     free: Best | None = None
     bound: Bound | None = None
+    may_join: bool = False
 
     @property
     def speed(self) -> float:
         """Predicted tokens per second; 0 if nothing is known."""
         return self.best.tokens_per_second if self.best else 0.0
+
+    @property
+    def worth(self) -> float:
+        """Tokens per second over a text of which half pays as assumed and half not at all and is decoded plainly
+        (harmonic mean); 0 if nothing is known."""
+        if self.best is None:
+            return 0.0
+        return 2.0 / (1.0 / self.best.tokens_per_second + 1.0 / self.best.plain_tokens_per_second)
 
     @property
     def is_finalist(self) -> bool:
@@ -68,6 +78,7 @@ class Candidate:
             "failed": self.failed,
             "free": self.free and asdict(self.free),
             "bound": self.bound and self.bound.as_dict(),
+            "may_join": self.may_join,
         }
 
     @classmethod
@@ -84,6 +95,7 @@ class Candidate:
             str(data["failed"]),
             data["free"] and Best(**data["free"]),
             data["bound"] and Bound.from_dict(data["bound"]),
+            bool(data["may_join"]),
         )
 
 
@@ -103,12 +115,21 @@ class Result:
 
     @property
     def winner(self) -> Candidate:
-        """The best of those measured at length; among equals, give or take, what the backend would choose first."""
-        first, *others = (one for one in self.candidates if one.is_finalist)
+        """The best of those measured at length that compute the same; among equals, give or take, what the backend
+        would choose first."""
+        first, *others = (one for one in self.candidates if one.is_finalist and not one.may_join)
         for other in others:
-            if other.speed > _BETTER * first.speed:
+            if other.worth > _BETTER * first.worth:
                 first = other
         return first
+
+    @property
+    def joined(self) -> Candidate | None:
+        """The one that rounds otherwise, if it is clearly better than the winner."""
+        for one in self.candidates:
+            if one.may_join and one.is_finalist and one.worth > _BETTER * self.winner.worth:
+                return one
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

@@ -21,7 +21,7 @@ from localspec.schedule.classes import Classes
 from localspec.schedule.cost import Costs
 from localspec.schedule.measure import Progress
 from localspec.schedule.score import best
-from localspec.tune.options import Options, choices, combinations, described
+from localspec.tune.options import Options, choices, combinations, described, joining
 from localspec.tune.result import CONTEXT, Candidate, Result
 
 _log = logging.getLogger("localspec.tune")
@@ -67,11 +67,15 @@ def tune(
     with load({}) as pair:
         model, helper = pair.target.info, pair.draft and pair.draft.info
         paths = model.path, helper.path if helper else None
-        tried = choices(pair.target, get_backend(model.backend).own_settings, load.settings) if plan.search else {}
+        own_settings = get_backend(model.backend).own_settings
+        tried = choices(pair.target, own_settings, load.settings) if plan.search else {}
         options = combinations(tried)
+        joined = joining(pair.target, own_settings, load.settings, tried) if plan.search else None
         result = Result(model.name, helper.name if helper else None, model.backend, model.runtime, plan.search)
         result.candidates = [Candidate(one) for one in options]
-        keeps = plan.search and not load.fixes(get_backend(model.backend).own_settings)
+        if joined is not None:
+            result.candidates.append(Candidate(joined, may_join=True))
+        keeps = plan.search and not load.fixes(own_settings)
     if keeps and not plan.fresh:
         stored = _stored(paths, result)
         if stored is not None:
@@ -102,18 +106,20 @@ def _stored(paths: tuple[Path, Path | None], wanted: Result) -> Result | None:
 def _compare(load: _Loader, candidates: list[Candidate], started: float, seconds: float, tell: Progress) -> None:
     """All in short, the best ones at length, within `seconds` of `started`. Raises BackendError if none could be
     loaded."""
-    first = _FIRST_LOOK if len(candidates) > _FINALISTS else 0.0
-    for number, candidate in enumerate(candidates if first else ()):
-        tell(first * number / len(candidates), described(candidate.options))
+    usual = [one for one in candidates if not one.may_join]
+    first = _FIRST_LOOK if len(usual) > _FINALISTS else 0.0
+    for number, candidate in enumerate(usual if first else ()):
+        tell(first * number / len(usual), described(candidate.options))
         left = started + first * seconds - perf_counter()
-        _look(load, candidate, perf_counter() + left / (len(candidates) - number))
-    finalists = sorted((one for one in candidates if not one.failed), key=lambda one: -one.speed)[:_FINALISTS]
+        _look(load, candidate, perf_counter() + left / (len(usual) - number))
+    finalists = sorted((one for one in usual if not one.failed), key=lambda one: -one.worth)[:_FINALISTS]
+    finalists += [one for one in candidates if one.may_join]  # only the classes tell what it is good for
     for number, candidate in enumerate(finalists):
         share = (1.0 - first) / len(finalists)
         part = _part(tell, first + share * number, share, described(candidate.options))
         left = started + seconds - perf_counter()
         _examine(load, candidate, perf_counter() + left / (len(finalists) - number), part)
-    if not any(one.is_finalist for one in candidates):
+    if not any(one.is_finalist for one in usual):
         raise BackendError("no set of options could be loaded", got=candidates[0].failed)
 
 

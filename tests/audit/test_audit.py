@@ -30,6 +30,7 @@ from localspec.testing.reference import Cell, ReferenceModel, ReferenceState
 from localspec.tree.mask import ancestor_mask
 from localspec.types import BoolMask, NodeIndices
 from localspec.verify import Rejection, Trial, Verdict, Walk
+from tests.conftest import brief_prompts
 
 TREE = "draft_model:num=8,shape=tree"
 PROMPTS = [Prompt(f"p{n}", "made up", "".join(chr(10 + 3 * n + i) for i in range(8)), None) for n in range(3)]
@@ -97,6 +98,7 @@ def test_a_mask_that_shows_siblings_is_found_in_rows_and_in_texts() -> None:
     assert not found.holds and "NOT" in found.verdict() and "## Findings" in found.markdown()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_wrong_mask_in_the_real_mlx_backend_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted after loading, because the backend's own check would refuse such a model."""
@@ -212,6 +214,7 @@ def test_a_lossy_walk_is_named_as_the_cause(monkeypatch: pytest.MonkeyPatch, dra
         assert "the rule is lossy" in difference.explanation
 
 
+@pytest.mark.slow
 def test_a_lossy_rejection_rule_fails_the_distribution_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Levels of one in 1,000; with the right rule the same seeds pass."""
     one = Plan(PROMPTS, (0.8,), 10, 32, ("rejection",))
@@ -321,7 +324,7 @@ def test_wrong_requests_are_refused_before_a_model_is_opened(
 def test_the_bundled_pair_passes(backend: str, tokens: int) -> None:
     if not get_backend(backend).is_installed():
         pytest.skip(f"needs {backend}")
-    prompts = load_prompts(domains=["code"], per_domain=1)
+    prompts = brief_prompts("code") if backend == "mlx" else load_prompts(domains=["code"], per_domain=1)
     settings = LoadSettings(context=1024, trees=True, num_sequences=6)
     with open_pair(backend=backend, settings=settings) as pair:
         part = audit_part(pair, ["draft_model", TREE], Plan(prompts, (0.0, 0.8), 1, tokens, ("walk", "rejection")))

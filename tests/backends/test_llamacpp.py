@@ -373,7 +373,7 @@ def test_models_that_do_not_write_from_left_to_right_are_refused(
 
 def test_a_cache_that_does_not_fit_is_out_of_memory() -> None:
     """16 million tokens of the draft model would take 34 GB; twice as many sequences are not allocated."""
-    model = module("loading")._context_error(Path("m.gguf"), ("failed to allocate buffer",), BackendError("no context"))
+    model = module("loading").context_error(Path("m.gguf"), ("failed to allocate buffer",), BackendError("no context"))
     assert isinstance(model, OutOfMemoryError)
     lines = ("f: error loading model: unable to allocate CUDA0 buffer", "g: failed to load model")
     error = module("weights").load_error(Path("m"), lines)
@@ -384,8 +384,10 @@ def test_a_cache_that_does_not_fit_is_out_of_memory() -> None:
 @pytest.mark.slow
 def test_a_real_shortage_is_told_in_one_line(tmp_path: Path) -> None:
     """Old bug: four lines of llama.cpp's log were quoted, which said the same thing."""
+    path = write_gguf(tmp_path / "m.gguf")
+    settings = LoadSettings(context=1 << 24, num_sequences=1, extra_buffers=False, threads=1)
     with pytest.raises(OutOfMemoryError) as caught:
-        BACKEND.load(write_gguf(tmp_path / "m.gguf"), LoadSettings(context=1 << 24, extra_buffers=False, threads=1))
+        BACKEND.load(path, settings)
     assert len(str(caught.value)) < 200 and "/" not in str(caught.value)
 
 

@@ -145,6 +145,7 @@ def drafters(name: str) -> list[Drafter]:
     return [DraftModel(opened(name, jitter=0.02), num=4), Ngram(num=5, min=1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("name", [HYBRID, "falcon_h1"])
 def test_speculation_over_a_recurrent_model_changes_no_token(name: str, temperature: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def by_hand(path: Path, draft: bool) -> Iterator[Any]:
         llama.close()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_llama_cpp_python_says_what_it_says_by_hand(tiny_pair: Pair) -> None:
     modes = [PeerMode("llama-cpp-python", {"num": 4})]
@@ -120,17 +122,24 @@ def test_llama_cpp_python_samples_by_seed_and_stops(tiny_pair: Pair) -> None:
 # ---------------------------------------------------------------- mlx-lm
 
 
-def mlx_by_hand(target: Path, draft: Path | None, tokens: list[int]) -> list[int]:
+@lru_cache(maxsize=2)
+def mlx_model(path: Path) -> Any:
     import mlx.core as mx
     from mlx_lm import load
+
+    model: Any = load(str(path))[0]
+    model.set_dtype(mx.float32)  # as our backend computes on a CPU
+    return model
+
+
+def mlx_by_hand(target: Path, draft: Path | None, tokens: list[int]) -> list[int]:
+    import mlx.core as mx
     from mlx_lm.generate import generate_step, speculative_generate_step
 
-    model: Any = load(str(target))[0]
-    model.set_dtype(mx.float32)  # as our backend computes on a CPU
+    model = mlx_model(target)
     if draft is None:
         return [int(token) for token, _ in generate_step(mx.array(tokens), model, max_tokens=NUM_TOKENS)]
-    helper: Any = load(str(draft))[0]
-    helper.set_dtype(mx.float32)
+    helper = mlx_model(draft)
     steps = speculative_generate_step(mx.array(tokens), model, helper, num_draft_tokens=4, max_tokens=NUM_TOKENS)
     return [int(token) for token, _, _ in steps]
 

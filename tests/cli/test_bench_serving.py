@@ -10,12 +10,12 @@ from click.testing import CliRunner
 
 from cli import main
 from localspec.bench import serving, soak
-from localspec.bench.prompts import load_prompts
 from localspec.drafters import DrafterSpec
 from localspec.engine.session import Session
 from localspec.loading import Pair, get_backend
 from localspec.protocols import Drafter
 from localspec.testing.reference import ReferenceModel
+from tests.conftest import brief_prompts
 
 needs_llamacpp = pytest.mark.skipif(
     not get_backend("llamacpp").is_installed(), reason="needs llama.cpp: pip install llama-cpp-python"
@@ -66,7 +66,7 @@ def test_bench_serve_measures_both_ways(tmp_path: Path) -> None:
 
 
 def test_the_ratio_pairs_runs_of_the_same_turn() -> None:
-    report = serving.measure(reference(), load_prompts(per_domain=1), [2], max_tokens=3, turns=2, per_run=2)
+    report = serving.measure(reference(), brief_prompts(), [2], max_tokens=3, turns=2, per_run=2)
     assert [run.how for run in report.runs].count("off") == 2
     plain, fast = ([run for run in report.runs if run.how == how] for how in ("off", "auto"))
     ratios = sorted(a.tokens_per_second / b.tokens_per_second for a, b in zip(fast, plain, strict=True))

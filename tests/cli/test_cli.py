@@ -58,6 +58,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         assert command in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_exactness_is_chosen_reported_and_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report("Hello")["exact"] == "class"

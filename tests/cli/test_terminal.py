@@ -89,8 +89,11 @@ def test_chat_shows_what_looks_like_markup() -> None:
 
 def test_doctor_shows_the_extra_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     backend = BackendReport("mlx", False, "", (), (), 'pip install "localspec[mlx-cpu]"')
-    terminal.print_doctor(Report("0", "3", "here", "a processor", 2, 1.0, (backend,), "tiny", "nothing"))
-    assert 'pip install "localspec[mlx-cpu]"' in capsys.readouterr().out
+    terminal.print_doctor(
+        Report("0", "3", "here", "a processor", 2, 1.0, (backend,), "tiny", "nothing", ("ngram", "dspark"))
+    )
+    said = capsys.readouterr().out
+    assert 'pip install "localspec[mlx-cpu]"' in said and "drafters: ngram\n" in said
 
 
 # ---------------------------------------------------------------- reading

@@ -17,6 +17,7 @@ from localspec.loading import bundled_path, get_backend, open_pair
 from localspec.protocols import LoadSettings
 from localspec.testing.alignment import random_strings
 from localspec.testing.files import write_gguf
+from tests.conftest import brief_prompts
 
 CHAINS = ("cross_tokenizer:num=4,mode=bytes", "cross_tokenizer:num=4,mode=intersection")
 TREES = ("cross_tokenizer:num=8,shape=tree,mode=bytes", "cross_tokenizer:num=8,shape=tree,mode=intersection")
@@ -76,6 +77,6 @@ def test_the_development_model_of_another_tokenizer(
     write_gguf_file(draft, Checkpoint.from_folder(folder), "F16", name="xtok")
     settings = LoadSettings(context=512, num_sequences=4, trees=drafters is TREES)
     with open_pair(str(bundled_path("tiny", "target")), str(draft), backend=backend, settings=settings) as pair:
-        report = compare(pair, load_prompts(domains=["code"], per_domain=1), drafters, [0.0, 0.8], 16)
+        report = compare(pair, brief_prompts("code"), drafters, [0.0, 0.8], 16)
     assert report.all_equal
     assert sum(row.num_tokens for row in report.rows) > 1.2 * sum(row.num_rounds for row in report.rows)

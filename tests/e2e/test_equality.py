@@ -17,6 +17,7 @@ from localspec.loading import Pair, get_backend, open_pair
 from localspec.protocols import LoadSettings
 from localspec.sampling import SamplingParams
 from localspec.schedule import store
+from tests.conftest import brief_prompts
 
 pytestmark = pytest.mark.real
 
@@ -33,9 +34,9 @@ def pair_on(backend: str, trees: bool = False) -> Pair:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "per_domain", "tokens"), [("llamacpp", 3, 48), ("mlx", 1, 16)])
-def test_text_equals_plain_decoding_on_held_out_prompts(backend: str, per_domain: int, tokens: int) -> None:
-    prompts = load_prompts(per_domain=per_domain)
+@pytest.mark.parametrize(("backend", "tokens"), [("llamacpp", 48), ("mlx", 16)])
+def test_text_equals_plain_decoding_on_held_out_prompts(backend: str, tokens: int) -> None:
+    prompts = brief_prompts() if backend == "mlx" else load_prompts(per_domain=2)
     report = compare(pair_on(backend), prompts, ["draft_model", "ngram:min=1"], [0.0, 0.8], tokens)
     assert report.differences == []
     assert sum(row.num_prompts for row in report.rows) == 4 * len(prompts)
@@ -68,7 +69,7 @@ def test_guarded_text_equals_plain_decoding_where_plain_runs_at_width_one(monkey
 def test_text_equals_plain_decoding_under_trees(
     backend: str, domains: tuple[str, ...], budgets: tuple[int, ...], tokens: int, temperatures: tuple[float, ...]
 ) -> None:
-    prompts = load_prompts(domains=domains, per_domain=1)
+    prompts = brief_prompts(*domains) if backend == "mlx" else load_prompts(domains=domains, per_domain=1)
     drafters = [f"draft_model:num={budget},shape=tree" for budget in budgets]
     drafters.append("draft_model:shape=3-2-1+ngram:min=1,shape=tree")
     report = compare(pair_on(backend, trees=True), prompts, drafters, temperatures, tokens)
@@ -99,7 +100,7 @@ def test_every_sampling_setting_works_under_speculation(
 ) -> None:
     pair = pair_on(backend, trees)
     params = replace(HARD[name], seed=11, max_tokens=24 if backend == "llamacpp" else 12, ignore_eos=True, logprobs=2)
-    prompt = load_prompts(domains=["code"], per_domain=1)[0].encode(pair.target.tokenizer)[:48].tolist()
+    prompt = brief_prompts("code")[0].encode(pair.target.tokenizer).tolist()
     answers = []
     for drafter in ("nothing", *drafters):
         with pair.session(drafter) as session:

@@ -113,6 +113,7 @@ def test_text_equals_plain_decoding_where_rows_change_with_the_width(
     assert sum(one.stats.num_changed for group in guarded.values() for one in group) > 0, "the plant is too weak"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_without_guarding_or_with_a_bound_of_zero_it_does_not(name: str, bound: Bound) -> None:
     nothing = replace(bound, tolerance=Tolerance(0.0, 0.0))

@@ -144,6 +144,7 @@ def test_a_header_length_beyond_the_file_is_refused_unread(tmp_path: Path) -> No
 # ---------------------------------------------------------------- ten thousand mutants
 
 
+@pytest.mark.slow
 def test_mutated_headers_give_our_errors_or_a_summary_in_bounded_memory(tmp_path: Path) -> None:
     """Byte flips, cuts, huge lengths and counts, repeated pieces, deep JSON; half GGUF, half safetensors."""
     rng = random.Random(20261122)

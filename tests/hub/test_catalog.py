@@ -47,6 +47,20 @@ tested = false
   source = "somebody"
 """
 
+WITH_HEADS = (
+    ENTRY.replace(
+        'target = "some/Alpha-7B-4bit"',
+        'heads = ["some/alpha-dspark", "~/heads/eagle"]\n  target = "some/Alpha-7B-4bit"',
+    )
+    + """
+  [[pair.task]]
+  name = "code"
+  backend = "mlx"
+  draft = "some/Alpha-1B-code"
+  draft_quantization = "bf16"
+"""
+)
+
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
@@ -90,8 +104,9 @@ def test_the_readme_explains_every_field_and_its_example_is_valid() -> None:
     example = text.split("```toml")[1].split("```")[0]
     [pair] = read_text(example, "README")
     assert len(pair.choices) == 2 and pair.ratio == (1.81, 1.81)
-    names = {field for kind in (KnownPair, catalog.Choice, catalog.Speed) for field in kind.__dataclass_fields__}
-    assert not {name for name in names - {"origin", "choices", "speeds"} if f"`{name}`" not in text}
+    kinds = (KnownPair, catalog.Choice, catalog.Speed, catalog.Task)
+    names = {field for kind in kinds for field in kind.__dataclass_fields__}
+    assert not {name for name in names - {"origin", "choices", "speeds", "tasks"} if f"`{name}`" not in text}
     assert all(f"`{kind}`" in text for kind in KINDS)
 
 
@@ -271,3 +286,35 @@ def test_a_name_twice_in_one_file_is_refused() -> None:
 def test_an_unknown_name_gets_the_nearest(shipped: Catalog) -> None:
     with pytest.raises(UnknownNameError, match=r"Did you mean .*qwen2\.5-14b"):
         shipped.get("qwen25-14b")
+
+
+# ---------------------------------------------------------------- heads and tasks
+
+
+def test_choices_may_name_heads_and_pairs_drafters_for_a_task() -> None:
+    [pair] = read_text(WITH_HEADS, "mine.toml")
+    assert [choice.heads for choice in pair.choices] == [(), ("some/alpha-dspark", "~/heads/eagle")]
+    [task] = pair.tasks
+    assert (task.name, task.backend, task.draft, task.draft_quantization) == (
+        *("code", "mlx", "some/Alpha-1B-code"),
+        "bf16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            'heads = ["some/alpha-dspark", "~/heads/eagle"]',
+            'heads = "some/alpha-dspark"',
+            "heads.*list of repositories",
+        ),
+        ('"~/heads/eagle"', '"../eagle"', "heads.*list of repositories"),
+        ('name = "code"', 'name = "Code!"', r"task 1, field 'name'"),
+        ('draft = "some/Alpha-1B-code"', "", r"task 1, field 'draft'"),
+    ],
+)
+def test_faults_of_heads_and_tasks_are_named(old: str, new: str, words: str) -> None:
+    assert old in WITH_HEADS
+    with pytest.raises(CatalogFileError, match=words):
+        read_text(WITH_HEADS.replace(old, new), "mine.toml")

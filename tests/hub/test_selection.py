@@ -12,11 +12,13 @@ import pytest
 from localspec import drafters
 from localspec.errors import ModelNotFoundError, SettingError, UnknownNameError
 from localspec.hub import selection
-from localspec.hub.catalog import Catalog, Choice, KnownPair, load_catalog
+from localspec.hub.catalog import Catalog, Choice, KnownPair, Task, load_catalog
 from localspec.hub.selection import (
+    Located,
     Row,
     choice_for,
     fits,
+    for_task,
     locate,
     memory_gb,
     missing,
@@ -44,11 +46,11 @@ def names(rows: list[Row]) -> set[str]:
 
 def test_what_runs_follows_from_the_drafters_of_the_program(shipped: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = shipped.get("qwen3-8b-dspark")
-    assert "dspark" in missing(pair)
-    monkeypatch.setitem(drafters.DRAFTERS, "dspark", drafters.Nothing)
     assert missing(pair) == ""
-    runnable = {pair.drafter for pair in shipped.pairs if not missing(pair)}
-    assert runnable == {"draft_model", "dspark"}
+    monkeypatch.delitem(drafters.DRAFTERS, "dspark")
+    assert "dspark" in missing(pair)
+    kinds = {pair.drafter for pair in shipped.pairs}
+    assert {pair.drafter for pair in shipped.pairs if missing(pair)} == kinds & {"dspark", "dfly"}
 
 
 def test_unlike_tokenizers_need_their_own_drafter(shipped: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +193,9 @@ def test_the_first_backend_that_has_files_is_taken(shipped: Catalog) -> None:
 
 
 def test_what_cannot_be_opened_says_why(shipped: Catalog) -> None:
-    with pytest.raises(SettingError, match="no drafter dspark"):
-        choice_for(shipped.get("qwen3-8b-dspark"), GIB, ["mlx"])
+    unknown = replace(shipped.get("qwen3-8b-dspark"), drafter="dfly")
+    with pytest.raises(SettingError, match="no drafter dfly"):
+        choice_for(unknown, GIB, ["mlx"])
     with pytest.raises(SettingError, match="no files for backend mlx"):
         choice_for(shipped.get("qwen2.5-coder-7b"), GIB, ["mlx"])
     with pytest.raises(UnknownNameError, match="quantisation"):
@@ -213,7 +216,22 @@ def test_models_are_found_with_whatever_resolver_is_given(shipped: Catalog) -> N
     choice = pair.choices[0]
     assert choice.draft is not None
     found = locate(pair, choice, resolver(choice.target, choice.draft))
-    assert found == (Path("/there") / choice.target, Path("/there") / choice.draft)
+    assert found == Located(Path("/there") / choice.target, Path("/there") / choice.draft, ())
+    beside = replace(choice, heads=("some/head",))
+    found = locate(pair, beside, resolver(choice.target, choice.draft, "some/head"))
+    assert found.heads == (Path("/there/some/head"),)
+    inside = replace(choice, draft=None)
+    assert locate(pair, inside, resolver(choice.target)).heads == (Path("/there") / choice.target,)
+
+
+def test_a_task_has_a_drafter_of_its_own(shipped: Catalog) -> None:
+    pair = replace(shipped.get("qwen3-4b"), tasks=(Task("code", "mlx", "some/coder", "4bit"),))
+    mlx = choice_for(pair, 64 * GIB, ["mlx"])
+    assert for_task(pair, mlx, "code") == replace(mlx, draft="some/coder", draft_quantization="4bit")
+    with pytest.raises(UnknownNameError, match=r"task of pair qwen3-4b on mlx.*one of code"):
+        for_task(pair, mlx, "coding")
+    with pytest.raises(UnknownNameError, match="nothing of that kind"):
+        for_task(pair, choice_for(pair, 64 * GIB, ["llamacpp"]), "code")
 
 
 def test_a_missing_pair_names_the_command_for_each_model(shipped: Catalog) -> None:

@@ -154,6 +154,7 @@ def deep(error: Callable[[int, int, int], float], contexts: Sequence[int] = (300
     return classes.find(model, (1, 2, 4), contexts=contexts, seconds=600.0, clock=ticking(1.0))
 
 
+@pytest.mark.slow
 def test_width_one_joins_a_class_where_it_was_found_equal_deep_into_the_context() -> None:
     claimed = WidthClass(2, None, "read in the source")
     best, words = class_to_use(claimed, deep(lambda width, place, context: 0.0))
@@ -165,6 +166,7 @@ def test_width_one_joins_a_class_where_it_was_found_equal_deep_into_the_context(
     assert class_to_use(claimed, late) == (claimed, "")
 
 
+@pytest.mark.slow
 def test_width_one_alone_is_the_class_where_wider_passes_cost_more_than_they_bring() -> None:
     claimed = WidthClass(2, None, "read in the source")
     result = deep(lambda width, place, context: float(width == 1))
@@ -173,6 +175,7 @@ def test_width_one_alone_is_the_class_where_wider_passes_cost_more_than_they_bri
     assert class_to_use(claimed, result, lambda one: float(one.max_width is None)) == (claimed, "")
 
 
+@pytest.mark.slow
 def test_a_deeper_look_is_taken_only_where_it_decides() -> None:
     claimed = WidthClass(2, None, "read in the source")
     shallow = deep(lambda width, place, context: 0.0, (20, 300))

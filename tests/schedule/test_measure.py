@@ -50,9 +50,9 @@ class Clockwork(ReferenceModel):
         return super().forward(steps)
 
     def compute(self, token: int, position: int, cells: list[Cell]) -> tuple[Array, Cell]:
-        nothing = np.zeros((2, 2, 16))
+        nothing = np.zeros((1, 2, 2, 16))
         self.tokens.add(token)
-        return self.embedding[token], Cell(token, nothing, nothing)
+        return self.embedding[token], Cell(token, nothing, nothing, nothing)
 
 
 def measured(

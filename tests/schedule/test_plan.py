@@ -106,6 +106,26 @@ def test_a_plan_keeps_to_the_widths_that_are_built() -> None:
     assert narrow.by_nodes(0)[1] == [4] * 4
 
 
+def test_a_width_that_nobody_measured_is_padded_to_one_that_was() -> None:
+    coarse = Curve((1, 2, 4, 8), (0,), ((5.0, 6.0, 7.0, 9.0),))
+    ms, widths = live(coarse).by_nodes(0)
+    assert widths == [2, 2, 4, 4, 8, 8, 8, 8] and ms[4] == pytest.approx(live(coarse).verify_ms(8, 0))
+
+
+def test_one_stall_does_not_shut_a_width_out() -> None:
+    costs = live(STAIRS)
+    for _ in range(4):
+        costs.observe_verify(4, 0, STAIRS.at(4, 0))
+        costs.observe_verify(8, 0, STAIRS.at(8, 0))
+    before = costs.verify_ms(4, 0)
+    costs.observe_verify(4, 0, 50.0 * STAIRS.at(4, 0))
+    assert costs.verify_ms(4, 0) < 1.2 * before
+    for _ in range(60):
+        costs.observe_verify(4, 0, 3.0 * STAIRS.at(4, 0))
+        costs.observe_verify(8, 0, STAIRS.at(8, 0))
+    assert costs.verify_ms(4, 0) > 2.0 * before, "what lasts is believed"
+
+
 def test_a_wider_pass_is_taken_where_it_is_quicker() -> None:
     falling = Curve((1, 2, 3, 4), (0,), ((27.0, 38.0, 46.0, 33.0),))
     ms, widths = live(falling).by_nodes(0)

@@ -64,8 +64,8 @@ def test_apart_each_lane_decides_for_itself() -> None:
 def test_the_best_of_a_tree_is_kept_with_its_parents() -> None:
     parents = np.array([-1, 0, 0, 1], np.int32)
     tree = Proposal("test", (HostTokens(np.arange(4, dtype=np.int32)),), parents, reach=(0.9, 0.9, 0.01, 0.9))
-    kept, _ = SharedBudget(experience(), 1, 0, together=True).settle([tree])
-    assert kept == [(0, 1, 3)]
+    kept, _ = SharedBudget(experience(), 2, 0, together=True).settle([tree, tree])
+    assert kept == [(0, 1, 3)] * 2
     only = tree.only(kept[0] or ())
     assert only.parents.tolist() == [-1, 0, 1] and only.tree().token.tolist() == [0, 1, 3]
 

@@ -144,6 +144,7 @@ def test_rejection_at_temperature_zero_gives_the_same_texts(pair: Pair) -> None:
     assert all(answer.acceptance == "rejection" and len(answer.tokens) == 20 for answer in answers)
 
 
+@pytest.mark.slow
 def test_many_sequences_of_llama_cpp_in_one_pass_give_the_texts_of_each_alone() -> None:
     """The bundled pair: 24 requests, six at once, one in ten cancelled."""
     if not get_backend("llamacpp").is_installed():

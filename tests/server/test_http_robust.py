@@ -226,6 +226,7 @@ def test_a_huge_head_is_refused(client: httpx2.Client) -> None:
     assert client.get("/health", headers={"X-Long": "a" * 20_000}).status_code == 431
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_let_go(quick: Served) -> None:
     with raw(quick) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

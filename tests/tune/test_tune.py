@@ -22,7 +22,7 @@ from localspec.schedule.classes import Classes
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.score import LOOKUP_CHANCE, RANK_CHANCES, Best, best
 from localspec.testing.reference import ReferenceModel
-from localspec.tune.options import choices, combinations, described
+from localspec.tune.options import choices, combinations, described, joining
 from localspec.tune.plot import check_plot, draw
 from localspec.tune.report import text_of
 from localspec.tune.result import Candidate
@@ -70,7 +70,24 @@ def test_many_cores_are_tried_by_quarters_and_options_one_by_one() -> None:
     assert len(sets) == 1 + 3 + 1 + 1 and all(len(options) == 3 for options in sets)
 
 
+def test_a_cache_that_may_join_width_one_is_tried_where_it_lies_outside() -> None:
+    own, model = OWN | {"cache_type"}, loaded(threads=2, flash_attention=False, extra_buffers=True, gpu_layers=0)
+    model.capabilities = replace(model.capabilities, width_class=WidthClass(2))
+    tried = choices(model, own, LoadSettings())
+    assert joining(model, own, LoadSettings(), tried) == {
+        "threads": 2, "flash_attention": True, "extra_buffers": True, "cache_type": "bf16",
+    }  # fmt: skip
+    assert joining(model, OWN, LoadSettings(), tried) is None, "the backend has no such option"
+    assert joining(model, own, LoadSettings(cache_type="f16"), tried) is None, "the user decided"
+    assert joining(model, own, LoadSettings(flash_attention=False), tried) is None
+    on_gpu = loaded(threads=2, flash_attention=True, extra_buffers=True, gpu_layers=99)
+    assert joining(on_gpu, own, LoadSettings(), tried) is None
+    model.capabilities = replace(model.capabilities, width_class=WidthClass(1))
+    assert joining(model, own, LoadSettings(), tried) is None, "nothing to join"
+
+
 def test_options_are_described_in_words() -> None:
+    assert described({"flash_attention": True, "cache_type": "bf16"}) == "flash attention, bf16 cache"
     assert described({"threads": 1, "flash_attention": False}) == "1 thread, no flash attention"
     assert described({}) == "as the backend chooses"
 
@@ -194,6 +211,22 @@ def test_a_set_that_is_hardly_better_does_not_replace_the_backends_choice() -> N
     first, hardly, clearly = candidate(100.0), candidate(102.0), candidate(110.0)
     assert Found("t", None, "b", "r", True, [first, hardly]).winner is first
     assert Found("t", None, "b", "r", True, [first, hardly, clearly]).winner is clearly
+
+
+def test_what_plain_decoding_takes_counts_as_much_as_speculation() -> None:
+    nothing, class_ = Classes((1,), ((1,),), ()), WidthClass(1)
+
+    def candidate(speed: float, plain: float, may_join: bool = False) -> Candidate:
+        best, costs = Best(speed, plain, 3, 3, False, 2.5), store.load_or_measure(Toy(Path("toy"), LoadSettings()))
+        return Candidate({}, "", costs, best, class_, nothing, may_join=may_join)
+
+    first, steady = candidate(166.0, 66.0), candidate(160.0, 90.0)
+    assert Found("t", None, "b", "r", True, [first, steady]).winner is steady
+    joined = Found("t", None, "b", "r", True, [first, candidate(160.0, 100.0, may_join=True)])
+    assert joined.winner is first, "what rounds otherwise is not chosen unasked"
+    assert "with --flash-attention --cache-type bf16 the class is 1 to any: 160 tokens/s, plain 100" in text_of(joined)
+    poor = Found("t", None, "b", "r", True, [first, candidate(100.0, 66.0, may_join=True)])
+    assert "bf16" not in text_of(poor)
 
 
 def test_a_second_run_reads_what_is_stored_unless_it_is_to_be_fresh(opened: list[LoadSettings]) -> None:

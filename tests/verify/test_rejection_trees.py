@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from localspec.context import Context
-from localspec.drafters import DraftModel, draft_model
+from localspec.drafters import DraftModel, guesser
 from localspec.engine.session import Session
 from localspec.protocols import (
     Capabilities,
@@ -177,7 +177,7 @@ def test_a_forgotten_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
     assert p_value(bush, FREE) < ALARM
 
 
-draws = draft_model._draws
+draws = guesser._draws
 
 
 def stated_with_replacement(
@@ -190,7 +190,7 @@ def stated_with_replacement(
 
 @pytest.mark.slow
 def test_a_law_that_forgets_the_elder_siblings_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_model, "_draws", stated_with_replacement)
+    monkeypatch.setattr(guesser, "_draws", stated_with_replacement)
     assert p_value(bush, FREE) < ALARM
 
 
@@ -203,5 +203,5 @@ def unlikely_ones_taken_back(
 
 @pytest.mark.slow
 def test_a_form_that_depends_on_the_draws_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_model, "_draws", unlikely_ones_taken_back)
+    monkeypatch.setattr(guesser, "_draws", unlikely_ones_taken_back)
     assert p_value(bush, FREE) < ALARM
