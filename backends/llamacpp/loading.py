@@ -336,6 +336,7 @@ def _batching(settings: LoadSettings, replays: bool, window: int) -> tuple[bool,
             "trees and batch exclude each other with llama.cpp",
             got="both",
             expected="one of them: sequences that share a pass verify chains only",
+            fix="Guess chains, or serve one request at a time (--parallel 1).",
         )
     why = "its recurrent layers" if replays else "its sliding windows" if window else ""
     if not why:

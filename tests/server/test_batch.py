@@ -119,7 +119,7 @@ def test_every_text_is_that_of_the_same_request_alone() -> None:
     report = run(pair, random_requests(pair, 40, 40), at_once=5, cache_bytes=200_000)
     assert report.is_clean and not report.failed
     assert report.num_finished + report.num_cancelled == report.num_compared == 40
-    assert report.num_cancelled and report.num_cached
+    assert report.num_cancelled  # whether a beginning was found is chance
     assert max(sample.kept_bytes for sample in report.samples) <= 200_000
 
 
