@@ -32,6 +32,7 @@ from .planner import LlamaPlanner
 from .processors import num_cores
 from .state import LlamaState
 from .streams import SLACK, Streams
+from .taps import GUESSING_AHEAD
 from .tokenizer import LlamaTokenizer
 from .weights import Weights
 
@@ -101,12 +102,14 @@ def load(path: Path, settings: LoadSettings) -> LlamaModel:
     """Open a model. Raises members of the error tree."""
     check_file(path)
     check_settings(settings)
-    check_is_whole(read_architecture(path))
+    architecture = read_architecture(path)
+    check_is_whole(architecture)
     lib = native.library()
     has_gpu = bool(lib.llama_supports_gpu_offload())
     extra_buffers, notes = choose_extra_buffers(settings)
     gpu_layers = choose_gpu_layers(settings, has_gpu)
-    weights = Weights(path, gpu_layers=gpu_layers, extra_buffers=extra_buffers)
+    may_guess = architecture in GUESSING_AHEAD  # the layer may be wanted as a head
+    weights = Weights(path, gpu_layers=gpu_layers, extra_buffers=extra_buffers, mtp=may_guess)
     try:
         check_supported(weights)
         _check_trees_are_possible(weights, settings)

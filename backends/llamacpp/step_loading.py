@@ -11,15 +11,13 @@ from .head_context import HeadContext
 from .head_file import BATCH, HeadFile, check_outputs, check_vocabulary, check_width, contexts, notes, open_weights
 from .model import LlamaModel
 from .step_head import StepHead
-from .taps import Features, Taps
+from .taps import GUESSING_AHEAD, Features, Taps
 
 _STEP_IDS = 34  # leaves of a tree of guesses, and one that carries cells
 _STEPS: dict[str, int] = {"batch": BATCH, "outputs": BATCH, "ids": _STEP_IDS, "slack": 2 * BATCH}
 _EAGLE3_TAPS = 3
 _CONTEXT_OF_MTP = 1  # LLAMA_CONTEXT_TYPE_MTP
 _BEHIND_THE_NORM = -2  # in `HeadInfo.taps`: what the target's own output matrix reads
-_MTP = frozenset({"qwen3next", "qwen35", "qwen35moe"})
-"""Architectures whose MTP layer was run here."""
 
 
 def load_eagle3(file: HeadFile, target: LlamaModel) -> StepHead:
@@ -62,11 +60,11 @@ def load_mtp(file: HeadFile, target: LlamaModel) -> StepHead:
     number = file.number("nextn_predict_layers", 0)
     if not number:
         raise UnsupportedModelError("the file is a whole model and has no MTP layer in it", got=file.path.name)
-    if file.architecture not in _MTP or number != 1:
+    if file.architecture not in GUESSING_AHEAD or number != 1:
         raise UnsupportedModelError(
             "MTP layers of this kind were not tried, and llama.cpp may end the process over them",
             got=f"{number} of {file.architecture}",
-            expected=f"one, of {', '.join(sorted(_MTP))}",
+            expected=f"one, of {', '.join(sorted(GUESSING_AHEAD))}",
         )
     layer = target.weights.number("n_layer")
     for name in ("eh_proj", "enorm", "hnorm"):

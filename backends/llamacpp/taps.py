@@ -33,6 +33,9 @@ PUBLISHING = frozenset(
 )  # fmt: skip
 """Architectures whose graphs publish the inputs of their layers [src/models of llama-cpp-python 0.3.36]."""
 
+GUESSING_AHEAD = frozenset({"qwen3next", "qwen35", "qwen35moe"})
+"""Architectures whose MTP layer was run here; it is loaded with them."""
+
 _BEHIND_THE_LAST = frozenset({"deepseek4", "mimo2", "nemotron-h"})
 """Of them, those that also publish what leaves the last layer."""
 

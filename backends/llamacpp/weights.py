@@ -16,16 +16,19 @@ _GUESSED = 1024  # llama.cpp adds this to a file type that it inferred from the 
 
 
 class Weights:
-    """One llama_model. Raises ModelFileError, UnsupportedModelError or OutOfMemoryError."""
+    """One llama_model. mtp: with its layer that guesses ahead, if it has one. Raises ModelFileError,
+    UnsupportedModelError or OutOfMemoryError."""
 
-    def __init__(self, path: Path, *, gpu_layers: int, extra_buffers: bool, vocab_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, gpu_layers: int, extra_buffers: bool, vocab_only: bool = False, mtp: bool = False
+    ) -> None:
         self._lib = native.library()
         self.extra_buffers = extra_buffers
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = extra_buffers
         params.vocab_only = vocab_only
-        if hasattr(params, "load_mtp"):  # of a file that has such a layer; it may be wanted as a head
+        if mtp and hasattr(params, "load_mtp"):
             params.load_mtp = True
         native.forget_errors()
         self.pointer: Any = self._lib.llama_model_load_from_file(os.fsencode(path), params)
