@@ -73,7 +73,7 @@ class Markov:
         """[N, Vd] what other guesses before add to N rows."""
         both = self.w1.rows([*was, *now])
         codes, table = both[len(was) :] - both[: len(was)], self.w2.whole
-        # one row is bound by memory, and BLAS's threads would wait for those of other work: 12 ms for 0.1 ms of it
+        # one row is bound by memory: BLAS's threads gain nothing, and wait for each other where the machine is busy
         changes = np.einsum("vr,r->v", table, codes[0])[None] if len(codes) == 1 else codes @ table.T
         return changes.astype(np.float32, copy=False)
 
