@@ -138,7 +138,7 @@ def read_mtp_layer(folder: Path, layout: str, weights: dict[str, Any]) -> Beside
     config: Any = header.details
     tensors = {name: value for name, value in loaded(folder).items() if name in config.tensors}
     network = module("heads.mtp").Mtp(config, tensors, ends)
-    assert len(network.notes) == 2 * layout.startswith("qwen")
+    assert len(network.notes) == layout.startswith("qwen")
     return Beside(network, mtp.MtpReference(layout, NUM_LAYERS, weights, ends.reference), 1)
 
 

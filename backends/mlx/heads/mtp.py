@@ -122,11 +122,14 @@ class Mtp:
 
     def _uncentred(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Norms as factors. Those of the block and those around it are judged apart: converters shift the former."""
-        for is_inner in (True, False):
+        moved = []
+        for is_inner, where in ((True, "in the layer"), (False, "around it")):
             norms = [n for n in weights if _NORM.fullmatch(n) and n.startswith("block.") == is_inner]
             if norms and median(float(weights[n].astype(mx.float32).mean()) for n in norms) < _CENTRED_BELOW:
                 weights |= {n: weights[n].astype(mx.float32) + 1.0 for n in norms}
-                self.notes.append(f"Norms {'of' if is_inner else 'around'} the layer are stored less one.")
+                moved.append(where)
+        if moved:
+            self.notes.append(f"Norms of the MTP layer are stored less one: those {' and those '.join(moved)}.")
         return weights
 
 
