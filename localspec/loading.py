@@ -51,7 +51,7 @@ from localspec.errors import (
 )
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import EXACT_CHOICES, Bound, Exactness, Mode, wants_guarding
-from localspec.formats import summarize
+from localspec.formats import summarize, summarize_head
 from localspec.history import DEFAULT_BYTES, History
 from localspec.memory import Part, look, settle
 from localspec.peers import PeerLibrary
@@ -549,9 +549,10 @@ def plan_parts(target: Path, draft: Path | None = None, backend: str = AUTO, hea
     found = [(TARGET, target, own)]
     if draft is not None:
         found.append((DRAFT, draft, choose_backend(backend, draft).planner))
+    parts = [Part(role, summarize(path), planner) for role, path, planner in found if planner is not None]
     # heads run on the target's backend, and what lies in the target's own file is counted there
-    found += [(HEAD, path, own) for path in heads if path != target]
-    return [Part(role, summarize(path), planner) for role, path, planner in found if planner is not None]
+    apart = () if own is None else tuple(path for path in heads if path != target)
+    return parts + [Part(HEAD, summarize_head(path), own) for path in apart if own is not None]
 
 
 def check_pair(parts: Sequence[Part]) -> tuple[str, ...]:

@@ -688,9 +688,9 @@ class Drafter(Protocol):
         ...
 
     def attach(self, state: SequenceState) -> None:
-        """The target's sequence that it will guess for, before the target reads anything more into it: again before
-        every turn, and whenever another sequence takes its place. For drafters that read the target's hidden states;
-        others need nothing. One that has not seen all of it may empty it, and it is read again for it."""
+        """The target's sequence that it will guess for, before the target reads anything more into it: perhaps
+        again before a turn, and whenever another sequence takes its place. For drafters that read the target's hidden
+        states; others need nothing. One that has not seen all of it may empty it, and it is read again for it."""
         ...
 
     def begin(self, context: Context) -> None:

@@ -81,7 +81,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         return replace(told(path), drafter_kind=None if path.stem in ("target", "draft") else "dspark")
 
-    monkeypatch.setattr(loading, "summarize", summarize)
+    for name in ("summarize", "summarize_head"):
+        monkeypatch.setattr(loading, name, summarize)
     log.clear()
     return tmp_path
 

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from localspec.protocols import HeadInfo, Scores, SequenceState, Tokens
+from localspec.protocols import HeadInfo, Scores, Tokens
 from localspec.sampling import HostScores
 from localspec.types import Logits, Probabilities, TokenIds
 
-from .block_rows import Confidence, Rows
-from .companion import Companion, Recording, SavedCompanion
+from .block_rows import Confidence, Place, Rows
+from .companion import Companion, SavedCompanion
+from .head import LlamaHead
 from .head_context import HeadContext, zeros
-from .memory import Memory, Pass, State
+from .memory import Memory, Pass
 from .state import LlamaSaved, LlamaState
-from .taps import Features
+from .taps import Features, Taps
 
 ROOM = 1 << 16
 """Guesses cost no cells, so there is no end to them."""
@@ -50,11 +51,16 @@ class Block:
 class BlockCompanion(Companion):
     """Features wait until a pass is full of them, or a block wants to be guessed."""
 
-    def __init__(self, head: BlockHead, cells: LlamaState, offset: int) -> None:
-        self.owner, self.width = head, head.width
-        self.head, self.cells = head, cells
-        self._offset = offset
-        self._waiting = np.zeros((0, head.width), np.float32)
+    head: BlockHead
+
+    def __init__(self, head: BlockHead, cells: LlamaState, num_missing: int) -> None:
+        self.head, self.cells, self.num_missing = head, cells, num_missing
+        self._waiting = np.zeros((0, head.taps.width), np.float32)
+
+    @property
+    def is_closed(self) -> bool:
+        """See `Companion`."""
+        return self.head.is_closed or self.cells.closed
 
     @property
     def context(self) -> HeadContext:
@@ -66,12 +72,7 @@ class BlockCompanion(Companion):
     @property
     def end(self) -> int:
         """See `Companion`."""
-        return self._offset + self.cells.length + len(self._waiting)
-
-    @property
-    def num_missing(self) -> int:
-        """Committed tokens that were there before it."""
-        return self._offset
+        return self.num_missing + self.cells.length + len(self._waiting)
 
     def feed(self, tokens: TokenIds, features: Features) -> None:
         """See `Companion`."""
@@ -109,15 +110,15 @@ class BlockCompanion(Companion):
 
     def truncate(self, length: int) -> None:
         """See `Companion`."""
-        kept = max(0, length - self._offset)
+        kept = max(0, length - self.num_missing)
         self._waiting = self._waiting[: max(0, kept - self.cells.length)]
-        self._offset = min(self._offset, length)
+        self.num_missing = min(self.num_missing, length)
         self.cells.truncate(min(kept, self.cells.length))
 
     def save(self) -> SavedCompanion:
         """See `Companion`."""
         self.flush()
-        return _SavedBlock(self.head, self.cells.save(), self._offset)
+        return _SavedBlock(self.head, self.cells.save(), self.num_missing)
 
     def close(self) -> None:
         """See `Companion`."""
@@ -134,7 +135,9 @@ class _SavedBlock:
     def num_bytes(self) -> int:
         return self.cells.num_bytes
 
-    def open(self) -> Companion:
+    def open(self) -> Companion | None:
+        if self.head.is_closed:
+            return None
         cells = self.cells.open()
         assert isinstance(cells, LlamaState)
         return BlockCompanion(self.head, cells, self.offset)
@@ -159,17 +162,17 @@ def _pass(cells: LlamaState, tokens: TokenIds, outputs: NDArray[np.int8], run: C
 class BlockState:
     """`HeadState`: guesses are places in the block, so feeding them costs next to nothing."""
 
-    def __init__(self, head: BlockHead, companion: BlockCompanion, close: Callable[[], None]) -> None:
-        self._block, self._companion, self._close = head.block, companion, close
+    def __init__(self, companion: BlockCompanion, leave: Callable[[], None]) -> None:
+        self._block, self._companion, self._leave = companion.head.block, companion, leave
         self._rows: Rows | None = None
         self._born = -1
         self._depths: list[int] = []
-        self._scored: list[tuple[int, int]] = []  # (slot, guess before it) of the rows scored last
+        self._scored: list[Place] = []  # of the rows scored last
         self._closed = False
 
     @property
     def num_missing(self) -> int:
-        """Committed tokens that were there before the head was."""
+        """See `HeadState`."""
         return self._companion.num_missing
 
     @property
@@ -179,12 +182,12 @@ class BlockState:
 
     def start(self, anchor: int) -> Scores:
         """See `HeadState`."""
-        if self._closed:
+        if self._closed or self._companion.is_closed:
             raise ValueError("this head state is closed")
         self._rows = self._companion.guess(anchor)
         self._born = self._companion.context.generation[0]
         self._depths, self._scored = [], [(0, anchor)]
-        return HostScores(self._rows.first(), self._companion.context.generation)
+        return HostScores(self._rows.at(self._scored), self._companion.context.generation)
 
     def extend(self, tokens: Tokens, parents: Sequence[int]) -> Scores:
         """See `HeadState`."""
@@ -201,66 +204,33 @@ class BlockState:
             if depths[-1] + 1 >= self._block.levels:
                 raise ValueError(f"the head guesses {self._block.levels} levels, none behind level {depths[-1] + 1}")
         self._depths, self._scored = depths, scored
-        found = [rows.row(slot, token) for slot, token in scored]
-        return HostScores(found[0][None] if len(found) == 1 else np.array(found, np.float32), generation)
+        return HostScores(rows.at(scored), generation)
 
     def confidence(self) -> Probabilities | None:
         """See `HeadState`."""
         if self._block.confidence is None or self._rows is None:
             return None
-        hidden = self._rows.hidden([slot for slot, _ in self._scored])
-        return self._block.confidence.of(hidden, [token for _, token in self._scored])
+        return self._block.confidence.of(self._rows.hidden(self._scored), self._scored)
 
     def close(self) -> None:
         """See `HeadState`."""
         if not self._closed:
             self._closed, self._rows = True, None
-            self._close()
+            self._leave()
 
 
-class BlockHead:
-    """`DraftHead`. memory: contexts for its companions.  width: of features.  on_close: gives the rest back."""
+class BlockHead(LlamaHead):
+    """block: what its file says about blocks."""
 
     def __init__(
-        self, info: HeadInfo, block: Block, target: Memory, memory: Memory, width: int, on_close: Callable[[], None]
+        self, info: HeadInfo, block: Block, taps: Taps, target: Memory, memory: Memory, on_close: Callable[[], None]
     ) -> None:
-        self.info, self.block, self.width = info, block, width
-        self._target, self._memory, self._on_close = target, memory, on_close
-        self._closed = False
+        super().__init__(info, taps, target, memory, on_close)
+        self.block = block
 
-    def open(self, state: SequenceState) -> BlockState:
-        """See `DraftHead`. Raises ValueError also while nodes are pending."""
-        if self._closed:
-            raise ValueError("this head is closed")
-        own = own_state(state, self._target)
-        if own.recording is None:
-            cells = self._memory.open()
-            assert isinstance(cells, LlamaState)
-            own.recording = Recording(BlockCompanion(self, cells, own.length))
-        companion = own.recording.companion
+    def _begin(self, cells: LlamaState, num_missing: int) -> Companion:
+        return BlockCompanion(self, cells, num_missing)
+
+    def _beside(self, companion: Companion, leave: Callable[[], None]) -> BlockState:
         assert isinstance(companion, BlockCompanion)
-        return BlockState(self, companion, lambda: forget(own, companion))
-
-    def close(self) -> None:
-        """Give contexts and weights back. Twice does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._memory.close()
-            self._on_close()
-
-
-def own_state(state: SequenceState, target: Memory) -> State:
-    """The target's state, checked. Raises ValueError."""
-    if not isinstance(state, State) or state.cache.memory is not target:
-        raise ValueError("this state belongs to another model")
-    state.check_open()
-    if state.num_pending and state.recording is None:
-        raise ValueError("a head cannot be opened while nodes are pending")
-    return state
-
-
-def forget(state: State, companion: Companion) -> None:
-    """The state goes on without this companion."""
-    if state.recording is not None and state.recording.companion is companion:
-        state.recording = None
-    companion.close()
+        return BlockState(companion, leave)

@@ -11,6 +11,7 @@ The pass leaves a row of logits and a hidden row per slot. What a slot says then
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,44 +22,43 @@ from localspec.types import Logits, Probabilities
 from .head_tables import Matrix, Table
 from .taps import Features
 
+Place = tuple[int, int]
+"""(slot, the guess before it; for slot 0 the anchor)."""
+
 
 class Rows(ABC):
-    """Rows of one block. logits [S, V] and hidden [S, E] (if `needs_hidden`) of its S slots that guess, views."""
+    """Rows of one block. logits [S, V] and hidden [S, E] (where it is needed) of its S slots that guess, views."""
 
-    def __init__(self, anchor: int, logits: Logits, hidden: Features | None) -> None:
+    def __init__(self, logits: Logits, hidden: Features | None) -> None:
         self._logits = logits
         self._hidden = None if hidden is None else hidden.copy()
-        self._likeliest = [anchor]  # the guess before each slot, as far as it was needed
 
     @abstractmethod
-    def row(self, slot: int, previous: int) -> Logits:
-        """[V] what slot `slot` says behind the guess `previous` (slot 0: the anchor)."""
+    def at(self, places: Sequence[Place]) -> Logits:
+        """[N, V] what is said at each place; a view of llama.cpp's own rows where that will do."""
 
-    def first(self) -> Logits:
-        """[1, V] what may follow the anchor."""
-        return self.row(0, self._likeliest[0])[None]
-
-    def _slot(self, slot: int) -> Logits:
-        row: Logits = self._logits[slot]
-        return row
-
-    def hidden(self, slots: list[int]) -> Features:
-        """[N, E] hidden rows of some slots."""
+    def hidden(self, places: Sequence[Place]) -> Features:
+        """[N, E] hidden rows."""
         assert self._hidden is not None
-        return self._hidden[slots]
+        return self._hidden[[slot for slot, _ in places]]
 
-    def _greedy(self, slot: int) -> int:
-        while len(self._likeliest) <= slot:
-            self._likeliest.append(int(self._logits[len(self._likeliest) - 1].argmax()))
-        return self._likeliest[slot]
+    def _stored(self, places: Sequence[Place]) -> Logits:
+        slots: slice | list[int] = [slot for slot, _ in places]
+        if len(places) == 1:  # the usual chain: no copy
+            slots = slice(places[0][0], places[0][0] + 1)
+        rows: Logits = self._logits[slots]
+        return rows
 
 
 class PlainRows(Rows):
     """Slots that do not know each other."""
 
-    def row(self, slot: int, previous: int) -> Logits:
+    def __init__(self, anchor: int, logits: Logits, hidden: Features | None) -> None:
+        super().__init__(logits, hidden)
+
+    def at(self, places: Sequence[Place]) -> Logits:
         """See `Rows`."""
-        return self._slot(slot)
+        return self._stored(places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,32 +69,43 @@ class Markov:
     w2: Table
     ids: NDArray[np.int64] | None
 
-    def difference(self, was: int, now: int) -> Logits:
-        """[Vd] what another guess before adds to a row."""
-        old, new = self.w1.rows([was, now])
-        change: Logits = self.w2.whole @ (new - old)
-        return change
+    def differences(self, was: Sequence[int], now: Sequence[int]) -> Logits:
+        """[N, Vd] what other guesses before add to N rows."""
+        both = self.w1.rows([*was, *now])
+        changes = (both[len(was) :] - both[: len(was)]) @ self.w2.whole.T
+        return changes.astype(np.float32, copy=False)
 
 
 class MarkovRows(Rows):
     """Rows with the bias of llama.cpp's own greedy chain in them."""
 
     def __init__(self, anchor: int, logits: Logits, hidden: Features | None, markov: Markov) -> None:
-        super().__init__(anchor, logits, hidden)
+        super().__init__(logits, hidden)
         self._markov = markov
+        self._likeliest = [anchor]  # the guess before each slot, as far as it was needed
 
-    def row(self, slot: int, previous: int) -> Logits:
+    def at(self, places: Sequence[Place]) -> Logits:
         """See `Rows`."""
-        was = self._greedy(slot)
-        if previous == was:
-            return self._slot(slot)
-        row: Logits = self._logits[slot].copy()
-        change = self._markov.difference(was, previous)
-        if self._markov.ids is None:
-            row += change
+        other = [number for number, (slot, before) in enumerate(places) if before != self._greedy(slot)]
+        rows = self._stored(places)
+        if not other:
+            return rows
+        if len(places) == 1:
+            rows = rows.copy()
+        changes = self._markov.differences(
+            [self._greedy(places[number][0]) for number in other], [places[number][1] for number in other]
+        )
+        ids = self._markov.ids
+        if ids is None:
+            rows[other] += changes
         else:
-            row[self._markov.ids] += change
-        return row
+            rows[np.array(other)[:, None], ids] += changes
+        return rows
+
+    def _greedy(self, slot: int) -> int:
+        while len(self._likeliest) <= slot:
+            self._likeliest.append(int(self._logits[len(self._likeliest) - 1].argmax()))
+        return self._likeliest[slot]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +121,19 @@ class Selector:
 class SelectorRows(Rows):
     """Rows of a few candidates; every other token has -inf."""
 
-    def __init__(self, anchor: int, logits: Logits, hidden: Features, selector: Selector) -> None:
-        super().__init__(anchor, logits, hidden)
+    def __init__(self, logits: Logits, hidden: Features, selector: Selector) -> None:
+        super().__init__(logits, hidden)
         self._selector = selector
         self._candidates: dict[int, tuple[NDArray[np.int64], Logits, Matrix, Matrix]] = {}
 
-    def row(self, slot: int, previous: int) -> Logits:
+    def at(self, places: Sequence[Place]) -> Logits:
         """See `Rows`."""
-        ids, scores, codes, gate = self._of_slot(slot)
-        row = np.full(self._logits.shape[1], -np.inf, np.float32)
-        row[ids] = scores + codes @ (self._selector.before.rows([previous])[0] * gate)
-        return row
+        rows = np.full((len(places), self._logits.shape[1]), -np.inf, np.float32)
+        codes_before = self._selector.before.rows([before for _, before in places])
+        for row, code, (slot, _) in zip(rows, codes_before, places, strict=True):
+            ids, scores, codes, gate = self._of_slot(slot)
+            row[ids] = scores + codes @ (code * gate)
+        return rows
 
     def _of_slot(self, slot: int) -> tuple[NDArray[np.int64], Logits, Matrix, Matrix]:
         if slot not in self._candidates:
@@ -140,9 +153,10 @@ class Confidence:
     bias: float
     w1: Table
 
-    def of(self, hidden: Features, previous: list[int]) -> Probabilities:
-        """[N] of N hidden rows [N, E] and the guesses before them."""
+    def of(self, hidden: Features, places: Sequence[Place]) -> Probabilities:
+        """[N] of N places and their hidden rows [N, E]."""
         size = hidden.shape[1]
-        score = hidden @ self.weight[:size] + self.w1.rows(previous) @ self.weight[size:] + self.bias
+        codes = self.w1.rows([before for _, before in places])
+        score = hidden @ self.weight[:size] + codes @ self.weight[size:] + self.bias
         chance: Probabilities = 1.0 / (1.0 + np.exp(-score.astype(np.float64)))
         return chance

@@ -11,10 +11,17 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localspec.types import TokenIds
 
-from .taps import Features
+from .taps import Features, Taps
+
+
+class ListeningHead(Protocol):
+    """taps: what it reads of its target."""
+
+    taps: Taps
 
 
 class SavedCompanion(Protocol):
@@ -25,16 +32,22 @@ class SavedCompanion(Protocol):
         """Memory that it takes."""
         ...
 
-    def open(self) -> Companion:
-        """Another one like it."""
+    def open(self) -> Companion | None:
+        """Another one like it; None once its head is closed."""
         ...
 
 
 class Companion(ABC):
-    """A head's part of one sequence. `owner` tells heads apart."""
+    """A head's part of one sequence. head: whose.  num_missing: committed tokens at the beginning that it has not
+    seen."""
 
-    owner: object
-    width: int
+    head: ListeningHead
+    num_missing: int
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Was its head closed, or itself?"""
 
     @property
     @abstractmethod
@@ -59,17 +72,44 @@ class Companion(ABC):
 
 
 class Recording:
-    """Tokens and features of a state's pending nodes, for its companion. A node that no pass has run has none."""
+    """Tokens and features of a state's pending nodes, for its companions. A node that no pass has run has none.
 
-    def __init__(self, companion: Companion) -> None:
-        self.companion = companion
+    taps: what the target gives away, of which each companion gets its part.
+    """
+
+    def __init__(self, taps: Taps, companions: Sequence[Companion] = ()) -> None:
+        self._taps = taps
+        self._companions: list[Companion] = []
+        self._columns: list[NDArray[np.int64] | None] = []
         self._tokens: list[int] = []
         self._rows: list[Features | None] = []
-        self._newest = np.zeros((0, companion.width), np.float32)
+        self._newest = np.zeros((0, taps.width), np.float32)
+        for companion in companions:
+            self.join(companion)
+
+    def join(self, companion: Companion) -> None:
+        """Another one listens from here on."""
+        self._companions.append(companion)
+        self._columns.append(self._taps.columns(companion.head.taps))
+
+    def leave(self, companion: Companion) -> None:
+        """It listens no more."""
+        place = self._companions.index(companion)
+        del self._companions[place], self._columns[place]
+
+    def of(self, head: object) -> Companion | None:
+        """The companion that is this head's."""
+        return next((one for one in self._companions if one.head is head), None)
+
+    def is_heard(self) -> bool:
+        """Does anybody listen? Companions of heads that were closed do not."""
+        for companion in [one for one in self._companions if one.is_closed]:
+            self.leave(companion)
+        return bool(self._companions)
 
     def space(self, count: int) -> Features:
         """[count, W] for a pass to write to."""
-        self._newest = np.empty((count, self.companion.width), np.float32)
+        self._newest = np.empty((count, self._taps.width), np.float32)
         return self._newest
 
     def fill(self, features: Features) -> None:
@@ -100,11 +140,41 @@ class Recording:
             if row is None:
                 break
             ready.append(row)
-        if ready:
-            self.companion.feed(np.array([tokens[node] for node in nodes[: len(ready)]], np.int32), np.stack(ready))
+        if ready and self.is_heard():
+            kept = np.array([tokens[node] for node in nodes[: len(ready)]], np.int32)
+            for companion, columns in zip(self._companions, self._columns, strict=True):
+                companion.feed(kept, _part(np.stack(ready), columns))
 
     def catch_up(self, tokens: TokenIds, features: Features, end: int) -> None:
         """Committed tokens [T] up to `end` were run, perhaps again: hand over those that are new."""
-        missing = end - self.companion.end
-        if missing > 0:
-            self.companion.feed(tokens[-missing:], features[len(tokens) - missing : len(tokens)])
+        for companion, columns in zip(self._companions, self._columns, strict=True):
+            missing = end - companion.end
+            if missing > 0:
+                new = features[len(tokens) - missing : len(tokens)]
+                companion.feed(tokens[-missing:], _part(new, columns))
+
+    def truncate(self, length: int) -> None:
+        """The sequence has only its first `length` tokens left."""
+        if self.is_heard():
+            for companion in self._companions:
+                companion.truncate(length)
+
+    def save(self) -> tuple[SavedCompanion, ...]:
+        """Copies of all companions."""
+        return tuple(companion.save() for companion in self._companions) if self.is_heard() else ()
+
+    def close(self) -> None:
+        """The sequence has ended."""
+        if self.is_heard():
+            for companion in self._companions:
+                companion.close()
+
+
+def _part(features: Features, columns: NDArray[np.int64] | None) -> Features:
+    return features if columns is None else features[:, columns]
+
+
+def reopened(taps: Taps | None, saved: Sequence[SavedCompanion]) -> Recording | None:
+    """Companions as they were saved, for a new sequence of the same target."""
+    companions = [one for one in (copy.open() for copy in saved) if one is not None]
+    return Recording(taps, companions) if taps is not None and companions else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 from numpy import int8, int64
@@ -187,8 +188,14 @@ class State(ABC):
     def save(self) -> SavedState:
         """A copy of the committed tokens outside of llama.cpp. Raises ValueError while nodes are pending."""
 
-    def _saved_companion(self) -> SavedCompanion | None:
-        return None if self.recording is None else self.recording.companion.save()
+    def _heard(self) -> Recording | None:
+        """The recording, if any head is still there to listen."""
+        if self.recording is not None and not self.recording.is_heard():
+            self.recording = None
+        return self.recording
+
+    def _saved_companions(self) -> tuple[SavedCompanion, ...]:
+        return () if self.recording is None else self.recording.save()
 
     def fork(self) -> State:
         """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
@@ -202,7 +209,7 @@ class State(ABC):
             return
         self.closed = True
         if self.recording is not None:
-            self.recording.companion.close()
+            self.recording.close()
         if not self.cache.context.is_closed:
             self.cache.reset()
             self.cache.memory.release(self.cache)
@@ -221,7 +228,8 @@ class Memory:
         self._make_context, self._make_state = make_context, make_state
         self._num_sequences = num_sequences
         self._num_open = 0
-        self._taps: Taps | None = None
+        self._wanted: list[Taps] = []
+        self.taps: Taps | None = None
         self._caches = [Cache(self, make_context())]  # the first at once: memory may be too small
         self._idle = list(self._caches)
 
@@ -231,7 +239,7 @@ class Memory:
             raise self.all_in_use()
         if not self._idle:
             context = self._make_context()
-            context.tap(self._taps)
+            context.tap(self.taps)
             self._caches.append(Cache(self, context))
             self._idle.append(self._caches[-1])
         self._num_open += 1
@@ -242,11 +250,23 @@ class Memory:
         """Sequences that are open."""
         return self._num_open
 
-    def tap(self, taps: Taps | None) -> None:
-        """Have hidden states kept in every context, also in later ones."""
-        self._taps = taps
+    def want(self, taps: Taps) -> None:
+        """Have these hidden states kept, too, in every context; for a memory without open sequences."""
+        self._wanted.append(taps)
+        self._tap(reduce(Taps.joined, self._wanted))
+
+    def want_no_more(self, taps: Taps) -> None:
+        """One of those who wanted them is gone. Once all are nothing is kept any more; before that the others' places
+        in a row stay as they are."""
+        self._wanted.remove(taps)
+        if not self._wanted:
+            self._tap(None)
+
+    def _tap(self, taps: Taps | None) -> None:
+        self.taps = taps
         for cache in self._caches:
-            cache.context.tap(taps)
+            if not cache.context.is_closed:
+                cache.context.tap(taps)
 
     @property
     def context(self) -> Context:

@@ -24,7 +24,7 @@ from localspec.replay import History, Mark
 from localspec.tree.mask import check_path
 from localspec.types import Logits, NodeIndices, TokenIds
 
-from .companion import Recording, SavedCompanion
+from .companion import SavedCompanion, reopened
 from .memory import Cache, Decode, Memory, Pass, Piece, State
 
 NUM_SNAPSHOTS = 3
@@ -140,7 +140,8 @@ class RecurrentState(State):
         return rows
 
     def _pass(self, tokens: TokenIds, start: int, outputs: NDArray[np.int8]) -> Pass:
-        features = None if self.recording is None else self.recording.space(len(tokens))
+        recording = self._heard()
+        features = None if recording is None else recording.space(len(tokens))
         positions = np.arange(start, start + len(tokens), dtype=np.int32)
         return Pass(tokens, positions, self._work, outputs, features)
 
@@ -211,7 +212,7 @@ class RecurrentState(State):
             self._go_back()
             self._forget_unused()
             if self.recording is not None:
-                self.recording.companion.truncate(length)
+                self.recording.truncate(length)
 
     def _newest(self) -> Mark[int] | None:
         return self._history.rewind(self.length)
@@ -253,7 +254,7 @@ class RecurrentState(State):
         tokens = tuple(self._history.since(None).tolist())
         length = 0 if mark is None else mark.length
         return RecurrentSaved(
-            self.cache.memory, tokens, length, tuple(pieces), self._num_fresh, self._saved_companion()
+            self.cache.memory, tokens, length, tuple(pieces), self._num_fresh, self._saved_companions()
         )
 
     def fill(self, saved: RecurrentSaved) -> None:
@@ -264,8 +265,7 @@ class RecurrentState(State):
             self._remember()
         self._history.extend(saved.tokens[saved.mark :])
         self._num_fresh = saved.num_fresh
-        if saved.companion is not None:
-            self.recording = Recording(saved.companion.open())
+        self.recording = reopened(self.cache.memory.taps, saved.companions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,12 +277,12 @@ class RecurrentSaved:
     mark: int
     pieces: tuple[Piece, ...]
     num_fresh: int
-    companion: SavedCompanion | None = None
+    companions: tuple[SavedCompanion, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Of the state, and of what goes along with it."""
-        return sum(piece.cells.num_bytes for piece in self.pieces) + (self.companion.num_bytes if self.companion else 0)
+        return sum(piece.cells.num_bytes for piece in self.pieces) + sum(one.num_bytes for one in self.companions)
 
     def open(self) -> State:
         """A new sequence that holds them. Raises as `Memory.open`."""

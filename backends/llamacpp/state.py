@@ -19,7 +19,7 @@ from localspec.errors import BackendError
 from localspec.tree.mask import check_path
 from localspec.types import Logits, NodeIndices, Positions, TokenIds
 
-from .companion import Recording, SavedCompanion
+from .companion import SavedCompanion, reopened
 from .memory import Cache, Decode, Memory, Pass, Piece, State
 
 
@@ -137,7 +137,8 @@ class LlamaState(State):
         assert plan is not None
         for source, target, end in plan.copies:
             self.cache.context.share(source, target, end)
-        features = None if self.recording is None else self.recording.space(len(self._tokens))
+        recording = self._heard()
+        features = None if recording is None else recording.space(len(self._tokens))
         return Pass(self._tokens, plan.positions, plan.ids, self._outputs, features)
 
     def drop_padding(self) -> None:
@@ -212,7 +213,7 @@ class LlamaState(State):
             self.cache.context.remove(self._id, length)
             self._length = length
             if self.recording is not None:
-                self.recording.companion.truncate(length)
+                self.recording.truncate(length)
 
     def save(self) -> LlamaSaved:
         """A copy of the committed tokens outside of llama.cpp. Raises ValueError while nodes are pending."""
@@ -220,14 +221,13 @@ class LlamaState(State):
         if self._parents:
             raise ValueError("cannot copy while nodes are pending")
         pieces = self.cache.copied(self._id, self._length) if self._length else []
-        return LlamaSaved(self.cache.memory, self._length, tuple(pieces), self._saved_companion())
+        return LlamaSaved(self.cache.memory, self._length, tuple(pieces), self._saved_companions())
 
     def fill(self, saved: LlamaSaved) -> None:
         """Become what was saved; for an empty state only."""
         self.cache.insert(self._id, saved.pieces)
         self._length = saved.length
-        if saved.companion is not None:
-            self.recording = Recording(saved.companion.open())
+        self.recording = reopened(self.cache.memory.taps, saved.companions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +237,12 @@ class LlamaSaved:
     memory: Memory
     length: int
     pieces: tuple[Piece, ...]
-    companion: SavedCompanion | None = None
+    companions: tuple[SavedCompanion, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Of the cells, and of what goes along with them."""
-        return sum(piece.cells.num_bytes for piece in self.pieces) + (self.companion.num_bytes if self.companion else 0)
+        return sum(piece.cells.num_bytes for piece in self.pieces) + sum(one.num_bytes for one in self.companions)
 
     def open(self) -> State:
         """A new sequence that holds them. Raises as `Memory.open`."""

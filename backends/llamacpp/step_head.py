@@ -14,18 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from localspec.protocols import HeadInfo, Scores, SequenceState, Tokens
+from localspec.protocols import HeadInfo, Scores, Tokens
 from localspec.sampling import HostScores
 from localspec.types import Logits, NodeIndices, Probabilities, TokenIds
 
-from .block_head import forget, own_state
-from .companion import Companion, Recording, SavedCompanion
+from .companion import Companion, SavedCompanion
+from .head import LlamaHead
 from .head_context import HeadContext
 from .memory import Memory, Pass
 from .state import LlamaSaved, LlamaState
-from .taps import Features
+from .taps import Features, Taps
 
-_NUM_RECENT = 64
+_NUM_RECENT = 512
 """States that are kept for a sequence that is cut: the last one left wants another partner then. Cut further back, its
 pair stays as it was, with the token that stood there."""
 
@@ -37,14 +37,19 @@ class StepCompanion(Companion):
     """Committed tokens and features wait until a pass is full of them, or guesses are wanted. recent: the last states
     that were read, [E] each; the very last one waits for its token."""
 
-    def __init__(self, head: StepHead, cells: LlamaState, offset: int, recent: Sequence[Features]) -> None:
-        self.owner, self.width = head, head.width
-        self.head, self.cells = head, cells
-        self._offset = offset
+    head: StepHead
+
+    def __init__(self, head: StepHead, cells: LlamaState, num_missing: int, recent: Sequence[Features]) -> None:
+        self.head, self.cells, self.num_missing = head, cells, num_missing
         self._recent = deque(recent, _NUM_RECENT)
         self._tokens: TokenIds = np.zeros(0, np.int32)
-        self._waiting = np.zeros((0, head.width), np.float32)
+        self._waiting = np.zeros((0, head.taps.width), np.float32)
         self._states: list[Features] = []  # [E] of the pending pairs, the head's own
+
+    @property
+    def is_closed(self) -> bool:
+        """See `Companion`."""
+        return self.head.is_closed or self.cells.closed
 
     @property
     def context(self) -> HeadContext:
@@ -56,12 +61,7 @@ class StepCompanion(Companion):
     @property
     def end(self) -> int:
         """See `Companion`."""
-        return self._offset + self._num_read + len(self._waiting)
-
-    @property
-    def num_missing(self) -> int:
-        """Committed tokens that were there before it."""
-        return self._offset
+        return self.num_missing + self._num_read + len(self._waiting)
 
     @property
     def _num_read(self) -> int:
@@ -136,10 +136,10 @@ class StepCompanion(Companion):
     def truncate(self, length: int) -> None:
         """See `Companion`."""
         self.drop_guesses()
-        kept = max(0, length - self._offset)
+        kept = max(0, length - self.num_missing)
         waiting = max(0, kept - self._num_read)
         self._tokens, self._waiting = self._tokens[:waiting], self._waiting[:waiting]
-        self._offset = min(self._offset, length)
+        self.num_missing = min(self.num_missing, length)
         dropped = self._num_read - kept
         if dropped > 0:
             is_known = dropped < len(self._recent)
@@ -152,7 +152,7 @@ class StepCompanion(Companion):
         self.drop_guesses()
         if len(self._waiting):
             self._read(len(self._waiting))
-        return _SavedSteps(self.head, self.cells.save(), self._offset, tuple(self._recent))
+        return _SavedSteps(self.head, self.cells.save(), self.num_missing, tuple(self._recent))
 
     def close(self) -> None:
         """See `Companion`."""
@@ -170,7 +170,9 @@ class _SavedSteps:
     def num_bytes(self) -> int:
         return self.cells.num_bytes + sum(state.nbytes for state in self.recent)
 
-    def open(self) -> Companion:
+    def open(self) -> Companion | None:
+        if self.head.is_closed:
+            return None
         cells = self.cells.open()
         assert isinstance(cells, LlamaState)
         return StepCompanion(self.head, cells, self.offset, self.recent)
@@ -179,14 +181,14 @@ class _SavedSteps:
 class StepState:
     """`HeadState`: every `extend` is a pass."""
 
-    def __init__(self, companion: StepCompanion, close: Callable[[], None]) -> None:
-        self._companion, self._close = companion, close
+    def __init__(self, companion: StepCompanion, leave: Callable[[], None]) -> None:
+        self._companion, self._leave = companion, leave
         self._born, self._closed = -1, False
         self._num_fed = 0
 
     @property
     def num_missing(self) -> int:
-        """Committed tokens that were there before the head was."""
+        """See `HeadState`."""
         return self._companion.num_missing
 
     @property
@@ -196,7 +198,7 @@ class StepState:
 
     def start(self, anchor: int) -> Scores:
         """See `HeadState`."""
-        if self._closed:
+        if self._closed or self._companion.is_closed:
             raise ValueError("this head state is closed")
         self._num_fed = 0
         return self._scores(self._companion.start(anchor))
@@ -228,35 +230,21 @@ class StepState:
         """See `HeadState`."""
         if not self._closed:
             self._closed = True
-            self._close()
+            self._leave()
 
 
-class StepHead:
-    """`DraftHead`. Arguments as of `BlockHead`; encode: what becomes of features before they are paired."""
+class StepHead(LlamaHead):
+    """encode: what becomes of features before they are paired."""
 
     def __init__(
-        self, info: HeadInfo, encode: Encode, target: Memory, memory: Memory, width: int, on_close: Callable[[], None]
+        self, info: HeadInfo, encode: Encode, taps: Taps, target: Memory, memory: Memory, on_close: Callable[[], None]
     ) -> None:
-        self.info, self.encode, self.width = info, encode, width
-        self._target, self._memory, self._on_close = target, memory, on_close
-        self._closed = False
+        super().__init__(info, taps, target, memory, on_close)
+        self.encode = encode
 
-    def open(self, state: SequenceState) -> StepState:
-        """See `DraftHead`. Raises ValueError also while nodes are pending."""
-        if self._closed:
-            raise ValueError("this head is closed")
-        own = own_state(state, self._target)
-        if own.recording is None:
-            cells = self._memory.open()
-            assert isinstance(cells, LlamaState)
-            own.recording = Recording(StepCompanion(self, cells, own.length, ()))
-        companion = own.recording.companion
+    def _begin(self, cells: LlamaState, num_missing: int) -> Companion:
+        return StepCompanion(self, cells, num_missing, ())
+
+    def _beside(self, companion: Companion, leave: Callable[[], None]) -> StepState:
         assert isinstance(companion, StepCompanion)
-        return StepState(companion, lambda: forget(own, companion))
-
-    def close(self) -> None:
-        """Give contexts and weights back. Twice does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._memory.close()
-            self._on_close()
+        return StepState(companion, leave)

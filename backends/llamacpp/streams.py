@@ -62,15 +62,13 @@ class Streams(Memory):
         self._idle_streams = list(range(num_sequences))
         self._make_state = make_state
         self._num_sequences = num_sequences
+        self._wanted: list[Taps] = []
+        self.taps: Taps | None = None
 
     @property
     def num_open(self) -> int:
         """Sequences that are open."""
         return self._num_sequences - len(self._idle_streams)
-
-    def tap(self, taps: Taps | None) -> None:
-        """Have hidden states kept in the one context."""
-        self.context.tap(taps)
 
     def open(self) -> State:
         """A new, empty sequence. Raises BackendError when all are in use."""

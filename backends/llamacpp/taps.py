@@ -106,6 +106,18 @@ class Taps:
         """Numbers per token, W."""
         return (len(self.layers) + self.final) * self.hidden
 
+    def joined(self, other: Taps) -> Taps:
+        """All that either of them reads."""
+        layers = (*self.layers, *(layer for layer in other.layers if layer not in self.layers))
+        return Taps(layers, self.final or other.final, self.hidden)
+
+    def columns(self, part: Taps) -> NDArray[np.int64] | None:
+        """Where in a row of all these what `part` reads stands; None: it is the row."""
+        if part == self:
+            return None
+        starts = [self.layers.index(layer) for layer in part.layers] + [len(self.layers)] * part.final
+        return np.concatenate([np.arange(self.hidden) + start * self.hidden for start in starts])
+
     def check(self, architecture: str, num_layers: int) -> None:
         """Raise UnsupportedModelError for what would end the process."""
         functions()

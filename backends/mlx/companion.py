@@ -5,11 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import mlx.core as mx
 
 from .taps import Record
+
+
+class Owner(Protocol):
+    """The head that a companion belongs to."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Are its weights gone?"""
+        ...
 
 
 class Companion(ABC):
@@ -19,7 +28,7 @@ class Companion(ABC):
     was there; kept up by whoever holds it.
     """
 
-    def __init__(self, head: object, taps: Sequence[int]) -> None:
+    def __init__(self, head: Owner | None, taps: Sequence[int]) -> None:
         self.head = head
         self.taps = tuple(taps)
         self.num_missing = 0
@@ -67,7 +76,7 @@ class Companions:
     def __bool__(self) -> bool:
         return bool(self._members)
 
-    def of(self, head: object) -> Companion | None:
+    def of(self, head: Owner | None) -> Companion | None:
         """A head's companion here."""
         return next((member for member in self._members if member.head is head), None)
 
@@ -118,9 +127,11 @@ class Companions:
             member.truncate(length)
 
     def copy(self) -> Companions:
-        """For a copy of the sequence; nothing is pending."""
+        """For a copy of the sequence; nothing is pending. A saved sequence may outlive a head."""
         other = Companions()
         for member in self._members:
+            if member.head is not None and member.head.is_closed:
+                continue
             copied = member.copy()
             copied.num_missing = member.num_missing
             other._members.append(copied)

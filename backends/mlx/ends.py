@@ -15,12 +15,20 @@ from .layout import Layout, chain
 from .network import Network
 from .taps import EMBEDDING, Record
 
-_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte")  # names that mlx-lm's model files use
+_EMBEDDINGS = (
+    "embed_tokens",
+    "tok_embeddings",
+    "word_embeddings",
+    "token_embeddings",
+    "embeddings",
+    "embed_in",
+    "wte",
+)  # names that mlx-lm's model files use
 _PROBE = (0, 1)
 
 
 class Ends:
-    """Both ends of a network, checked by a pass of two tokens. `hidden_size` is that of its layers.
+    """Both ends of a network, checked by a pass of two tokens. `hidden_size` is that of its layers, `vocab_size` V.
 
     Raises UnsupportedModelError where either cannot be told apart from the rest, or where a model does more with them
     than a head could.
@@ -33,6 +41,7 @@ class Ends:
         if body is None:
             raise UnsupportedModelError("the part of this target before its output matrix cannot be told apart")
         record = self._recorded((EMBEDDING, FINAL))
+        self.vocab_size = network.vocab_size
         self.hidden_size = int(record[FINAL].shape[-1])
         self._embedding = _embedding(body)
         self._scale = self._measured_scale(record[EMBEDDING])
@@ -47,6 +56,11 @@ class Ends:
                     got=value.shape,
                     expected=(1, len(_PROBE), self.hidden_size),
                 )
+
+    def matrices(self) -> list[mx.array]:
+        """The embedding and the output matrix [V, hidden], those that are stored as plain numbers."""
+        found = [self._embedding, self._module.get("lm_head")]
+        return [module.weight for module in found if module is not None and "scales" not in module]
 
     def embed(self, ids: mx.array) -> mx.array:
         """[..., hidden] what enters layer 0 for these tokens."""
@@ -72,7 +86,7 @@ class Ends:
         missing = [tap for tap in taps if tap not in record]
         if missing:
             raise UnsupportedModelError(
-                "the target's layers are not run as a head needs it", got=f"no tap {missing[0]}"
+                "the target's layers are not run as a head needs it", got=f"tap {missing[0]} was not reached"
             )
         return {tap: record[tap] for tap in taps}
 
@@ -80,6 +94,10 @@ class Ends:
         """What the model multiplies embeddings with."""
         rows = self._embedding(mx.array(_PROBE, mx.int32)).astype(mx.float32)
         entered = entered[0].astype(mx.float32)
+        if entered.shape != rows.shape:
+            raise UnsupportedModelError(
+                "this target's layers read something else than its embeddings", got=entered.shape, expected=rows.shape
+            )
         scale = float((rows * entered).sum() / mx.maximum((rows * rows).sum(), 1e-20))
         if not float(mx.abs(entered - scale * rows).max()) <= 0.02 * float(mx.abs(entered).max()):
             raise UnsupportedModelError("this target adds something to its embeddings, which a head cannot know")

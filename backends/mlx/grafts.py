@@ -11,7 +11,7 @@ from .cache import Pass
 
 _ROPE_NAMES = ("rope", "rotary_emb")
 _TABLE_NAMES = ("wpe",)
-_BODY_PATHS = (("model",), ("language_model", "model"))
+_BODY_PATHS = (("model",), ("language_model", "model"), ("backbone",), ("transformer",))
 FINAL = -2  # in a record: the last hidden state of every row, behind the final norm
 
 

@@ -15,6 +15,7 @@ from localspec.protocols import Capabilities, ModelInfo, Rewind, Scores, Step
 from localspec.types import NodeIndices
 
 from .border import translated
+from .companion import Owner
 from .device import replay_class, width_class, width_steps
 from .ends import Ends
 from .layout import Layout
@@ -104,7 +105,7 @@ class MlxModel:
         """The embedding and the output matrix, for heads. Raises UnsupportedModelError where there is no telling."""
         return Ends(self.network)
 
-    def drop_companions(self, head: object) -> None:
+    def drop_companions(self, head: Owner) -> None:
         """A head follows no sequence any more."""
         for state in self._open:
             companion = state.companions.of(head)

@@ -35,14 +35,14 @@ class Tap(nn.Module):
         self.inner = inner
         self._index, self._current = index, current
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives."""
-        out = self.inner(x, *args, **kwargs)
+        out = self.inner(*args, **kwargs)
         record = self._current.record
         if record is not None:
             record[self._index] = out[0] if isinstance(out, tuple) else out
             if self._index == 0:
-                record[EMBEDDING] = x
+                record[EMBEDDING] = args[0] if args else next(iter(kwargs.values()))
         return out
 
     def __getattr__(self, name: str) -> Any:

@@ -14,7 +14,7 @@ from localspec.bench.equality import Report, table
 from localspec.bench.prompts import Prompt
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import Exactness, Mode
-from localspec.protocols import LanguageModel
+from localspec.protocols import DraftHead, LanguageModel
 
 _PIECE = 1 << 22
 
@@ -190,20 +190,38 @@ class Audit:
 def model_record(role: str, model: LanguageModel) -> dict[str, Any]:
     """What a model is and the hashes of its files; reads all of them."""
     info = model.info
-    path = Path(info.path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
     return {
         "role": role,
         "name": info.name,
-        "path": str(path),
+        "path": str(info.path),
         "architecture": info.architecture,
         "quantization": info.quantization,
         "num_parameters": info.num_parameters,
         "notes": list(info.notes),
-        "sha256": {file.name: _sha256(file) for file in files if file.is_file()},
+        "sha256": _hashes(info.path),
     }
+
+
+def head_record(head: DraftHead) -> dict[str, Any]:
+    """The same of a trained head."""
+    info = head.info
+    return {
+        "role": "head",
+        "name": info.name,
+        "path": str(info.path),
+        "architecture": info.kind,
+        "quantization": "",
+        "num_parameters": info.num_parameters,
+        "notes": list(info.notes),
+        "sha256": _hashes(info.path),
+    }
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+    return {file.name: _sha256(file) for file in files if file.is_file()}
 
 
 def _sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ from localspec.audit.distribution import DistributionTest, run_test
 from localspec.audit.report import Part, Plan
 from localspec.audit.rows import measure_rows
 from localspec.bench.equality import Report, compare
+from localspec.drafters import DraftModel
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import Mode
 from localspec.loading import Pair
@@ -20,12 +21,14 @@ Tell = Callable[[str, int, int], None]
 _NUM_TEXTS = 3  # whose rows are compared
 
 
-def default_drafters(has_draft: bool) -> tuple[str, ...]:
-    """What is audited when nothing is named: chains, lookup, trees and their combination."""
+def default_drafters(pair: Pair) -> tuple[str, ...]:
+    """What is audited when nothing is named: chains, lookup, trees and their combination; of heads, too."""
     lookup = "ngram:min=1"
-    if not has_draft:
-        return (lookup,)
-    return ("draft_model", lookup, "draft_model:num=8,shape=tree", f"draft_model:num=8,shape=tree+{lookup}")
+    own = [DraftModel.name] if pair.draft is not None else []
+    names = [*own, *(head.info.kind for head in pair.heads)]
+    branching = [*own, *(head.info.kind for head in pair.heads if head.info.trees)]
+    trees = tuple(f"{name}:num=8,shape=tree" for name in branching)
+    return (*names, lookup, *trees, *(f"{tree}+{lookup}" for tree in trees[:1]))
 
 
 def audit_part(pair: Pair, drafters: Sequence[str], plan: Plan, tell: Tell = lambda what, done, total: None) -> Part:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "drafters",
     multiple=True,
     metavar="DRAFTER",
-    help="Audit this drafter; repeatable [default: draft model and lookup, as chains and trees, and both together].",
+    help="Audit this drafter; repeatable [default: draft model, heads and lookup, as chains and trees, and together].",
 )
 @click.option(
     "--prompts",
@@ -92,7 +92,7 @@ def audit(target_argument: str | None, output: Path, **options: Any) -> None:
 
 def _fill(found: Audit, plan: Plan, options: dict[str, Any], tell: Tell) -> None:
     """Audit chains and trees apart: a target may be loaded otherwise so that trees are exact."""
-    from localspec.audit.report import model_record
+    from localspec.audit.report import head_record, model_record
     from localspec.audit.run import audit_part, default_drafters
     from localspec.drafters import DrafterSpec
 
@@ -105,10 +105,11 @@ def _fill(found: Audit, plan: Plan, options: dict[str, Any], tell: Tell) -> None
         specs = [shape] if drafters is None else [DrafterSpec.parse(text) for text in _of(drafters, trees)]
         with open_models(options, *specs, num_sequences=6) as pair:
             if drafters is None:
-                drafters = default_drafters(pair.draft is not None)
+                drafters = default_drafters(pair)
             if not found.models:
                 found.models.append(model_record("target", pair.target))
                 found.models += [model_record("draft", pair.draft)] if pair.draft is not None else []
+                found.models += [head_record(head) for head in pair.heads]
             able = pair.target.capabilities
             if trees and not named and not (able.trees and able.exact_trees):
                 found.skipped.append(f"trees: {'; '.join(able.limits) or 'this target verifies chains only'}")

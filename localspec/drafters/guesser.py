@@ -88,11 +88,15 @@ class Guesser:
     """A drafter in a manner, over a cache.
 
     host_scores: logits lie on the host. Where they live on a device, a chain or fan-out under plain sampling is built
-    without waiting; a tree, or min_prob above 0, waits once per level.
+    without waiting; a tree, or min_prob above 0, waits once per level.  worth_reading: so does a chain of which
+    somebody decides the length (`DraftRequest.budget`).
     """
 
-    def __init__(self, name: str, cache: GuessCache, manner: Manner, *, host_scores: bool) -> None:
+    def __init__(
+        self, name: str, cache: GuessCache, manner: Manner, *, host_scores: bool, worth_reading: bool = False
+    ) -> None:
         self.name = name
+        self._worth_reading = worth_reading
         self.manner = manner
         self._cache = cache
         self._host_scores = host_scores
@@ -131,7 +135,8 @@ class Guesser:
         scores = self._cache.start()
         if request.needs_law and not request.sampler.is_greedy:
             return self._draw(request, scores, num, branching)
-        waits = self.shape.by_score or self.min_prob > 0.0 or not request.sampler.is_plain
+        asked = self._worth_reading and request.budget is not None
+        waits = self.shape.by_score or self.min_prob > 0.0 or not request.sampler.is_plain or asked
         # a budget is asked only where the scores are at hand anyway: waiting for a device level by level costs more
         if self._host_scores or waits:
             return self._grow(request, scores, num, branching)

@@ -22,7 +22,7 @@ class HeadDrafter(Guesser):
     min_prob, guess: as of `DraftModel`; never deeper than the head has levels.
 
     The head's part of the target's sequence is opened by `attach`. A head that says how sure it is decides by that
-    how likely the best guess is; where guesses stay on a device unread, nobody asks it.
+    how likely the best guess is; where guesses stay on a device unread, nobody asks it. A budget reads a block head's.
     """
 
     def __init__(
@@ -41,7 +41,9 @@ class HeadDrafter(Guesser):
             manner.require_chain(info.notes)
         self.head = head
         self._beside = _Beside(head)
-        super().__init__(info.kind, self._beside, manner, host_scores=info.host_scores)
+        # how sure it is of each guess is worth more than not to wait for levels that are there anyway
+        told = info.one_pass and info.confident
+        super().__init__(info.kind, self._beside, manner, host_scores=info.host_scores, worth_reading=told)
 
     def attach(self, state: SequenceState) -> None:
         """Open the head's part of the sequence. What was read before the head was there is read again: it would guess

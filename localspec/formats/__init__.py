@@ -8,6 +8,8 @@ may have 128 MiB and 4 million texts, a safetensors header 32 MiB, an index 32 M
     gguf           metadata and tensors of a GGUF file
     safetensors    tensors of a safetensors file, and of the files behind an index
     summary        either of them as a `ModelSummary`
+    head           what a trained head is; eagle3, medusa, mtp and block_heads read what each family says
+    head_summary   a head as a `ModelSummary`
     states         how large the states of recurrent layers are
     numbers        numbers of metadata, checked
     conversion     writes GGUF files from what a Hugging Face folder holds
@@ -15,6 +17,7 @@ may have 128 MiB and 4 million texts, a safetensors header 32 MiB, an index 32 M
 
 from __future__ import annotations
 
+from .head_summary import summarize_head
 from .summary import ModelSummary, summarize
 
-__all__ = ["ModelSummary", "summarize"]
+__all__ = ["ModelSummary", "summarize", "summarize_head"]

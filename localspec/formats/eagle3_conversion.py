@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localspec.errors import HeadFileError, PairMismatchError, UnsupportedModelError
+from localspec.errors import UnsupportedModelError
 
 from .conversion import LAYER_MODULES, interleave_heads
+from .eagle3 import Eagle3Config
+from .head_plan import Plan, Value
 from .summary import ModelSummary
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
-NUM_TAPS = 3
-_BLOCKS = ("midlayer.", "layers.0.")
 _OUTER = {
     "embed_tokens.weight": "token_embd.weight",
     "lm_head.weight": "output.weight",
@@ -26,76 +22,55 @@ _OUTER = {
     "input_norm.weight": "enc.output_norm.weight",
 }
 _LAYER = {**LAYER_MODULES, "hidden_norm": "attn_norm_2"}
-_NOT_THERE = ("self_attn.q_norm", "self_attn.k_norm")
-_UNUSED = ("t2d", "d2t")
 
 
-def is_eagle3(names: Mapping[str, object]) -> bool:
-    """Judged by its tensors: the norm over features stands inside its one layer."""
-    return any(f"{block}hidden_norm.weight" in names for block in _BLOCKS)
+def plan(head: Eagle3Config, names: Sequence[str], target: ModelSummary) -> Plan:
+    """Raises UnsupportedModelError for what llama.cpp's graph leaves out, HeadFileError for taps beyond the target."""
+    for what, got, known in (
+        ("number of taps", head.num_taps, 3),
+        ("number of layers", head.num_layers, 1),
+        ("scaling of positions", (head.rope_scaling or {}).get("rope_type", "default"), "default"),
+        ("norm around each tap", head.norm_each, False),
+        ("norm of queries and keys", head.head_norms, False),
+        ("bias in attention", head.biases or head.output_bias, False),
+        ("way back of its state", "normed" if head.feedback_normed else "as it is", "as it is"),
+    ):
+        if got != known:
+            raise UnsupportedModelError(
+                f"llama.cpp runs no EAGLE-3 head with another {what}", got=got, expected=known, fix="MLX may."
+            )
+    metadata: dict[str, Value] = {
+        "context_length": head.max_positions,
+        "embedding_length": head.hidden,
+        "block_count": 1,
+        "feed_forward_length": head.feed_forward,
+        "attention.head_count": head.num_heads,
+        "attention.head_count_kv": head.num_kv_heads,
+        "attention.key_length": head.head_dim,
+        "attention.value_length": head.head_dim,
+        "attention.layer_norm_rms_epsilon": head.eps,
+        "rope.dimension_count": head.head_dim,
+        "rope.freq_base": head.rope_base,
+        "target_layers": [tap + 1 for tap in head.taps(target.num_layers)],  # llama.cpp counts inputs of layers
+        "target_hidden_size": head.target_hidden,
+        "norm_before_residual": head.norm_before_residual,
+        "norm_before_fc": head.norm_together,
+    }
+    tensors = {name: _name(name.removeprefix("model."), head.block) for name in names}
+    return Plan("eagle3", metadata, tensors, heads=(head.num_heads, head.num_kv_heads))
 
 
-def tensors(config: Mapping[str, Any], names: Mapping[str, object]) -> dict[str, str]:
-    """llama.cpp's name for each of the head's tensors. Raises UnsupportedModelError for those without a place."""
-    found = {}
-    for name in names:
-        if name in _UNUSED:
-            continue
-        block = next((block for block in _BLOCKS if name.startswith(block)), None)
-        module = "" if block is None else name.removeprefix(block).removesuffix(".weight")
-        if name in _OUTER:
-            found[name] = _OUTER[name]
-        elif name.endswith(".weight") and module in _LAYER and module not in _NOT_THERE:
-            found[name] = f"blk.0.{_LAYER[module]}.weight"
-        else:
-            raise UnsupportedModelError("llama.cpp's eagle3 architecture has no place for the head's tensor", got=name)
-    return found
+def _name(name: str, block: str) -> str:
+    """llama.cpp's name of a tensor. Raises UnsupportedModelError."""
+    module = name.removeprefix(f"{block}.").removesuffix(".weight")
+    if name.startswith(f"{block}.") and name.endswith(".weight") and module in _LAYER:
+        return f"blk.0.{_LAYER[module]}.weight"
+    if name not in _OUTER:
+        raise UnsupportedModelError("llama.cpp's eagle3 architecture has no place for the head's tensor", got=name)
+    return _OUTER[name]
 
 
-def add_metadata(
-    writer: GGUFWriter, config: Mapping[str, Any], weights: Mapping[str, NDArray[np.float32]], target: ModelSummary
-) -> None:
-    """Raises UnsupportedModelError for other than three taps and one layer, PairMismatchError for another target."""
-    hidden = target.hidden_size
-    width = weights["fc.weight"].shape[1] if "fc.weight" in weights else 0
-    if width % hidden:
-        raise PairMismatchError(
-            "the head was trained for another target: fc.weight is no multiple of its hidden size",
-            got=width,
-            expected=f"a multiple of {hidden}",
-        )
-    if width != NUM_TAPS * hidden or config.get("num_hidden_layers", 1) != 1:
-        raise UnsupportedModelError(
-            "llama.cpp runs EAGLE-3 heads with three taps and one layer only",
-            got=f"{width // hidden} taps, {config.get('num_hidden_layers', 1)} layers",
-        )
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise UnsupportedModelError("an EAGLE-3 head with scaled positions is not converted", got=str(scaling)[:80])
-    if config.get("norm_output"):
-        raise UnsupportedModelError("an EAGLE-3 head that feeds back its normed state is not run by llama.cpp")
-    writer.add_array("eagle3.target_layers", taps(config, target.num_layers))
-    writer.add_uint32("eagle3.target_hidden_size", hidden)
-    writer.add_bool("eagle3.norm_before_residual", bool(config.get("norm_before_residual")))
-    writer.add_bool("eagle3.norm_before_fc", "input_norm.weight" in weights)
-
-
-def taps(config: Mapping[str, Any], num_layers: int) -> list[int]:
-    """Layers whose inputs are read. Two conventions exist, told apart by the first id [sglang PR 25454]: from 1 on
-    outputs are meant, from 2 on inputs. Raises HeadFileError."""
-    inner = config.get("eagle_config")
-    stated = config.get(
-        "eagle_aux_hidden_state_layer_ids",
-        inner.get("eagle_aux_hidden_state_layer_ids") if isinstance(inner, dict) else None,
-    )
-    if stated is None:
-        return [2, num_layers // 2, num_layers - 3]
-    ids = [int(tap) for tap in stated]
-    if len(ids) != NUM_TAPS:
-        raise HeadFileError("the head names another number of taps", got=ids, expected=NUM_TAPS)
-    return [tap + 1 for tap in ids] if ids[0] == 1 else ids
-
-
-def arranged(name: str, weight: NDArray[np.float32], config: Mapping[str, Any]) -> NDArray[np.float32]:
+def arranged(name: str, weight: NDArray[np.float32], heads: tuple[int, int]) -> NDArray[np.float32]:
     """A tensor as llama.cpp wants it: it rotates neighbours where the head's own framework rotates halves."""
-    return interleave_heads(name, weight, {**config, "model_type": "llama"})
+    config = {"model_type": "llama", "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    return interleave_heads(name, weight, config)

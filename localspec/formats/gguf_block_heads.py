@@ -14,6 +14,7 @@ from .head_header import Backbone, HeadFiles, HeadHeader
 from .numbers import MAX_LAYERS, Numbers
 
 _ARCHITECTURES = ("dflash", "dspark")
+_SELECTOR = "selector_predecessor.weight"
 _MASK_TOKEN = "tokenizer.ggml.mask_token_id"
 
 
@@ -36,7 +37,7 @@ def read_gguf_block_head(files: HeadFiles) -> HeadHeader | None:
     vocab = _vocabulary(files)
     draft = files.shape("output.weight")[0] if "output.weight" in files.shapes else vocab
     return HeadHeader(
-        kind=_kind(files),
+        kind=_kind(files, str(architecture)),
         layout="gguf",
         files=files,
         taps=taps,
@@ -60,10 +61,12 @@ def read_gguf_block_head(files: HeadFiles) -> HeadHeader | None:
     )
 
 
-def _kind(files: HeadFiles) -> str:
+def _kind(files: HeadFiles, architecture: str) -> str:
     if "markov_w1.weight" in files.shapes or "conf_proj.weight" in files.shapes:
         return "dspark"
-    return "dflash2" if any(name.startswith("candidate_selector") for name in files.shapes) else "dflash"
+    if _SELECTOR in files.shapes:
+        return "dflash2"
+    return "jetspec" if files.config.get(f"{architecture}.attention.causal") else "dflash"
 
 
 def _vocabulary(files: HeadFiles) -> int:
@@ -98,4 +101,10 @@ def _details(files: HeadFiles, fields: Numbers, architecture: str) -> BlockDetai
         confidence_sees_markov="conf_proj.weight" in shapes and "markov_w1.weight" in shapes,
         own_embedding="token_embd.weight" in shapes,
         own_output="output.weight" in shapes,
+        convolution=_pair(fields, "conv_kernel_size", "conv_group_size") if _SELECTOR in shapes else None,
+        selector=_pair(fields, "selector_rank", "selector_top_k") if _SELECTOR in shapes else None,
     )
+
+
+def _pair(fields: Numbers, first: str, second: str) -> tuple[int, int]:
+    return fields.size(first), fields.size(second)

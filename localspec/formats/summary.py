@@ -21,6 +21,8 @@ GGUF_HEADS = frozenset({"dflash", "dspark", "eagle3", "medusa", "gemma4-assistan
 
 _GGUF_LAYER = re.compile(r"blk\.(\d{1,4})\.(\w+)\.weight")
 _FOLDER_LAYER = re.compile(r".*layers\.(\d{1,4})\.(?:.*\.)?([\w]+)\.weight")
+_MEDUSA = re.compile(r"(?:medusa_head\.)?\d+\.\d+\.linear\.weight")
+_MTP = re.compile(r"(?:\w+\.)*(?:mtp\.fc|layers\.\d+\.eh_proj)\.weight")
 _KEY_TENSORS = frozenset(
     {"attn_k", "attn_kv_a_mqa", "k_proj", "kv_a_proj_with_mqa", "qkv_proj", "Wqkv", "query_key_value", "wk"}
 )
@@ -185,13 +187,14 @@ def _of_folder(path: Path) -> ModelSummary:
     folder = path if path.is_dir() else path.parent
     parts = safetensors.read_folder(folder) if path.is_dir() else [(path, safetensors.read_header(path))]
     config = safetensors.read_json(folder / "config.json")
-    architecture = config.get("model_type") or config.get("speculators_model_type")
+    tensors = {name: tensor for _, found in parts for name, tensor in found.items()}
+    kind = _head_kind(config, tensors)
+    architecture = config.get("model_type") or config.get("speculators_model_type") or kind
     if not isinstance(architecture, str) or not architecture or len(architecture) > 80:
         raise ModelFileError("config.json names no model_type", got=str(architecture)[:80])
     inner = next((config[key] for key in ("text_config", "transformer_layer_config") if key in config), None)
     shape = {**config, **inner} if isinstance(inner, dict) else config
     fields = Numbers({key: value for key, value in shape.items() if value is not None}, "", "config.json")
-    tensors = {name: tensor for _, found in parts for name, tensor in found.items()}
     num_layers = fields.size("num_hidden_layers", fields.size("n_layer", 0), most=MAX_LAYERS)
     hidden = fields.size("hidden_size", fields.size("n_embd", 0))
     num_heads = fields.size("num_attention_heads", fields.size("n_head", 1))
@@ -203,7 +206,6 @@ def _of_folder(path: Path) -> ModelSummary:
     weight_bytes: Counter[str] = Counter()
     for tensor in tensors.values():
         weight_bytes[tensor.dtype] += tensor.num_bytes
-    kind = _head_kind(config, tensors)
     state_values = states.of_folder(shape, fields.where, tensors)
     return ModelSummary(
         name=folder.resolve().name,
@@ -277,6 +279,9 @@ def _head_kind(config: Mapping[str, Any], tensors: Mapping[str, object]) -> str 
         return "dspark"
     if any(name.startswith("candidate_selector.") for name in tensors):
         return "dflash2"
+    block = config.get("dflash_config")
+    if isinstance(block, dict) and block.get("causal_head") is True:
+        return "jetspec"
     has_fc = "fc.weight" in tensors or "model.fc.weight" in tensors
     if any(name.startswith("midlayer.") for name in tensors) or (has_fc and "d2t" in tensors):
         return "eagle3"
@@ -286,8 +291,11 @@ def _head_kind(config: Mapping[str, Any], tensors: Mapping[str, object]) -> str 
         return "eagle3"
     if has_fc and ("hidden_norm.weight" in tensors or "model.hidden_norm.weight" in tensors):
         return "dflash"
-    if "medusa_num_heads" in config and not any("embed_tokens" in name for name in tensors):
-        return "medusa"
+    if not any(name.endswith("embed_tokens.weight") for name in tensors):  # beside a whole model they are a part of it
+        if any(_MEDUSA.fullmatch(name) for name in tensors):
+            return "medusa"
+        if any(_MTP.match(name) for name in tensors):
+            return "mtp"
     if str(config.get("model_type", "")).endswith("_assistant") and "backbone_hidden_size" in config:
         return "assistant"
     return None

@@ -28,7 +28,7 @@ from localspec.errors import (
 )
 from localspec.formats import summarize
 from localspec.formats.conversion import QUANTIZATIONS, Checkpoint, check_architecture, write_gguf_file
-from localspec.formats.head_conversion import is_head_folder, write_head_gguf
+from localspec.formats.head_conversion import write_head_gguf
 from localspec.loading import get_backend, load_model
 from localspec.memory import look, size
 from localspec.preparation import Quantizer
@@ -134,7 +134,7 @@ def convert(
         raise SettingError("unknown form", got=form, expected=" or ".join(_BACKENDS))
     if not source.is_dir():
         raise ModelNotFoundError(f"{source} is no folder", expected="a folder with config.json and safetensors files")
-    is_head = is_head_folder(source)
+    is_head = summarize(source).drafter_kind is not None
     kind = quantization or (_HEAD_DEFAULT if is_head else _DEFAULTS[form])
     if is_head:
         _check_head(form, kind, target)

@@ -22,13 +22,14 @@ from localspec.formats.head_conversion import copy_tokenizer
 
 __all__ = ["BLOCK_KINDS", "write_block_head", "write_eagle3_head"]
 
-BLOCK_KINDS = ("dspark", "dspark-late", "dflash", "jetspec", "dflash2")
-"""dspark-late: the anchor's slot guesses nothing, as speculators trains some."""
+BLOCK_KINDS = ("dspark", "dspark-late", "dflash", "dflash-window", "jetspec", "dflash2")
+"""dspark-late: the anchor's slot guesses nothing, as speculators trains some.  dflash-window: its first layer sees the
+last 12 tokens only."""
 
 _HEADS, _KV_HEADS, _HEAD, _FEED_FORWARD, _RANK, _BLOCK = 4, 2, 16, 96, 16, 5
 _KERNEL, _GROUP, _TOP = 2, 16, 6  # of DFlash 2; TOP * (TOP + 1) must fit into the hidden size
-_MASK = 2
-Value = bool | int | float | list[int]
+_MASK, _WINDOW = 2, 12
+Value = bool | int | float | list[int] | list[bool]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -81,6 +82,8 @@ def write_block_head(
             "conf_proj.bias": (1,),
         }
         metadata |= {"sample_from_anchor": kind == "dspark", "has_confidence_head": True}
+    if kind == "dflash-window":
+        metadata |= {"attention.sliding_window": _WINDOW, "attention.sliding_window_pattern": [True, False]}
     if kind == "dflash2":
         shapes |= {f"selector_{name}.weight": (num_tokens, _RANK) for name in ("predecessor", "successor")}
         shapes["selector_hidden.weight"] = (_RANK, hidden)

@@ -113,8 +113,11 @@ class BlockReference:
         seen = np.ones((size, n + size), bool)
         if head.key("attention.causal"):
             seen[:, n:] = np.tril(np.ones((size, size), bool))
+        behind = np.arange(n, n + size)[:, None] - np.arange(n + size)
+        windows = head.key("attention.sliding_window_pattern", [False] * head.key("block_count"))
         for layer in range(head.key("block_count")):
             name = f"blk.{layer}."
+            mask = seen & (behind < head.key("attention.sliding_window")) if windows[layer] else seen
             u = head.norm(h, f"{name}attn_norm.weight")
             kernels = self._kernels(u, f"{name}attn_conv")
             u = self._convolved(u, kernels, 0)
@@ -123,7 +126,7 @@ class BlockReference:
             k, v = (head.heads(both @ head[f"{name}attn_{x}.weight"].T, kv_heads) for x in "kv")
             q = head.rope(head.norm(q, f"{name}attn_q_norm.weight"), range(n, n + size))
             k = head.rope(head.norm(k, f"{name}attn_k_norm.weight"), range(n + size))
-            out = head.attend(q, k, v, seen) @ head[f"{name}attn_output.weight"].T
+            out = head.attend(q, k, v, mask) @ head[f"{name}attn_output.weight"].T
             h = h + self._convolved(out, kernels, 1)
             w = head.norm(h, f"{name}ffn_norm.weight")
             kernels = self._kernels(w, f"{name}ffn_conv")

@@ -3,23 +3,31 @@ cut, copied, shortened, or shares a pass with others."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from localspec.drafters import HeadDrafter, Nothing
+from localspec.engine.session import Session
 from localspec.errors import BackendError, FailureError, HeadFileError, PairMismatchError, UnsupportedModelError
 from localspec.formats.head_conversion import write_head_gguf
 from localspec.loading import get_backend
 from localspec.protocols import DraftHead, HostTokens, LanguageModel, LoadSettings, SequenceState, Step, chain_parents
+from localspec.sampling import SamplingParams
 from localspec.testing.files import write_gguf
 from localspec.testing.gguf_architectures import write_architecture
 from localspec.testing.gguf_heads import BLOCK_KINDS, write_block_head, write_eagle3_head
+from localspec.testing.heads import HeadConformance
 from localspec.types import Logits
 from tests.backends.numpy_heads import BlockReference, StepReference
 
@@ -55,6 +63,12 @@ def loaded(target: Path, head: Path, settings: LoadSettings = SETTINGS) -> Itera
         model.close()
 
 
+def write_head(path: Path, target: Path, kind: str) -> Path:
+    if kind == "eagle3":
+        return write_eagle3_head(path, target)
+    return write_block_head(path, target, kind=kind)
+
+
 def ids(count: int, start: int = 0) -> list[int]:
     return [(index * 37 + 11) % 250 + 3 for index in range(start, start + count)]
 
@@ -72,12 +86,13 @@ def commit(model: LanguageModel, state: SequenceState, tokens: Sequence[int]) ->
     state.keep(range(len(tokens)))
 
 
-def listen(state: SequenceState, width: int) -> list[tuple[int, Features]]:
+def listen(model: Any, state: Any, head: Any) -> list[tuple[int, Features]]:
     """What a companion of this state is handed: (token, features) of each committed one."""
     heard: list[tuple[int, Features]] = []
 
     class Listener(module("companion").Companion):  # type: ignore[misc]
-        owner = None
+        num_missing = 0
+        is_closed = False
 
         @property
         def end(self) -> int:
@@ -96,8 +111,8 @@ def listen(state: SequenceState, width: int) -> list[tuple[int, Features]]:
             pass
 
     listener = Listener()
-    listener.width = width
-    state.recording = module("companion").Recording(listener)  # type: ignore[attr-defined]
+    listener.head = head
+    state.recording = module("companion").Recording(model.memory.taps, [listener])
     return heard
 
 
@@ -105,7 +120,7 @@ def features_of(model: LanguageModel, head: Any, tokens: Sequence[int]) -> Featu
     """[T, W] hidden states of a text, read in one pass."""
     state = model.open()
     try:
-        heard = listen(state, head.width)
+        heard = listen(model, state, head)
         commit(model, state, tokens)
         return np.array([row for _, row in heard])
     finally:
@@ -116,6 +131,61 @@ def assert_close(got: Logits, want: Logits, tolerance: float = CLOSE) -> None:
     assert np.array_equal(np.isfinite(got), np.isfinite(want))
     some = np.isfinite(want)
     assert np.abs(got[some] - want[some]).max() <= tolerance * want[some].std()
+
+
+# ---------------------------------------------------------------- the contract
+
+
+@cache
+def beside(kind: str, batch: bool = False) -> tuple[LanguageModel, DraftHead]:
+    """A head of this kind and its target, kept for all tests of the suite."""
+    folder = Path(tempfile.mkdtemp(prefix="localspec-heads-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if kind == "mtp":
+        target = write_architecture(folder / "target.gguf", "qwen35", mtp=True)
+    else:
+        target = write_gguf(folder / "target.gguf", quantization="F32", num_layers=4)
+    model = BACKEND.load(target, LoadSettings(context=512, num_sequences=4, threads=1, batch=batch))
+    head = BACKEND.load_head(target if kind == "mtp" else write_head(folder / "head.gguf", target, kind), model)
+    return model, head
+
+
+class OfKind(HeadConformance):
+    """Bits are not promised: what a head reads is cut into passes elsewhere, and its kernels change with the width."""
+
+    tolerance = 0.02
+    kind: ClassVar[str] = "dspark"
+    batch: ClassVar[bool] = False
+
+    def head(self) -> DraftHead:
+        return beside(self.kind, self.batch)[1]
+
+    def target(self) -> LanguageModel:
+        return beside(self.kind, self.batch)[0]
+
+
+class TestDSpark(OfKind):
+    pass
+
+
+class TestDSparkInStreams(OfKind):
+    batch = True
+
+
+class TestJetSpec(OfKind):
+    kind = "jetspec"
+
+
+class TestDFlash2(OfKind):
+    kind = "dflash2"
+
+
+class TestEagle3(OfKind):
+    kind = "eagle3"
+
+
+class TestMtp(OfKind):
+    kind = "mtp"
 
 
 # ---------------------------------------------------------------- rows
@@ -155,6 +225,20 @@ def test_rows_are_those_of_plain_numpy(kind: str, own_embedding: bool, target_pa
             guesses.extend(HostTokens(np.array([5], np.int32)), [2 if node == 2 else node + 2])
         with pytest.raises(ValueError, match="levels"):
             guesses.extend(HostTokens(np.array([5], np.int32)), [4 + len(deepest)])
+
+
+def test_a_block_that_begins_at_the_anchor_without_a_markov_part(target_path: Path, tmp_path: Path) -> None:
+    """DeepSpec's own DFlash heads: as many guesses as slots."""
+    path = write_block_head(tmp_path / "head.gguf", target_path, kind="dflash", change={"sample_from_anchor": True})
+    reference, text = BlockReference(path, target_path), ids(12)
+    with loaded(target_path, path) as (model, head):
+        assert head.info.kind == "dflash" and head.info.levels == 5
+        state = model.open()
+        guesses = head.open(state)
+        commit(model, state, text)
+        base, hidden = reference.base(features_of(model, head, text), 9)
+        want = [reference.row(base, hidden, slot, 0) for slot in range(3)]
+        assert_close(chain_behind(guesses, 9, [4, 5]), np.array(want))
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dflash"])
@@ -264,7 +348,7 @@ def test_a_head_hears_what_is_kept_and_no_more(target_path: Path, tmp_path: Path
     settings = LoadSettings(context=256, num_sequences=3, threads=1, extra_buffers=False, trees=True)
     with loaded(target_path, path, settings) as (model, head):
         state = model.open()
-        heard = listen(state, head.width)
+        heard = listen(model, state, head)
         text = ids(150)
         commit(model, state, text[:140])  # flash attention cuts after 63
         forward(model, state, [text[140], 7, text[141], 9, text[142]], [-1, 0, 0, 1, 2])
@@ -286,7 +370,7 @@ def test_lanes_of_one_pass_each_hear_their_own(target_path: Path, tmp_path: Path
         assert model.capabilities.batches
         texts = [ids(7), ids(4, 50), ids(9, 90)]
         states = [model.open() for _ in texts]
-        heard = [listen(states[index], head.width) if index != 1 else [] for index in range(3)]
+        heard = [listen(model, states[index], head) if index != 1 else [] for index in range(3)]
         steps = [
             Step(state, (HostTokens(np.array(text, np.int32)),), chain_parents(state, len(text)), ())
             for state, text in zip(states, texts, strict=True)
@@ -309,7 +393,7 @@ def test_replayed_tokens_are_heard_once(tmp_path: Path) -> None:
     path = write_block_head(tmp_path / "head.gguf", target)
     with loaded(target, path) as (model, head):
         state = model.open()
-        heard, text = listen(state, head.width), ids(30)
+        heard, text = listen(model, state, head), ids(30)
         commit(model, state, text[:10])
         for start in range(10, 26, 2):
             forward(model, state, [*text[start : start + 2], 9, 8])
@@ -333,13 +417,7 @@ def behind(guesses: Any, anchor: int = 40) -> Logits:
     return np.array(rows)
 
 
-def write_head(path: Path, target: Path, kind: str) -> Path:
-    if kind == "eagle3":
-        return write_eagle3_head(path, target)
-    return write_block_head(path, target, kind=kind)
-
-
-@pytest.mark.parametrize("kind", ["dspark", "jetspec", "eagle3"])
+@pytest.mark.parametrize("kind", ["dspark", "dflash-window", "jetspec", "eagle3"])
 def test_memory_follows_the_sequence(kind: str, target_path: Path, tmp_path: Path) -> None:
     """Kept branches, truncation, forks and saved states: each time as if the text had been read in one go."""
     path = write_head(tmp_path / "head.gguf", target_path, kind)
@@ -418,8 +496,11 @@ def test_a_head_that_comes_late_sees_less(target_path: Path, tmp_path: Path) -> 
         assert_close(guesses.start(40).rows([0])[0], reference.row(base, hidden, 0, 40))
 
 
-def test_a_late_eagle3_head_and_one_that_is_cut_far_back(target_path: Path, tmp_path: Path) -> None:
+def test_a_late_eagle3_head_and_one_that_is_cut_far_back(
+    monkeypatch: pytest.MonkeyPatch, target_path: Path, tmp_path: Path
+) -> None:
     """Of the pair at a cut beyond what is remembered the token is the old one; everything else is exact."""
+    monkeypatch.setattr(module("step_head"), "_NUM_RECENT", 64)
     path = write_eagle3_head(tmp_path / "head.gguf", target_path)
     reference, text = StepReference(path, target_path), ids(120)
     with loaded(target_path, path) as (model, head):
@@ -500,6 +581,23 @@ def test_text_is_the_same_to_the_last_bit_with_taps(tiny_pair: Any, tmp_path: Pa
         model.close()
     for want, got, last in zip(plain, tapped, after, strict=True):
         assert np.array_equal(want, got) and np.array_equal(want, last)
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash2", "eagle3", "mtp"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_is_written_with_a_head_is_what_is_written_without(kind: str, temperature: float) -> None:
+    """In sessions, over two turns; the target of the MTP layer runs tokens again."""
+    model, head = beside(kind)
+    texts = []
+    for drafter in ("nothing", head.info.kind):
+        made = Nothing() if drafter == "nothing" else HeadDrafter(head, num=4)
+        with Session(model, made) as session:
+            asked = SamplingParams(temperature=temperature, max_tokens=20, seed=3)
+            first = session.generate(ids(30), asked)
+            second = session.generate([*ids(30), *first.tokens, *ids(10, 70)], asked)
+            texts.append([*first.tokens, *second.tokens])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 3
 
 
 # ---------------------------------------------------------------- refusals
@@ -595,7 +693,7 @@ def test_a_build_without_the_functions_is_told(
         model.close()
 
 
-def test_open_sequences_and_second_heads_are_refused(target_path: Path, tmp_path: Path) -> None:
+def test_a_head_is_loaded_before_its_target_has_open_sequences(target_path: Path, tmp_path: Path) -> None:
     path = write_block_head(tmp_path / "head.gguf", target_path)
     model = BACKEND.load(target_path, SETTINGS)
     try:
@@ -604,10 +702,52 @@ def test_open_sequences_and_second_heads_are_refused(target_path: Path, tmp_path
             BACKEND.load_head(path, model)
         state.close()
         head = BACKEND.load_head(path, model)
-        with pytest.raises(BackendError, match="has a head already"):
-            BACKEND.load_head(path, model)
         head.close()
         head.close()
+    finally:
+        model.close()
+
+
+def test_several_heads_of_one_target_do_not_disturb_each_other(target_path: Path, tmp_path: Path) -> None:
+    """They read other layers, hear the same sequence, and go one after another."""
+    paths = {
+        "dspark": write_block_head(tmp_path / "d.gguf", target_path, taps=[2, 1]),
+        "eagle3": write_eagle3_head(tmp_path / "e.gguf", target_path, taps=[3, 0, 2]),
+    }
+    text, alone = ids(40), {}
+    for kind, path in paths.items():
+        with loaded(target_path, path) as (model, head):
+            state = model.open()
+            guesses = head.open(state)
+            commit(model, state, text)
+            alone[kind] = chain_behind(guesses, 40, [9, 12])
+    model = BACKEND.load(target_path, SETTINGS)
+    try:
+        heads = {kind: BACKEND.load_head(path, model) for kind, path in paths.items()}
+        assert model.memory.taps.layers == (2, 1, 3, 0)  # type: ignore[attr-defined]
+        state = model.open()
+        beside = {kind: head.open(state) for kind, head in heads.items()}
+        commit(model, state, text)
+        copy = state.fork()
+        for kind, guesses in beside.items():
+            assert np.array_equal(chain_behind(guesses, 40, [9, 12]), alone[kind])
+            assert np.array_equal(chain_behind(heads[kind].open(copy), 40, [9, 12]), alone[kind])
+        saved = state.save()
+        heads["dspark"].close()
+        commit(model, state, ids(70, 300))  # nobody is fed that is gone
+        state.truncate(40)
+        with pytest.raises(ValueError, match="closed"):
+            beside["dspark"].start(40)
+        assert_close(chain_behind(beside["eagle3"], 40, [9, 12]), alone["eagle3"], LOOSE)
+        back = saved.open()
+        assert np.array_equal(chain_behind(heads["eagle3"].open(back), 40, [9, 12]), alone["eagle3"])
+        heads["eagle3"].close()
+        for one in (state, copy, back):
+            commit(model, one, ids(70, 300))
+            one.close()
+        again = BACKEND.load_head(paths["dspark"], model)
+        assert model.memory.taps.layers == (2, 1)  # type: ignore[attr-defined]
+        again.close()
     finally:
         model.close()
 

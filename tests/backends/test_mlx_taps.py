@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from localspec.errors import UnsupportedModelError
 from localspec.loading import get_backend
 from localspec.protocols import HostTokens, LoadSettings, Step, chain_parents
 from localspec.testing.files import write_safetensors
@@ -26,12 +27,12 @@ def module(name: str) -> Any:
     return import_module(f"{type(BACKEND).__module__.rpartition('.')[0]}.{name}")
 
 
-def recorder(head: object = None) -> Any:
+def recorder(head: Any = None, taps: tuple[int, ...] = TAPS) -> Any:
     """A companion that keeps all it is fed."""
 
     class Recorder(module("companion").Companion):  # type: ignore[misc]
         def __init__(self) -> None:
-            super().__init__(head, TAPS)
+            super().__init__(head, taps)
             self.rows: dict[int, tuple[int, Any]] = {}
 
         def feed(self, tokens: Any, features: Any, start: int) -> None:
@@ -223,3 +224,54 @@ def test_nothing_is_wrapped_without_a_head(model: Any) -> None:
     assert isinstance(model.network.module.layers[1], tap)
     taps.remove((2, 1))
     assert [isinstance(layer, tap) for layer in model.network.module.layers] == before
+
+
+# ---------------------------------------------------------------- other architectures
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("qwen3", 1.0),
+        ("gemma3_text", None),
+        ("cohere2", 1.0),
+        ("deepseek_v3", 1.0),
+        ("gpt_oss", 1.0),
+        ("nemotron_h", 1.0),
+    ],
+)
+def test_a_target_lends_its_embedding_and_its_output_matrix(name: str, scale: float | None) -> None:
+    """With what the model multiplies them by: Gemma's embeddings, Cohere's logits."""
+    import mlx.core as mx
+
+    model = import_module("scripts.tiny_mlx").open_model(name)
+    ends, body = model.ends, model.network.body
+    ends.check_taps((0, model.network.taps.num_layers - 1))
+    ids = mx.array([3, 9])
+    raw = next(body[key] for key in ("embed_tokens", "embeddings") if key in body)(ids)
+    factor = ends.hidden_size**0.5 if scale is None else scale
+    np.testing.assert_allclose(np.array(ends.embed(ids)), np.array(raw) * factor, rtol=1e-2)
+    state = model.open()
+    model.network.taps.add((-2,))
+    companion = recorder(taps=(-2,))
+    state.companions.add(companion)
+    [scores] = model.forward([Step(state, (HostTokens(np.array([3, 9, 4], np.int32)),), chain_parents(state, 3))])
+    state.keep(range(3))
+    hidden = mx.stack([companion.rows[i][1] for i in range(3)])
+    np.testing.assert_allclose(np.array(ends.score(hidden)), scores.rows(range(3)), atol=1e-4)
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("gpt2", "adds something to its embeddings"), ("gptj", None), ("deepseek_v41", "read something else")],
+)
+def test_a_target_that_cannot_lend_them_says_why(name: str, why: str | None) -> None:
+    """Layers that are called by keyword are read as well as others."""
+    model = import_module("scripts.tiny_mlx").open_model(name)
+    if why is None:
+        model.ends.check_taps((-1, 0))
+    else:
+        with pytest.raises(UnsupportedModelError, match=why):
+            _ = model.ends
+    model.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,11 +16,12 @@ from localspec.engine.prefill import read_chunk
 from localspec.engine.session import Session
 from localspec.engine.slots import Slots
 from localspec.errors import SettingError
-from localspec.protocols import Drafter
-from localspec.sampling import SamplingParams
+from localspec.protocols import Drafter, DraftRequest
+from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.drafters import DrafterConformance
 from localspec.testing.reference import ReferenceModel
 from localspec.testing.reference_head import ReferenceBlockHead, ReferenceHead
+from localspec.tree.grow import Grower
 
 
 class TestHead(DrafterConformance):
@@ -117,6 +121,33 @@ def test_confidence_in_a_certain_row_leaves_the_others_as_they_were() -> None:
     made = with_confidence(np.array([0.0, -40.0]), 0.6)
     assert np.exp(made[0]) == pytest.approx(0.6) and made[1] == -40.0
     assert not len(with_confidence(np.zeros(0), 0.6))
+
+
+def test_what_a_block_head_says_is_read_where_somebody_asks_how_far_to_guess() -> None:
+    """On a device, too: else its confidence would be of no use to a plan. Nobody asks: nothing is waited for."""
+
+    class Two:
+        """A budget of two levels."""
+
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def expand(self, grower: Grower, nodes: Sequence[int]) -> list[int]:
+            self.asked += 1
+            return list(nodes) if self.asked < 2 else []
+
+    suite = DrafterConformance()
+    target = ReferenceModel(48, seed=5, context_length=160)
+    drafter = HeadDrafter(ReferenceBlockHead(target, host_scores=False))
+    context = suite.begun(target, drafter, [1, 2, 3, 4])
+    request = DraftRequest(
+        context=context, max_nodes=9, max_depth=9, sampler=Sampler(SamplingParams(), 1), stop_tokens=frozenset()
+    )
+    unread = drafter.propose(request)
+    assert unread.num_nodes == 5 and unread.log_q is None
+    read = drafter.propose(replace(request, budget=Two()))
+    assert read.num_nodes == 2 and read.log_q is not None
+    assert read.tree().token.tolist() == unread.tree().token[:2].tolist()
 
 
 # ---------------------------------------------------------------- in sessions and slots

@@ -51,6 +51,9 @@ def dspark(num_tokens: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
         "target_layer_ids": [-1, 2, 4],
         "markov_rank": RANK,
         "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "vocab_size": num_tokens,
         "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
         "num_hidden_layers": 2,
     }
@@ -64,6 +67,7 @@ def dspark(num_tokens: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
         "markov_head.markov_w2": (num_tokens, RANK),
         "confidence_head.proj": (1, HIDDEN + RANK),
     }
+    shapes["confidence_head.proj.bias"] = (1,)
     for number in range(2):
         shapes |= {f"layers.{number}.{name}": shape for name, shape in layer().items()}
     return config, shapes
@@ -74,6 +78,7 @@ def eagle3(num_tokens: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "draft_vocab_size": 50,
+        "vocab_size": num_tokens,
         "rope_theta": 10000.0,
         "num_hidden_layers": 1,
     }
@@ -89,7 +94,10 @@ def write(
     from safetensors.numpy import save_file
 
     values = np.random.default_rng(7)
-    weights: Weights = {f"{name}.weight": values.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    weights: Weights = {
+        name if "bias" in name else f"{name}.weight": values.standard_normal(shape, np.float32)
+        for name, shape in shapes.items()
+    }
     weights |= more or {}
     common = {
         "hidden_size": HIDDEN,
@@ -153,7 +161,8 @@ def test_a_dflash_head_guesses_from_its_second_slot(tmp_path: Path, target: Path
         name: shape for name, shape in shapes.items() if name.split(".")[0] in ("fc", "hidden_norm", "norm", "layers")
     }
     inner = {"mask_token_id": 2, "target_layer_ids": [1, 2, 3], "causal": True}
-    outer = {key: value for key, value in config.items() if key not in inner and not key.startswith("markov")}
+    outer = {key: value for key, value in config.items() if key not in inner and "markov" not in key}
+    outer.pop("enable_confidence_head")
     outer |= {"architectures": ["DFlashDraftModel"], "dflash_config": inner}
     outer |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "use_sliding_window": True}
     write(tmp_path / "head", outer, shapes)
@@ -187,14 +196,25 @@ def test_an_eagle3_head_arrives_with_neighbours_paired(tmp_path: Path, as_folder
 
 
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
-    "markov_head_type": ({"markov_head_type": "gated"}, {}, UnsupportedModelError, "Markov head.*gated"),
-    "rope": ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, {}, UnsupportedModelError, "yarn"),
-    "backbone": ({"model_type": "gemma4_text"}, {}, UnsupportedModelError, "gemma4"),
-    "taps": ({"target_layer_ids": None}, {}, HeadFileError, "names no taps"),
-    "width": ({"target_layer_ids": [1, 2]}, {}, PairMismatchError, "fc.weight"),
+    "Markov head": (
+        {"markov_head_type": "gated"},
+        {"markov_head.gate_proj": (RANK, HIDDEN + RANK), "markov_head.gate_proj.bias": (RANK,)},
+        UnsupportedModelError,
+        "Markov head.*gated",
+    ),
+    "scaling": ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, {}, UnsupportedModelError, "yarn"),
+    "rotation": ({"rope_is_neox_style": False}, {}, UnsupportedModelError, "neighbours"),
+    "taps": ({"target_layer_ids": None}, {}, HeadFileError, "target_layer_ids"),
+    "width": ({"target_layer_ids": [1, 2]}, {}, HeadFileError, "fc.weight"),
     "block_size": ({"block_size": None}, {}, HeadFileError, "block_size"),
-    "tensor": ({}, {"g_proj": (4, 4)}, UnsupportedModelError, "g_proj"),
-    "vocabulary": ({}, {"embed_tokens": (99, HIDDEN)}, PairMismatchError, "embed_tokens"),
+    "tensor": ({}, {"g_proj": (4, 4)}, HeadFileError, "g_proj"),
+    "vocabulary": (
+        {"vocab_size": 99},
+        dict.fromkeys(("embed_tokens", "lm_head"), (99, HIDDEN))
+        | dict.fromkeys(("markov_head.markov_w1", "markov_head.markov_w2"), (99, RANK)),
+        PairMismatchError,
+        "another vocabulary",
+    ),
 }
 
 
@@ -210,8 +230,9 @@ def test_what_llama_cpp_would_compute_wrongly_is_refused(what: str, target: Path
 
 def test_other_numbers_of_taps_are_refused_for_eagle3(target: Path, tmp_path: Path) -> None:
     config, shapes = eagle3(num_tokens(target))
-    write(tmp_path / "head", config, shapes | {"fc": (HIDDEN, 5 * HIDDEN)})
-    with pytest.raises(UnsupportedModelError, match="5 taps"):
+    config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3, 4, 5]
+    write(tmp_path / "head", config, shapes | {"fc": (HIDDEN, 5 * HIDDEN)}, {"d2t": np.arange(50)})
+    with pytest.raises(UnsupportedModelError, match=r"number of taps.*got 5"):
         convert(tmp_path / "head", tmp_path / "head.gguf", target=target)
 
 

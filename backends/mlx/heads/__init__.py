@@ -15,7 +15,15 @@ from localspec.protocols import DraftHead
 
 from ..model import MlxModel
 
-_BUILDERS = {"dspark": "block", "dflash": "block", "dflash2": "block", "jetspec": "block"}
+_BUILDERS = {
+    "dspark": "block",
+    "dflash": "block",
+    "dflash2": "block",
+    "jetspec": "block",
+    "eagle3": "eagle3",
+    "medusa": "medusa",
+    "mtp": "mtp",
+}
 
 
 def load_head(path: Path, target: MlxModel) -> DraftHead:

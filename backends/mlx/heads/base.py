@@ -23,7 +23,7 @@ class MlxHead(ABC, Generic[C]):
     def __init__(self, info: HeadInfo, target: MlxModel) -> None:
         self.info = info
         self.target = target
-        self._closed = False
+        self.is_closed = False
         target.network.taps.add(info.taps)
 
     @abstractmethod
@@ -35,11 +35,11 @@ class MlxHead(ABC, Generic[C]):
         """Guesses beside a sequence."""
 
     def drop_weights(self) -> None:
-        """Give the head's own memory back."""
+        """Give the head's own memory back; nothing is asked of it any more."""
 
     def open(self, state: SequenceState) -> HeadState:
         """The head's part of a sequence. Raises ValueError for a sequence of another model, or once closed."""
-        if self._closed:
+        if self.is_closed:
             raise ValueError("this head is closed")
         if not isinstance(state, MlxState) or state.owner is not self.target:
             raise ValueError("a state of another model was given")
@@ -53,9 +53,9 @@ class MlxHead(ABC, Generic[C]):
 
     def close(self) -> None:
         """Stop following all sequences, and give the weights back."""
-        if self._closed:
+        if self.is_closed:
             return
-        self._closed = True
+        self.is_closed = True
         self.target.drop_companions(self)
         if not self.target.is_closed:
             self.target.network.taps.remove(self.info.taps)
@@ -74,7 +74,7 @@ class MlxHeadState(ABC, Generic[C]):
 
     def check_open(self) -> None:
         """Raise ValueError once this, the head or the sequence is closed."""
-        if self._closed or self.head._closed:
+        if self._closed or self.head.is_closed:
             raise ValueError("this head is closed")
         self.state.check_open()
 

@@ -27,8 +27,9 @@ from .backbone import BlockBackbone
 from .base import MlxHead, MlxHeadState
 from .markov import Markov
 from .selector import Selector
-from .tensors import Weights
+from .tensors import Linear, Weights
 
+_DRAFTERS = {"dflash2": "dflash"}  # forms of a head that one drafter runs
 _MOST_GUESSES = 4096  # fed to one start; each keeps a few numbers only
 
 
@@ -80,18 +81,22 @@ class BlockHead(MlxHead["BlockCompanion"]):
         weights = Weights(header)
         self.details = details
         self.backbone = BlockBackbone(header, weights)
-        self._embedding = weights.take("embed_tokens.weight") if details.own_embedding else None
-        self._output = weights.linear("lm_head") if details.own_output else None
+        ends, name = target.ends.matrices(), "embed_tokens.weight"
+        self._embedding = weights.take_or_share(name, ends) if details.own_embedding else None
+        if self._embedding is not None:
+            ends.append(self._embedding)
+        self._output = Linear(weights.take_or_share("lm_head.weight", ends)) if details.own_output else None
         self.markov = Markov(details, weights) if details.markov else None
         self.selector = Selector(details, weights) if details.selector is not None else None
         name = f"{details.logits_prefix}confidence_head.proj"
         self._confidence = weights.linear(name) if details.confidence else None
         self._places = None if header.draft_vocab is None else _places(weights, target.vocab_size)
+        weights.read()
         super().__init__(
             HeadInfo(
                 name=header.path.resolve().name,
                 path=header.path,
-                kind=header.kind,
+                kind=_DRAFTERS.get(header.kind, header.kind),
                 num_parameters=header.num_parameters,
                 taps=header.taps,
                 levels=details.num_levels,
@@ -100,6 +105,11 @@ class BlockHead(MlxHead["BlockCompanion"]):
             ),
             target,
         )
+
+    def drop_weights(self) -> None:
+        """Nothing is computed any more."""
+        for name in ("backbone", "markov", "selector", "_embedding", "_output", "_confidence", "_places"):
+            vars(self).pop(name, None)
 
     def new_companion(self) -> BlockCompanion:
         """Empty."""

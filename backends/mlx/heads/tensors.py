@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -21,13 +23,30 @@ class Weights:
         for file, _ in safetensors.read_folder(header.path):
             self._arrays.update(mx.load(str(file)))  # type: ignore[arg-type] # a dict for this format
         self.dtype = _compute_type({array.dtype for array in self._arrays.values()})
+        self._taken: list[mx.array] = []
 
     def take(self, name: str) -> mx.array:
         """A tensor, in the type to compute in where it holds fractions. Raises HeadFileError where it is not there."""
         array = self._arrays.get(self._prefix + name)
         if array is None:
             raise HeadFileError(f"the head lacks the tensor {self._prefix}{name}")
-        return array.astype(self.dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+        taken = array.astype(self.dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+        self._taken.append(taken)
+        return taken
+
+    def take_or_share(self, name: str, others: Sequence[mx.array]) -> mx.array:
+        """The same, but one of `others` where that holds the same numbers: heads carry copies of the target's ends."""
+        taken = self.take(name)
+        for other in others:
+            if other.shape == taken.shape and other.dtype == taken.dtype and bool(mx.array_equal(other, taken)):
+                self._taken.pop()
+                return other
+        return taken
+
+    def read(self) -> None:
+        """Read from disk whatever was taken."""
+        mx.eval(*self._taken)
+        self._arrays, self._taken = {}, []
 
     def linear(self, name: str) -> Linear:
         """`name`.weight, and its bias if there is one."""
