@@ -17,6 +17,7 @@ from localspec.commands.audit import audit
 from localspec.commands.bench import bench
 from localspec.commands.convert import convert
 from localspec.commands.fit import fit
+from localspec.commands.kept import kept
 from localspec.commands.models import allowed_backends, open_models
 from localspec.commands.options import (
     chosen_grammar,
@@ -24,6 +25,7 @@ from localspec.commands.options import (
     drafter_spec,
     grammar_options,
     load_options,
+    remember_options,
     sampling_options,
     sampling_params,
     view_options,
@@ -35,6 +37,9 @@ from localspec.commands.tune import tune
 if TYPE_CHECKING:
     from localspec.engine.answer import Generation
     from localspec.loading import Pair
+
+
+_REMEMBER = "LOCALSPEC_REMEMBER"
 
 
 class Commands(click.Group):
@@ -117,6 +122,7 @@ def _has_colour() -> bool:
 @main.command()
 @load_options
 @draft_options
+@remember_options(_REMEMBER)
 @sampling_options
 @grammar_options
 @click.option("--system", metavar="TEXT", help="System message.")
@@ -162,6 +168,7 @@ def chat(system: str | None, show_drafts: bool, trace: Path | None, **options: A
 @view_options
 @load_options
 @draft_options
+@remember_options(_REMEMBER)
 @sampling_options
 @grammar_options
 def generate(
@@ -282,7 +289,7 @@ def _report(pair: Pair, result: Generation) -> dict[str, Any]:
     return {**result.as_dict(), **described, "heads": heads, "vocabularies": relation}
 
 
-for command in (audit, bench, convert, fit, pairs, pull, serve, tune):
+for command in (audit, bench, convert, fit, kept, pairs, pull, serve, tune):
     main.add_command(command)
 
 

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from localspec.compatibility import check_draft, check_head, check_whole
+from localspec.copies import is_self, make_copy
 from localspec.drafters import (
     AUTO,
     Draft,
@@ -29,8 +30,8 @@ from localspec.drafters import (
     DraftModel,
     Forced,
     HeadDrafter,
-    Ngram,
     Nothing,
+    Suffix,
     check_settings,
     find_head,
     make_drafter,
@@ -51,6 +52,7 @@ from localspec.errors import (
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import EXACT_CHOICES, Bound, Exactness, Mode, wants_guarding
 from localspec.formats import summarize, summarize_head
+from localspec.history import DEFAULT_BYTES, History
 from localspec.memory import Part, look, settle
 from localspec.peers import PeerLibrary
 from localspec.protocols import Backend, Drafter, DraftHead, LanguageModel, LoadSettings, require_rewind
@@ -68,6 +70,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^:@]+)?")
 
 BUNDLED = "tiny"
 """Name of the pair that comes with localspec."""
+
+EARLY_EXIT = "early_exit"
+"""In the place of a head's path: the target's own first layers; with how many of them, `early_exit:layers=N`."""
 
 TARGET, DRAFT, HEAD = "target", "draft model", "head"
 """Roles of the parts of a memory plan."""
@@ -251,6 +256,7 @@ class Pair:
     ) -> None:
         self.target = target
         self.draft = draft
+        self.history: History | None = None
         self.heads = tuple(heads)
         self._found = tuple(found)
         self._experiences: dict[tuple[int, int | None], Experience] = {}
@@ -268,7 +274,14 @@ class Pair:
         found += [note for head in self.heads for note in head.info.notes]
         if self.drafting is not None and not self.drafting.relation.same:
             found.append(f"{self.drafting.relation}: guesses are translated (drafter cross_tokenizer)")
+        if self.history is not None:
+            found.append(f"what is said is remembered in {self.history.folder} (`localspec kept` lists and deletes it)")
         return tuple(dict.fromkeys(found))
+
+    def remember(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        """Keep what is said in the sessions that are opened from now on, and guess from what was kept before
+        (`localspec.history`); whoever opens them should know. max_bytes: of all sessions with this vocabulary."""
+        self.history = History(self.target.tokenizer, about=self.target.info.name, max_bytes=max_bytes)
 
     @property
     def experience(self) -> Experience:
@@ -321,14 +334,15 @@ class Pair:
         the first head, else lookup) so set. exact, acceptance: the session's, which say what widths it may use."""
         parsed = DrafterSpec.parse(spec) if isinstance(spec, str) else spec
         if not parsed.decides:
-            return make_drafter(parsed, self.drafting, self.heads)
+            return make_drafter(parsed, self.drafting, self.heads, history=self.history)
         # first of all: measuring needs a free sequence
         experience = self.experience_with(self.exactness(exact, acceptance=acceptance))
         capabilities = self.target.capabilities
         # on a device a chain is guessed without waiting for it, a tree waits once per level
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
         form = "tree" if branches else "chain"
-        free = [make_drafter(f"{Ngram.name}:num=24,shape={form}", None), Forced()]
+        lookup = f"{Suffix.name}:num=24,shape={form},min_prob=0.1"  # the plan cuts what is not worth verifying
+        free = [make_drafter(lookup, None, history=self.history), Forced()]
         return Scheduled(free, self._dear(capabilities.trees and capabilities.exact_trees), experience)
 
     def _dear(self, trees: bool) -> list[Drafter]:
@@ -351,6 +365,7 @@ class Pair:
     def drafting_with(self, draft: LanguageModel) -> Pair:
         """The same pair with something in front of its draft model; what sessions learn is shared. Not to be closed."""
         other = Pair(self.target, draft, self._found, self.heads)
+        other.history = self.history
         other._experiences = self._experiences
         return other
 
@@ -417,7 +432,8 @@ def open_pair(
     use_tuned: bool = True,
     heads: Sequence[str] = (),
 ) -> Pair:
-    """Open a target and, if they are named, its draft model and trained heads; with no target the bundled pair.
+    """Open a target and, if they are named, its draft model and trained heads; with no target the bundled pair. draft:
+    "self" or "self:KIND" is a copy of the target with fewer bits (`localspec.copies`), which is made the first time.
 
     The draft model gets the target's context length; a head that is named as `draft` is taken as a head. Where no
     context is named and memory does not allow the usual one, a shorter one is chosen and said in `Pair.notes`.
@@ -431,9 +447,13 @@ def open_pair(
     if draft is None and target in bundled_names() and not Path(target).exists():
         draft = target
     target_path = resolve_model(target, "target")
-    draft_path, head_paths = sort_out(
-        None if draft is None else resolve_model(draft, "draft"), [resolve_model(head, HEAD) for head in heads]
-    )
+    if draft is not None and is_self(draft):
+        named: Path | None = make_copy(target_path, choose_backend(backend, target_path), draft)
+    else:
+        named = None if draft is None else resolve_model(draft, "draft")
+    exits = [exit_layers(head) for head in heads if is_early_exit(head)]
+    files = [resolve_model(head, HEAD) for head in heads if not is_early_exit(head)]
+    draft_path, head_paths = sort_out(named, files)
     parts = plan_parts(target_path, draft_path, backend, head_paths)
     found = check_pair(parts)
     if check_memory:
@@ -456,8 +476,12 @@ def open_pair(
         if use_tuned:
             model.capabilities = replace(model.capabilities, width_class=class_for(model))
         loaded: list[DraftHead] = []
+        runtime = choose_backend(backend, target_path)
         for path in head_paths:
-            loaded.append(choose_backend(backend, target_path).load_head(path, model))
+            loaded.append(runtime.load_head(path, model))
+            opened.callback(loaded[-1].close)
+        for layers in exits:
+            loaded.append(runtime.early_exit(model, layers))
             opened.callback(loaded[-1].close)
         check_kinds(loaded)
         pair = Pair(model, None, found, loaded)
@@ -470,6 +494,22 @@ def open_pair(
                 check_rows(model, pair.draft)
         opened.pop_all()
         return pair
+
+
+def is_early_exit(head: str) -> bool:
+    """Is a part of the target meant? What exists on disk is a path, whatever its name."""
+    return head.partition(":")[0] == EARLY_EXIT and not Path(head).exists()
+
+
+def exit_layers(head: str) -> int | None:
+    """How many layers `early_exit:layers=N` names; None for `early_exit` alone. Raises SettingError."""
+    _, _, setting = head.partition(":")
+    name, _, value = setting.partition("=")
+    if not setting:
+        return None
+    if name != "layers" or not value.isdecimal():
+        raise SettingError("not a head that is known", got=head, expected=f"{EARLY_EXIT}:layers=N")
+    return int(value)
 
 
 def sort_out(draft: Path | None, heads: Sequence[Path]) -> tuple[Path | None, tuple[Path, ...]]:

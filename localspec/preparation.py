@@ -60,10 +60,17 @@ class Quantizer(Protocol):
         """What it can make, e.g. Q4_0 or 4bit."""
         ...
 
-    def write(self, source: Path, output: Path, name: str, on_progress: Callable[[str], None]) -> None:
+    def for_drafting(self, bits: float) -> str | None:
+        """Which of `names` a copy should be in that drafts for a model of so many bits a weight; None where none is
+        much smaller."""
+        ...
+
+    def write(
+        self, source: Path, output: Path, name: str, on_progress: Callable[[str], None], *, again: bool = False
+    ) -> None:
         """Write `source`, which the backend reads, to `output`, which must not exist.
 
-        on_progress: given a short text now and then. Raises SettingError for a name that is not one of
-        `names`, else what `Backend.load` raises.
+        on_progress: given a short text now and then.  again: also where it has few bits already, which costs quality.
+        Raises SettingError for a name that is not one of `names`, else what `Backend.load` raises.
         """
         ...

@@ -437,7 +437,7 @@ class HeadState(Protocol):
 
 class DraftHead(Protocol):
     """A small network trained to read a target's hidden states, or a part of the target itself; bound to one loaded
-    target. Loaded by `Backend.load_head` before the target has open sequences."""
+    target. From `Backend.load_head` or `early_exit`, before the target has open sequences."""
 
     @property
     def info(self) -> HeadInfo: ...
@@ -543,6 +543,12 @@ class Backend(Protocol):
         """Open a trained head for a target of this backend that has no open sequences. Raises members of the error tree
         only: HeadFileError names the tensor or key that is wrong, UnsupportedModelError what this backend or this
         target cannot do."""
+        ...
+
+    def early_exit(self, target: LanguageModel, layers: int | None) -> DraftHead:
+        """The first `layers` of a loaded target, with its end, as a head that needs no file; None leaves the number to
+        the backend. Raises SettingError for a number that there is not, UnsupportedModelError with the reason where
+        this backend or this target cannot do it."""
         ...
 
 

@@ -32,11 +32,13 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests, and the programs they start, leave the user's measurements alone, and measure nothing that a test did
-    not ask for."""
+    """Tests, and the programs they start, leave the user's measurements and sessions alone, and measure nothing that
+    a test did not ask for."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XDG_DATA_HOME", str(folder / "data"))
+        patch.delenv("LOCALSPEC_REMEMBER", raising=False)
         patch.setenv("LOCALSPEC_MEASURE", "0")
         patch.setattr(store, "default_folder", lambda: folder / "tune")
         patch.setattr(store, "_automatic", False)

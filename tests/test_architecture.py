@@ -26,9 +26,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"tree", "noise", "replay", "formats"}),
     frozenset({"protocols", "ranking"}),
     frozenset({"preparation", "context", "sampling", "fingerprint", "peers"}),
-    frozenset({"memory", "compatibility", "constraint", "exactness"}),
+    frozenset({"memory", "compatibility", "constraint", "exactness", "history"}),
     frozenset({"verify", "drafters", "schedule"}),
-    frozenset({"engine"}),
+    frozenset({"engine", "copies"}),
     frozenset({"loading"}),
     frozenset({"server", "bench", "audit", "tune", "hub", "doctor", "terminal", "commands", "highlight", "trace"}),
 )

@@ -201,7 +201,7 @@ def test_a_target_alone_makes_a_pair_without_a_draft_model(monkeypatch: pytest.M
     monkeypatch.setattr(loading, "load_model", lambda *_: ReferenceModel(257))
     with loading.open_pair(str(path)) as pair, pair.session() as session:
         assert pair.draft is None and isinstance(session.drafter, Scheduled)
-        assert [part.name for part in session.drafter.parts] == ["ngram", "grammar"]
+        assert [part.name for part in session.drafter.parts] == ["suffix", "grammar"]
         assert np.array_equal(session.tokens, [])
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from localspec.errors import LocalspecError
+from localspec.errors import LocalspecError, UnsupportedModelError
 from localspec.protocols import Backend, BackendReport, DraftHead, LanguageModel, LoadSettings, Tokenizer
 
 from . import heads, loading, native, probe
@@ -48,6 +48,14 @@ class LlamaCppBackend:
     def load_head(self, path: Path, target: LanguageModel) -> DraftHead:
         """A GGUF head. Raises members of the error tree only."""
         return heads.load_head(path, target)
+
+    def early_exit(self, target: LanguageModel, layers: int | None) -> DraftHead:
+        """Never: a context computes the whole graph of its model. Raises UnsupportedModelError."""
+        raise UnsupportedModelError(
+            "llama.cpp runs all layers of a model or none, so there is no early exit",
+            got=target.info.name,
+            fix="Use a copy of the target with fewer bits (--draft self), or the mlx backend.",
+        )
 
     def open_tokenizer(self, path: Path) -> Tokenizer:
         """The tokenizer of a model file. Raises members of the error tree only."""

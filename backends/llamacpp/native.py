@@ -149,12 +149,13 @@ def gpu_memory() -> GpuMemory | None:
     return GpuMemory(free.value, shared=sys.platform == "darwin") if free.value else None
 
 
-def quantize(source: Path, output: Path, file_type: str, num_threads: int) -> None:
-    """Write a GGUF file again in another type, e.g. MOSTLY_Q4_0. Raises BackendError."""
+def quantize(source: Path, output: Path, file_type: str, num_threads: int, *, again: bool = False) -> None:
+    """Write a GGUF file again in another type, e.g. MOSTLY_Q4_0. again: quantised tensors, too. Raises BackendError."""
     lib = library()
     params = lib.llama_model_quantize_default_params()
     params.ftype = getattr(lib, f"LLAMA_FTYPE_{file_type}")
     params.nthread = num_threads
+    params.allow_requantize = again
     forget_errors()
     if lib.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params)):
         raise BackendError(f"llama.cpp could not quantise {source.name}: {quoted(complaints())}")

@@ -133,6 +133,16 @@ class MlxBackend:
         with translated(f"loading {path.name}"):
             return load_head(path, target)
 
+    def early_exit(self, target: LanguageModel, layers: int | None) -> DraftHead:
+        """See `Backend.early_exit`."""
+        from .early_exit import EarlyExit
+        from .model import MlxModel
+
+        if not isinstance(target, MlxModel):
+            raise SettingError("a head runs where its target does", got=target.info.backend, expected=self.name)
+        with translated("looking at the target's first layers"):
+            return cast("DraftHead", EarlyExit(target, layers))
+
 
 def _check_settings(settings: LoadSettings) -> None:
     for name in _FOREIGN_SETTINGS:

@@ -13,7 +13,8 @@ from localspec.formats import safetensors
 
 from .border import translated
 
-_BITS = {"4bit": 4, "8bit": 8}
+_BITS = {"2bit": 2, "3bit": 3, "4bit": 4, "8bit": 8}
+_MANY_BITS, _SOME_BITS = 7.0, 3.6  # a weight
 _GROUP = 64
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
 
@@ -23,21 +24,34 @@ class MlxQuantizer:
 
     names = tuple(_BITS)
 
-    def write(self, source: Path, output: Path, name: str, on_progress: Callable[[str], None]) -> None:
+    def for_drafting(self, bits: float) -> str | None:
+        """Four bits for eight or more, two for four."""
+        return "4bit" if bits >= _MANY_BITS else "2bit" if bits >= _SOME_BITS else None
+
+    def write(
+        self, source: Path, output: Path, name: str, on_progress: Callable[[str], None], *, again: bool = False
+    ) -> None:
         """Raises SettingError, ModelFileError, UnsupportedModelError and BackendMissingError."""
         if name not in _BITS:
             raise SettingError("unknown quantization", got=name, expected=", ".join(_BITS))
+        if not source.is_dir():
+            raise UnsupportedModelError(
+                "MLX quantises model folders, not GGUF files", got=source.name, fix="Give the folder, or use llama.cpp."
+            )
         config = safetensors.read_json(source / "config.json")
-        if config.get("quantization") or config.get("quantization_config"):
+        known = [key for key in ("quantization", "quantization_config") if config.pop(key, None)]
+        if known and not again:
             raise UnsupportedModelError(f"{source.name} is quantised already", fix="Convert the original.")
         try:
-            from mlx_lm.utils import quantize_model, save_config, save_model
+            from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
             from .folder import open_folder
         except (ImportError, OSError) as error:
             raise BackendMissingError("MLX is not installed or cannot be imported", got=error) from error
         with translated(f"converting {source.name}"), redirect_stdout(StringIO()):  # mlx-lm prints
             module = open_folder(source).module
+            if known:
+                module = dequantize_model(module)
             on_progress(f"{name}: groups of {_GROUP}, by mlx-lm")
             module, config = quantize_model(module, config, _GROUP, _BITS[name])
             output.mkdir(parents=True)

@@ -49,6 +49,11 @@ class MlxState:
         return len(self._parents)
 
     @property
+    def parents(self) -> NodeIndices:
+        """[P] parents of the pending nodes."""
+        return self._parents
+
+    @property
     def num_replayed(self) -> int:
         """Rewinding is free here."""
         return 0

@@ -11,7 +11,12 @@ import click
 @click.argument("source", metavar="FOLDER|ORG/NAME")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(["gguf", "mlx"]), help="[default: by OUTPUT's name]")
-@click.option("--quantize", "-q", metavar="TYPE", help="GGUF: F32, F16, Q8_0, Q4_0, Q4_K_M; MLX: 4bit, 8bit.")
+@click.option(
+    "--quantize",
+    "-q",
+    metavar="TYPE",
+    help="GGUF: F32, F16, Q8_0, Q4_K_M, Q4_0, Q3_K_M, Q2_K; MLX: 8bit, 4bit, 3bit, 2bit.",
+)
 @click.option("--target", metavar="MODEL", help="For a trained head: the model it was trained for.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT.")
 @click.option("--check/--no-check", default=True, help="Compare what source and result say.")

@@ -54,16 +54,25 @@ def fit(
     one, the bundled pair. Of models that are not on this machine the headers are read from the Hub, a few MB. Exits
     with 1 if it does not fit.
     """
+    from localspec.copies import is_self
     from localspec.errors import SettingError
     from localspec.hub.fit import examine
     from localspec.hub.selection import names_a_pair
     from localspec.hub.table import print_fit
+    from localspec.loading import is_early_exit
     from localspec.protocols import LoadSettings
 
     if name is not None and pair is None and draft is None and names_a_pair(name):
         name, pair = None, name
     if pair is None and catalog is not None and name is not None:
         raise SettingError("--catalog only says where pairs are looked for", got=name, expected="a pair's name")
+    if is_self(draft):
+        raise SettingError(
+            "`fit` reads headers, and a copy of the target has none before it is made",
+            got=draft,
+            fix="Open the pair once with it; `localspec kept` then says where the copy lies.",
+        )
+    heads = tuple(head for head in heads if not is_early_exit(head))  # which takes no memory of its own
     options = {"target": name, "draft": draft, "heads": heads, "pair": pair, "catalog": catalog, "backend": backend}
     options["task"] = None
     with tempfile.TemporaryDirectory(prefix="localspec-") as folder:

@@ -38,9 +38,10 @@ def open_models(
     settings = load_settings(options, num_sequences=num_sequences, trees=trees, batch=batch)
     named = named_models(options, offer_pull=offer_pull)
     with loading(quiet=quiet) as status:
+        draft = _own_copy(named, say=_ignore if status is None else status.update)
         pair = open_pair(
             named.target,
-            named.draft,
+            draft,
             backend=named.backend,
             settings=settings,
             check_memory=options["check_memory"],
@@ -52,10 +53,27 @@ def open_models(
             exactness = pair.exactness(options.get("exact", AUTO), acceptance=options.get("acceptance", WALK))
             if any(spec.decides for spec in specs):
                 _ = pair.experience_with(exactness)
+            if options.get("remember") and any(spec.remembers for spec in specs):
+                pair.remember(options["remember_size"] << 20)
         except BaseException:
             pair.close()
             raise
         return pair
+
+
+def _own_copy(named: Named, say: Callable[[str], None]) -> str | None:
+    """The draft model's path, where it is a copy of the target, which is made now if it has to be."""
+    from localspec.copies import is_self, make_copy
+    from localspec.loading import BUNDLED, choose_backend, resolve_model
+
+    if named.draft is None or not is_self(named.draft):
+        return named.draft
+    path = resolve_model(named.target or BUNDLED, "target")
+    return str(make_copy(path, choose_backend(named.backend, path), named.draft, on_progress=say))
+
+
+def _ignore(_: str) -> None:
+    pass
 
 
 def load_settings(options: dict[str, Any], **more: Any) -> LoadSettings:
@@ -100,7 +118,9 @@ def named_models(options: dict[str, Any], find: Find | None = None, *, offer_pul
 
 
 def _heads(options: dict[str, Any], backend: str, find: Find) -> tuple[str, ...]:
-    return tuple(str(find(text, "head", backend)) for text in options["heads"])
+    from localspec.loading import is_early_exit
+
+    return tuple(text if is_early_exit(text) else str(find(text, "head", backend)) for text in options["heads"])
 
 
 def _models_of_pair(options: dict[str, Any], find: Find, offer_pull: bool) -> Named:
@@ -149,9 +169,10 @@ def allowed_backends(options: dict[str, Any]) -> list[str]:
 
 def _locate(text: str | None, role: str, backend: str, find: Find) -> str | None:
     """The path of a model; bundled names stay as they are, because they name pairs."""
+    from localspec.copies import is_self
     from localspec.loading import bundled_names
 
-    if text is None or text in bundled_names():
+    if text is None or text in bundled_names() or (role == "draft" and is_self(text)):
         return text
     return str(find(text, role, backend))
 

@@ -59,14 +59,16 @@ def load_options(command: F) -> F:
             "--hf-repo-draft",
             "--spec-draft-hf",
             metavar="MODEL",
-            help="Draft model; of another tokenizer, too. A trained head is taken as --head.",
+            help="Draft model; of another tokenizer, too; self[:KIND]: a copy of the target with fewer bits. A trained "
+            "head is taken as --head.",
         ),
         click.option(
             "--head",
             "heads",
             multiple=True,
             metavar="MODEL",
-            help="Trained head for the target (DSpark, EAGLE-3, ...). Repeatable, one of a kind.",
+            help="Trained head for the target (DSpark, EAGLE-3, ...), or early_exit[:layers=N]: its own first layers "
+            "(MLX). Repeatable, one of a kind.",
         ),
         click.option("--pair", metavar="NAME[:QUANTISATION]", help="Both from the catalog; see `localspec pairs`."),
         click.option("--task", metavar="NAME", help="With --pair: the drafter that was made for this kind of text."),
@@ -106,8 +108,8 @@ def draft_options(command: F) -> F:
             default="auto",
             show_default=True,
             metavar="NAME[:SETTING=VALUE,...]",
-            help="auto, draft_model, cross_tokenizer, ngram, grammar, nothing, or the kind of a head (dspark, dflash, "
-            "dflash2, eagle3, medusa, mtp, jetspec, early_exit); e.g. ngram:max=4,num=8, "
+            help="auto, draft_model, cross_tokenizer, suffix, ngram, grammar, nothing, or the kind of a head (dspark, "
+            "dflash, dflash2, eagle3, medusa, mtp, jetspec, early_exit); e.g. suffix:num=8, "
             "draft_model:num=16,shape=tree, or draft_model+ngram for both in one tree.",
         ),
         click.option("--spec-type", type=click.Choice(sorted(_SPEC_TYPES)), help="llama.cpp's name of a drafter."),
@@ -142,6 +144,28 @@ def draft_options(command: F) -> F:
         exact_option,
     ]
     return apply_options(options, command)
+
+
+def remember_options(environment: str | None) -> Callable[[F], F]:
+    """Whether sessions are kept. environment: the variable that says so, too, where one may."""
+    also = f"; also from {environment}=1" if environment else ""
+    options = [
+        click.option(
+            "--remember/--no-remember",
+            default=False,
+            envvar=environment,
+            help=f"Keep what is said on this machine and guess from it later (`localspec kept`){also} [default: no].",
+        ),
+        click.option(
+            "--remember-size",
+            type=click.IntRange(1, 1024),
+            default=2,
+            show_default=True,
+            metavar="MIB",
+            help="With --remember: most that is kept; the oldest goes first.",
+        ),
+    ]
+    return lambda command: apply_options(options, command)
 
 
 def exact_option(command: F) -> F:
@@ -238,7 +262,24 @@ def apply_options(options: Sequence[Callable[[Any], Any]], command: F) -> F:
 
 
 def drafter_spec(options: dict[str, Any]) -> DrafterSpec:
-    """Fold --plain and the spellings of other programs into one specification."""
+    """Fold --plain and the spellings of other programs into one specification. Raises SettingError."""
+    from localspec.errors import SettingError
+
+    spec = _named_drafter(options)
+    if options.get("remember") and not spec.remembers and _was_typed("remember"):
+        raise SettingError(
+            "--remember is of use to drafters that guess from what was said", got=spec.name, expected="auto or suffix"
+        )
+    return spec
+
+
+def _was_typed(name: str) -> bool:
+    """Did the user write this option down, here and now?"""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _named_drafter(options: dict[str, Any]) -> DrafterSpec:
     from localspec.drafters import DrafterSpec
     from localspec.errors import SettingError
 

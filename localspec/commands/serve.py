@@ -18,6 +18,7 @@ from localspec.commands.options import (
     draft_options,
     drafter_spec,
     load_options,
+    remember_options,
     sampling_options,
     sampling_params,
 )
@@ -122,6 +123,7 @@ def _work_options(command: F) -> F:
 @_work_options
 @load_options
 @draft_options
+@remember_options(None)
 @sampling_options
 def serve(host: str, port: int, log_requests: bool, **options: Any) -> None:
     """Serve a model to programs that speak OpenAI's or Anthropic's interface, with a page to watch it.

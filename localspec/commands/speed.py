@@ -182,7 +182,15 @@ def _expanded(options: dict[str, Any], size: str, stack: ExitStack) -> dict[str,
     from localspec.bench.expand import Size, expand, expand_head
     from localspec.commands.models import named_models
     from localspec.commands.progress import progress_bar
-    from localspec.loading import BUNDLED, bundled_names, bundled_path, resolve_model
+    from localspec.copies import is_self, make_copy
+    from localspec.loading import (
+        BUNDLED,
+        bundled_names,
+        bundled_path,
+        choose_backend,
+        is_early_exit,
+        resolve_model,
+    )
 
     wanted = Size.named(size)
     named = named_models(options)
@@ -196,7 +204,12 @@ def _expanded(options: dict[str, Any], size: str, stack: ExitStack) -> dict[str,
     with progress_bar(f"writing {name}") as tell:
         expand(source, output, wanted, form, kind, on_bytes=tell)
     heads = []
+    if is_self(draft) and draft is not None:  # not into the user's cache: the target goes, too
+        draft = str(make_copy(output, choose_backend(named.backend, output), draft, folder=output.parent))
     for number, head in enumerate(named.heads):
+        if is_early_exit(head):
+            heads.append(head)
+            continue
         heads.append(str(output.parent / f"head-{number}"))
         expand_head(Path(head), Path(heads[-1]), source, wanted)
     changed = {"target": str(output), "draft": draft, "heads": heads, "backend": named.backend}

@@ -14,8 +14,10 @@ from localspec.drafters.forced import Forced
 from localspec.drafters.head import KINDS, HeadDrafter
 from localspec.drafters.ngram import Ngram
 from localspec.drafters.nothing import Nothing
+from localspec.drafters.suffix import Suffix
 from localspec.errors import SettingError, UnknownNameError, UsageError
 from localspec.fingerprint import Relation, relate
+from localspec.history import History
 from localspec.protocols import Drafter, DraftHead, LanguageModel
 
 __all__ = [
@@ -31,20 +33,21 @@ __all__ = [
     "HeadDrafter",
     "Ngram",
     "Nothing",
+    "Suffix",
     "check_settings",
     "find_head",
     "make_drafter",
 ]
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {
-    **{maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Forced)},
+    **{maker.name: maker for maker in (Nothing, DraftModel, CrossTokenizer, Ngram, Suffix, Forced)},
     **dict.fromkeys(KINDS, HeadDrafter),
 }
 """Name -> class. Keyword arguments of the class are its settings on the command line."""
 
 AUTO = "auto"
 """The schedule decides every round (`Pair.drafter`); with settings, the pair's draft model when there is one, else
-its first head, else lookup."""
+its first head, else lookup (`suffix`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,12 @@ class DrafterSpec:
         """This one and those it is merged with, each alone."""
         return (DrafterSpec(self.name, self.settings), *self.others)
 
+    @property
+    def remembers(self) -> bool:
+        """Does it guess from earlier sessions, where they are kept?"""
+        names = [part.name for part in self.parts]
+        return self.decides or any("history" in inspect.signature(DRAFTERS[name]).parameters for name in names)
+
     def with_settings(self, settings: Mapping[str, str]) -> DrafterSpec:
         """With more settings. Raises SettingError where it is not clear whose they are."""
         if settings and self.others:
@@ -115,7 +124,7 @@ class DrafterSpec:
         """The same with `auto` decided: the draft model where there is one, else the first head, else lookup."""
         if self.name != AUTO:
             return self
-        first = heads[0].info.kind if heads else Ngram.name
+        first = heads[0].info.kind if heads else Suffix.name
         return DrafterSpec(DraftModel.name if draft is not None else first, self.settings, self.others)
 
 
@@ -134,16 +143,21 @@ class Draft:
 
 
 def make_drafter(
-    spec: str | DrafterSpec, draft: LanguageModel | Draft | None, heads: Sequence[DraftHead] = ()
+    spec: str | DrafterSpec,
+    draft: LanguageModel | Draft | None,
+    heads: Sequence[DraftHead] = (),
+    *,
+    history: History | None = None,
 ) -> Drafter:
     """Build a drafter for one session. draft: the pair's draft model, if it has one; with another tokenizer than
-    the target's, `draft_model` means the wrapper that translates.  heads: those that are loaded."""
+    the target's, `draft_model` means the wrapper that translates.  heads: those that are loaded.  history: earlier
+    sessions, if any are kept."""
     model = draft.model if isinstance(draft, Draft) else draft
     parsed = (DrafterSpec.parse(spec) if isinstance(spec, str) else spec).resolved(model, heads)
     if parsed.others:
         parts: list[Drafter] = []
         try:
-            parts += (make_drafter(part, draft, heads) for part in parsed.parts)
+            parts += (make_drafter(part, draft, heads, history=history) for part in parsed.parts)
         except BaseException:
             for made in parts:
                 made.close()
@@ -169,6 +183,8 @@ def make_drafter(
                 f"drafter {name!r} needs to know the target's vocabulary", fix="Use Draft.of(target, draft)."
             )
         return maker(model, draft.relation, draft.num_rows, **settings)
+    if "history" in arguments:
+        return maker(history, **settings)
     return maker(**settings)
 
 

@@ -64,5 +64,7 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
 
 
 def describe_head(head: DraftHead) -> dict[str, Any]:
-    """A loaded head: its kind and its files; what runs it is its target's business."""
-    return {"kind": head.info.kind, "files": describe_files(head.info.path)}
+    """A loaded head: its kind, its size (early exit has several for one file) and its files; what runs it is its
+    target's business."""
+    info = head.info
+    return {"kind": info.kind, "num_parameters": info.num_parameters, "files": describe_files(info.path)}

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from localspec.context import Context
-from localspec.drafters import AUTO, DRAFTERS, Combined, DrafterSpec, DraftModel, Ngram, Nothing, make_drafter
+from localspec.drafters import (
+    AUTO,
+    DRAFTERS,
+    KINDS,
+    Combined,
+    DrafterSpec,
+    DraftModel,
+    Ngram,
+    Nothing,
+    Suffix,
+    make_drafter,
+)
 from localspec.drafters.draft_cache import DraftCache
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UsageError
@@ -365,7 +376,7 @@ def test_specifications_joined_by_plus_are_combined() -> None:
 
 def test_auto_takes_the_draft_model_where_there_is_one() -> None:
     assert isinstance(make_drafter(AUTO, ReferenceModel(8)), DraftModel)
-    assert isinstance(make_drafter(AUTO, None), Ngram)
+    assert isinstance(make_drafter(AUTO, None), Suffix)
 
 
 @pytest.mark.parametrize(
@@ -403,5 +414,5 @@ def test_a_draft_model_drafter_without_a_draft_model_is_refused() -> None:
 
 
 def test_the_registry_names_are_the_drafters_own() -> None:
-    assert set(DRAFTERS) == {"nothing", "draft_model", "cross_tokenizer", "ngram", "grammar"}
+    assert set(DRAFTERS) == {"nothing", "draft_model", "cross_tokenizer", "ngram", "suffix", "grammar", *KINDS}
     assert all(DrafterSpec.parse(name).name == name for name in DRAFTERS)
