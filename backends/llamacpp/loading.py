@@ -21,7 +21,7 @@ from localspec.errors import (
     SettingError,
     UnsupportedModelError,
 )
-from localspec.formats.gguf import read_architecture
+from localspec.formats.gguf import read_architecture, read_parts
 from localspec.formats.summary import GGUF_HEADS
 from localspec.protocols import Capabilities, LoadSettings, ModelInfo, Rewind, WidthClass
 
@@ -68,6 +68,16 @@ _CPU_CLASS = WidthClass(
     "llama.cpp on CPU runs other kernels at width 1; chains of 2, 3, 4, 5, 8 and 16 tokens had identical rows "
     "(bundled Q4_0 and Q8_0 models, contexts of 20 to 701 tokens, extra buffers off; with them on, not measured here); "
     "with flash attention passes of 64 and more would differ and are cut",
+)
+_EVEN_TYPES = frozenset({"F32", "F16", "Q8_0", "Q4_0"})
+"""Types of tensors whose products were seen to be the same bits in passes of every width from 2 on."""
+
+_MIXED_CLASS = WidthClass(
+    2,
+    None,
+    "llama.cpp's CPU kernels for some types of tensors add up otherwise in passes of other widths (seen with Q4_K and "
+    "Q6_K)",
+    measured=False,
 )
 _GPU_CLASS = WidthClass(
     1,
@@ -304,7 +314,7 @@ def _with_context(
         max_width=max_width,
         max_leaves=None if replays or batches else params.n_seq_max - 1,  # one id is kept free to carry a kept branch
         num_sequences=settings.num_sequences,
-        width_class=_GPU_CLASS if on_gpu else _CPU_CLASS,
+        width_class=_GPU_CLASS if on_gpu else _CPU_CLASS if _is_even(path) else _MIXED_CLASS,
         host_scores=True,
     )
     info = ModelInfo(
@@ -392,6 +402,17 @@ def _checked(model: LlamaModel, settings: LoadSettings) -> LlamaModel:
         raise
 
 
+def _is_even(path: Path) -> bool:
+    """Is every matrix of a type whose products do not depend on how many rows there are?"""
+    tensors = (tensor for _, header in read_parts(path) for tensor in header.tensors.values())
+    return all(tensor.kind in _EVEN_TYPES for tensor in tensors if len(tensor.shape) > 1)
+
+
+def _may_round(model: LlamaModel) -> bool:
+    """Is it known beforehand that rows change with the width of a pass, whatever is done about it?"""
+    return not model.capabilities.width_class.measured and dict(model.info.options)["gpu_layers"] != 0
+
+
 def _unchecked(model: LlamaModel, settings: LoadSettings) -> LlamaModel:
     """Without room for the checks nothing is promised."""
     said = f"a context of {model.info.context_length} tokens is too short to check it"
@@ -430,7 +451,7 @@ def _with_trees(model: LlamaModel, settings: LoadSettings) -> LlamaModel:
     if not model.capabilities.exact_trees:
         return model
     difference = selfcheck.tree_difference(model)
-    if not difference or (not model.capabilities.width_class.measured and selfcheck.is_rounding(difference)):
+    if not difference or (_may_round(model) and selfcheck.is_rounding(difference)):
         return model
     said = f"rows of a token tree were {difference:.1e} standard deviations away from those of a chain"
     if settings.trees:
@@ -444,7 +465,7 @@ def _with_one_pass(model: LlamaModel) -> LlamaModel:
     if model.capabilities.num_sequences < 2:
         return model
     difference = selfcheck.batch_difference(model)
-    if not difference or (not model.capabilities.width_class.measured and selfcheck.is_rounding(difference)):
+    if not difference or (_may_round(model) and selfcheck.is_rounding(difference)):
         return model
     said = f"rows of sequences in one pass were {difference:.1e} standard deviations away from those of each alone"
     note = f"several requests are run one after another, not in one pass: {said}"

@@ -21,8 +21,10 @@ import platformdirs
 
 from localspec.errors import SettingError
 from localspec.exactness import Bound
-from localspec.protocols import DraftHead, LanguageModel, WidthClass
+from localspec.protocols import DraftHead, LanguageModel, Rewind, WidthClass
 from localspec.schedule.bound import measure as measure_bound
+from localspec.schedule.classes import class_to_use, is_inside
+from localspec.schedule.classes import find as find_classes
 from localspec.schedule.cost import Costs, HeadCosts
 from localspec.schedule.heads import assumed_heads, measure_heads
 from localspec.schedule.machine import describe_files, describe_head, describe_machine, describe_model
@@ -34,6 +36,8 @@ T = TypeVar("T")
 _TUNED, _QUICK, _CLASS, _OPTIONS = "tuned", "quick", "class", "options"
 _BOUND, _QUICK_BOUND = "bound", "quick-bound"
 _HEADS = "heads"
+_CLASS_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16)  # looked at in short: none is left out where kernels change
+_CLASS_SECONDS = 2.0
 
 _log = logging.getLogger("localspec.schedule")
 _automatic = True
@@ -113,10 +117,26 @@ def keep_costs(target: LanguageModel, draft: LanguageModel | None, costs: Costs,
 
 def class_for(target: LanguageModel, folder: Path | None = None) -> WidthClass:
     """The class that a loaded target should stay in: as `localspec tune` found it with the options in force, else what
-    the backend says."""
+    the backend says. Where that is a guess about a CPU, it is looked at in short, once, if measuring is allowed; one
+    sequence must be free for that."""
     key = _class_key(target)
-    found = _find(_file(folder, _CLASS, key), key, _width_class)
-    return target.capabilities.width_class if found is None else found
+    file = _file(folder, _CLASS, key)
+    found = _find(file, key, _width_class)
+    claimed, known = target.capabilities.width_class, target.capabilities
+    if found is not None:
+        return found
+    on_cpu = known.host_scores and not dict(target.info.options).get("gpu_layers", 0)
+    if claimed.measured or not on_cpu or not _automatic or known.rewind is not Rewind.FREE:
+        return claimed
+    looked = find_classes(target, _CLASS_WIDTHS, seconds=_CLASS_SECONDS)
+
+    def value(one: WidthClass) -> float:
+        """Many widths, and narrow ones: the narrowest is what plain decoding pays."""
+        return (sum(is_inside(width, one) for width in looked.widths) - 0.5) / one.min_width
+
+    found, _ = class_to_use(claimed, looked, value)  # no contradiction: nothing was promised
+    keep_class(target, found, folder)
+    return found
 
 
 def keep_class(target: LanguageModel, width_class: WidthClass, folder: Path | None = None) -> None:
