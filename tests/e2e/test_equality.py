@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from localspec.bench.equality import compare
 from localspec.bench.prompts import load_prompts
 from localspec.engine.chat import Chat
-from localspec.loading import Pair, get_backend, open_pair
+from localspec.loading import Pair, bundled_path, get_backend, open_pair
 from localspec.protocols import LoadSettings
 from localspec.sampling import SamplingParams
 from localspec.schedule import store
@@ -77,6 +78,29 @@ def test_text_equals_plain_decoding_under_trees(
     for name in drafters:
         rows = [row for row in report.rows if row.drafter == name]
         assert sum(row.num_tokens for row in rows) > 1.3 * sum(row.num_rounds for row in rows)
+
+
+@pytest.mark.slow
+def test_types_whose_kernels_change_with_the_width_stay_in_the_class_that_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q4_K and Q6_K: five rows add up otherwise than two."""
+    backend = get_backend("llamacpp")
+    if not backend.is_installed():
+        pytest.skip("llama-cpp-python is not installed")
+    assert backend.quantizer is not None
+    monkeypatch.setattr(store, "_automatic", True)
+    target = tmp_path / "target.gguf"
+    backend.quantizer.write(bundled_path("tiny", "target"), target, "Q4_K_M", lambda _: None, again=True)
+    draft = str(bundled_path("tiny", "draft"))
+    settings = LoadSettings(context=1024, num_sequences=2)
+    with open_pair(str(target), draft, backend="llamacpp", settings=settings) as pair:
+        found = pair.target.capabilities.width_class
+        assert found.measured and found.max_width is not None
+        report = compare(pair, load_prompts(per_domain=2), ["draft_model:num=4", "ngram:min=1"], (0.0, 0.8), 32)
+        assert report.differences == []
+    with open_pair(str(target), draft, backend="llamacpp", settings=settings, use_tuned=False) as pair:
+        assert not pair.target.capabilities.width_class.measured
 
 
 HARD = {
