@@ -44,7 +44,7 @@ def test_what_it_reads_of_copies_is_what_it_read(folder: Path) -> None:
     )
     assert np.array_equal(new["hidden_norm.weight"], old["hidden_norm.weight"])
     config = json.loads((folder / "wide" / "config.json").read_text())
-    assert config == {"num_target_layers": 6, "target_layer_ids": [0, 1, 1]}
+    assert config == {"num_target_layers": 6, "target_layer_ids": [0, 1, 1], "target_hidden_size": 3 * HIDDEN}
 
 
 def test_what_cannot_be_expanded_is_refused(folder: Path) -> None:

@@ -43,9 +43,9 @@ def expand_head(head: Path, output: Path, target: Path, size: Size) -> None:
         for file in head.glob("*.json"):
             shutil.copy(file, partial / file.name)
         config = json.loads((head / "config.json").read_text())
-        for key in ("num_target_layers", "target_hidden_size"):
-            if key in config:
-                config[key] = size.num_layers if key == "num_target_layers" else copies * small.hidden_size
+        config["target_hidden_size"] = copies * small.hidden_size  # where the key is missing it is the head's own
+        if "num_target_layers" in config:
+            config["num_target_layers"] = size.num_layers
         (partial / "config.json").write_text(json.dumps(config, indent=1))
         partial.rename(output)
     finally:
