@@ -65,7 +65,9 @@ def test_json_says_what_was_worked_out() -> None:
     found = json.loads(run("pairs", "--json", "--memory", "64G").stdout)
     assert len(found) >= 40
     entry = next(entry for entry in found if entry["name"] == "qwen3-8b-dspark")
-    assert entry["supported"] is False and "dspark" in entry["unsupported_because"]
+    assert entry["supported"] is True
+    unknown = next(entry for entry in found if entry["name"] == "qwen3-8b-dfly")
+    assert unknown["supported"] is False and "dfly" in unknown["unsupported_because"]
     assert entry["fits"] is True and entry["memory_estimated"] is True and entry["tested"] is False
     found = json.loads(run("pairs", "search", "qwen3 dspark", "--json", "--memory", "64G").stdout)
     assert {entry["drafter"] for entry in found} == {"dspark"}
@@ -93,7 +95,7 @@ def test_a_catalog_of_ones_own_is_checked_shown_and_says_what_it_replaces(mine: 
         (["pairs", "--catalog", "no-such-file"], 1, ["no-such-file", "cannot be read"]),
         (["generate", "x", "--pair", "qwen3-4b", "--target", "tiny"], 2, ["--pair", "--target"]),
         (["generate", "x", "--catalog", "some"], 2, ["--catalog", "--pair"]),
-        (["generate", "x", "--pair", "qwen3-8b-dspark"], 2, ["no drafter dspark"]),
+        (["generate", "x", "--pair", "qwen3-8b-dfly"], 2, ["no drafter dfly"]),
         (
             ["generate", "x", "--pair", "qwen3-4b", "--backend", "llamacpp"],
             1,
