@@ -20,8 +20,8 @@ from localspec.types import Logits, Probabilities, TokenIds
 
 from .block_rows import Confidence, Place, Rows
 from .companion import Companion, SavedCompanion
-from .head import LlamaHead
-from .head_context import HeadContext, zeros
+from .head import CellCompanion, LlamaHead
+from .head_context import zeros
 from .memory import Memory, Pass
 from .state import LlamaSaved, LlamaState
 from .taps import Features, Taps
@@ -48,7 +48,7 @@ class Block:
         return self.size - self.first
 
 
-class BlockCompanion(Companion):
+class BlockCompanion(CellCompanion):
     """Features wait until a pass is full of them, or a block wants to be guessed."""
 
     head: BlockHead
@@ -56,18 +56,6 @@ class BlockCompanion(Companion):
     def __init__(self, head: BlockHead, cells: LlamaState, num_missing: int) -> None:
         self.head, self.cells, self.num_missing = head, cells, num_missing
         self._waiting = np.zeros((0, head.taps.width), np.float32)
-
-    @property
-    def is_closed(self) -> bool:
-        """See `Companion`."""
-        return self.head.is_closed or self.cells.closed
-
-    @property
-    def context(self) -> HeadContext:
-        """Where its cells are."""
-        context = self.cells.cache.context
-        assert isinstance(context, HeadContext)
-        return context
 
     @property
     def end(self) -> int:
@@ -119,10 +107,6 @@ class BlockCompanion(Companion):
         """See `Companion`."""
         self.flush()
         return _SavedBlock(self.head, self.cells.save(), self.num_missing)
-
-    def close(self) -> None:
-        """See `Companion`."""
-        self.cells.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from localspec.protocols import HeadInfo, HeadState, SequenceState
 
 from .companion import Companion, Recording
+from .head_context import HeadContext
 from .memory import Memory, State
 from .state import LlamaState
 from .taps import Taps
@@ -72,3 +73,26 @@ def _leave(state: State, companion: Companion) -> None:
     companion.close()
     if state.recording is not None:
         state.recording.is_heard()
+
+
+class CellCompanion(Companion):
+    """A companion whose memory is a sequence in a context of its own: an ordinary state of this backend."""
+
+    head: LlamaHead
+    cells: LlamaState
+
+    @property
+    def is_closed(self) -> bool:
+        """See `Companion`."""
+        return self.head.is_closed or self.cells.closed
+
+    @property
+    def context(self) -> HeadContext:
+        """Where its cells are."""
+        context = self.cells.cache.context
+        assert isinstance(context, HeadContext)
+        return context
+
+    def close(self) -> None:
+        """See `Companion`."""
+        self.cells.close()

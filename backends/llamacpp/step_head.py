@@ -19,7 +19,7 @@ from localspec.sampling import HostScores
 from localspec.types import Logits, NodeIndices, Probabilities, TokenIds
 
 from .companion import Companion, SavedCompanion
-from .head import LlamaHead
+from .head import CellCompanion, LlamaHead
 from .head_context import HeadContext
 from .memory import Memory, Pass
 from .state import LlamaSaved, LlamaState
@@ -33,7 +33,7 @@ Encode = Callable[[HeadContext, Features], Features]
 """[T, E] states that the head pairs with tokens, of the target's features [T, W]; at most a pass of them."""
 
 
-class StepCompanion(Companion):
+class StepCompanion(CellCompanion):
     """Committed tokens and features wait until a pass is full of them, or guesses are wanted. recent: the last states
     that were read, [E] each; the very last one waits for its token."""
 
@@ -45,18 +45,6 @@ class StepCompanion(Companion):
         self._tokens: TokenIds = np.zeros(0, np.int32)
         self._waiting = np.zeros((0, head.taps.width), np.float32)
         self._states: list[Features] = []  # [E] of the pending pairs, the head's own
-
-    @property
-    def is_closed(self) -> bool:
-        """See `Companion`."""
-        return self.head.is_closed or self.cells.closed
-
-    @property
-    def context(self) -> HeadContext:
-        """Where its cells are."""
-        context = self.cells.cache.context
-        assert isinstance(context, HeadContext)
-        return context
 
     @property
     def end(self) -> int:
@@ -153,10 +141,6 @@ class StepCompanion(Companion):
         if len(self._waiting):
             self._read(len(self._waiting))
         return _SavedSteps(self.head, self.cells.save(), self.num_missing, tuple(self._recent))
-
-    def close(self) -> None:
-        """See `Companion`."""
-        self.cells.close()
 
 
 @dataclass(frozen=True, slots=True)
