@@ -341,7 +341,8 @@ class Pair:
         # on a device a chain is guessed without waiting for it, a tree waits once per level
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores
         form = "tree" if branches else "chain"
-        lookup = f"{Suffix.name}:num=24,shape={form},min_prob=0.1"  # the plan cuts what is not worth verifying
+        # the plan cuts what is not worth verifying; what is reached less often than that never is
+        lookup = f"{Suffix.name}:num=24,shape={form},min_prob=0.1,min_reach=0.1"
         free = [make_drafter(lookup, None, history=self.history), Forced()]
         return Scheduled(free, self._dear(capabilities.trees and capabilities.exact_trees), experience)
 

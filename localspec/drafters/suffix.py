@@ -56,7 +56,7 @@ class Suffix:
 
     num: most nodes (0: 8 in a chain, 16 in a tree).  shape: chain, tree, or children per level.  depth: most levels
     (0: as many as nodes, at most 12 in a tree).  min_prob: leave out a guess, and what would follow it, whose chance is
-    lower.
+    lower.  min_reach: the same by the chance of the whole path to it.
     history: earlier sessions to guess from, and to add this one to; without it nothing outlives the drafter.
 
     The automaton follows the context: tokens are added as they are emitted and taken back when a turn starts from
@@ -74,13 +74,16 @@ class Suffix:
         shape: str = "chain",
         depth: int = 0,
         min_prob: float = 0.3,
+        min_reach: float = 0.0,
     ) -> None:
         if not 1 <= min <= _LONGEST_BEFORE:
             raise SettingError("suffix: min out of range", got=min, expected=f"1 to {_LONGEST_BEFORE}")
         if not 0.0 <= min_prob < 1.0:
             raise SettingError("suffix: min_prob out of range", got=min_prob, expected="at least 0 and below 1")
+        if not 0.0 <= min_reach < 1.0:
+            raise SettingError("suffix: min_reach out of range", got=min_reach, expected="at least 0 and below 1")
         self.shape = Shape.parse(self.name, shape, num or (_CHAIN_NUM if shape == "chain" else 0), depth)
-        self.min, self.min_prob = min, min_prob
+        self.min, self.min_prob, self.min_reach = min, min_prob, min_reach
         self._words = SuffixAutomaton(_LONGEST)
         self._past = None if history is None else _Past(history)
 
@@ -153,18 +156,22 @@ class Suffix:
     def _offer(self, grower: Grower, node: int, runs: dict[int, _Run], most: int) -> None:
         """Offer what may follow a node, of the `most` likeliest behind each run; `runs` gets those that end with it."""
         run, first = runs[node], len(grower)
-        chances = self._chances(run, most)
-        likely = [token for token, chance in chances.items() if chance >= self.min_prob]
+        above = math.exp(grower.reach(node)) if node >= 0 else 1.0
+        least = max(self.min_prob, self.min_reach / above)
+        if least > 1.0:
+            return
+        chances = self._chances(run, most, max(_NEGLIGIBLE, 0.5 * least))
+        likely = [token for token, chance in chances.items() if chance >= least]
         ranked = sorted(likely, key=chances.__getitem__, reverse=True)
         grower.offer(node, ranked, [math.log(chances[token]) for token in ranked])
         for number in range(first, len(grower)):
             runs[number] = self._followed(run, grower.token(number))
 
-    def _chances(self, run: _Run, most: int) -> dict[int, float]:
+    def _chances(self, run: _Run, most: int, enough: float) -> dict[int, float]:
         """Token -> its chance to follow, of the `most` likeliest behind each run: longer runs first, what they leave in
-        doubt by shorter ones, as long as that could matter."""
+        doubt by shorter ones, as long as that is `enough` to matter."""
         chances: dict[int, float] = {}
-        left, enough = 1.0, max(_NEGLIGIBLE, 0.5 * self.min_prob)
+        left = 1.0
         for seen in self._seen(run, most):
             doubt = _DOUBT / seen.length
             share = left / (seen.total + doubt)

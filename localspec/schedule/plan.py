@@ -13,17 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from localspec.protocols import WidthClass
-from localspec.schedule.cost import Costs
+from localspec.schedule.cost import Costs, Curve
 
 MOST_NODES = 64
 """Nodes a round verifies at most."""
 
 _MEMORY = 200.0  # observations after which older ones count half
-_TRUST = 2.0  # rounds at a width before its own times outweigh the general correction
+_TRUST = 1.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
 _OPTIMISM = 0.9
+_SCATTER, _STEEP = 0.06, 3000.0  # of a pass's time; cells of context for which a row may take what the first one does
+_LEAST = 0.3  # of what the table says and a width's passes took, however far the context is from theirs
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
-_FORGETTING = 0.98  # of what was seen of a width, per round at another one
+_FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
 _SHARE_OF_CHANGE = 1.0 / 3.0  # of what another width costs at first: it is paid once for some rounds
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
@@ -39,29 +41,67 @@ def about(lanes: int) -> int:
 
 @dataclass(slots=True)
 class _Seen:
-    """What passes of one width took, as a ratio to the table, and the weight of that."""
+    """What passes of one width took, as a ratio to the table, at which context on average; and the weight of that."""
 
     ratio: float
+    context: float
     weight: float = 0.0
 
-    def add(self, ratio: float) -> None:
+    def add(self, ratio: float, context: float) -> None:
         """One more."""
         weight = min(self.weight, 30.0)
         self.ratio = (weight * self.ratio + ratio) / (weight + 1.0)
+        self.context = (weight * self.context + context) / (weight + 1.0)
         self.weight = weight + 1.0
 
 
 @dataclass(slots=True)
+class _Trend:
+    """Of passes of one width: how what they take beyond the table goes with the context. Sums of deviations."""
+
+    count: float = 0.0
+    context: float = 0.0
+    ms: float = 0.0
+    squares: float = 0.0
+    products: float = 0.0
+
+    def add(self, context: float, ms: float) -> None:
+        """One more. Source: Welford's update."""
+        self.count += 1.0
+        step = context - self.context
+        self.context += step / self.count
+        self.ms += (ms - self.ms) / self.count
+        self.squares += step * (context - self.context)
+        self.products += step * (ms - self.ms)
+        if self.count > _MEMORY:
+            self.count, self.squares, self.products = self.count / 2.0, self.squares / 2.0, self.products / 2.0
+
+
+@dataclass(slots=True)
 class _Learned:
-    """With about so many lanes: passes by width, behind one of another width and behind one of the same; the ratio of
-    all, and how often it was seen; what a pass in a row takes over a first one; drafting's ratio."""
+    """With about so many lanes: passes by width, behind one of another width and behind one of the same; all of them;
+    how often any was seen; what a pass in a row takes over a first one; drafting's ratio; and how passes, by their
+    rows, grow with the context where the table does not know."""
 
     first: dict[int, _Seen] = field(default_factory=dict)
     again: dict[int, _Seen] = field(default_factory=dict)
-    general: float = 1.0
+    general: float = 1.0  # of what the table and the growth say together
     count: int = 0
     steady: float = 1.0
     draft: float = 1.0
+    trends: dict[int, _Trend] = field(default_factory=dict)
+    slope: float = 0.0  # milliseconds a row and cell of context
+
+    def follow(self, curve: Curve, rows: int, context: int, ms: float) -> None:
+        """A pass of so many rows took so long. Attention is what grows with the context, for each row alike; that much
+        is assumed, and that the table is not far off: little evidence changes little."""
+        self.trends.setdefault(rows, _Trend()).add(context, ms - curve.at(rows, context))
+        evidence, weight = 0.0, (_SCATTER * _STEEP / curve.at(1, context)) ** 2
+        for size, trend in self.trends.items():
+            usual = curve.at(size, context)  # errors are in proportion to what a pass takes
+            evidence += size * trend.products / usual**2
+            weight += size**2 * trend.squares / usual**2
+        self.slope = evidence / weight
 
 
 class LiveCosts:
@@ -103,13 +143,12 @@ class LiveCosts:
 
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width, behind what ran last."""
-        first, again = self._ratios(width, about(lanes))
-        ratio = again if (lanes, width) == self._last else again + _SHARE_OF_CHANGE * (first - again)
-        return self.costs.target.at(lanes * width, context) * ratio
+        first, again = self._expected(width, context, lanes)
+        return again if (lanes, width) == self._last else again + _SHARE_OF_CHANGE * (first - again)
 
     def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A pass of plain decoding among others of its kind, padded where a wider one is quicker."""
-        alone = self.costs.target.at(lanes * self.min_width, context) * self._ratios(self.min_width, about(lanes))[1]
+        alone = self._expected(self.min_width, context, lanes)[1]
         return min(alone, self.by_nodes(context, lanes)[0][0])
 
     def draft_ms(self, width: int, context: int, lanes: int = 1) -> float:
@@ -147,23 +186,26 @@ class LiveCosts:
         that is known: what is really slower now is found out within some rounds all the same."""
         if width < 1 or ms <= 0.0:
             return
-        load = about(lanes)
-        learned, in_a_row = self._of(load), (lanes, width) == self._last
+        learned, in_a_row = self._of(about(lanes)), (lanes, width) == self._last
         self._last = (lanes, width)
-        usual = self._ratios(width, load)[in_a_row]
-        seen = (learned.again if in_a_row else learned.first).get(width)
-        most = _STALL_AT_FIRST if seen is None or seen.weight < _KNOWN else _STALL
-        ratio = min(ms / self.costs.target.at(lanes * width, context), most * usual)
+        curve, rows = self.costs.target, lanes * width
+        usual = self._expected(width, context, lanes)[in_a_row]
+        before = (learned.again if in_a_row else learned.first).get(width)
+        most = _STALL_AT_FIRST if before is None or before.weight < _KNOWN else _STALL
+        ms = min(ms, most * usual)
+        ratio = ms / curve.at(rows, context)
         for by_width in (learned.first, learned.again):
             for other, seen in by_width.items():
                 if other != width and other > self.min_width:
                     seen.weight *= _FORGETTING
-        (learned.again if in_a_row else learned.first).setdefault(width, _Seen(ratio)).add(ratio)
+        (learned.again if in_a_row else learned.first).setdefault(width, _Seen(ratio, context)).add(ratio, context)
         if in_a_row and width in learned.first:
             learned.steady += 0.05 * (min(ratio / learned.first[width].ratio, 1.0) - learned.steady)
         learned.count += 1
-        step = _SLOWLY if load == 1 else max(_SLOWLY, 1.0 / learned.count)  # several lanes: the table is a guess
-        learned.general += step * (ratio / (learned.steady if in_a_row else 1.0) - learned.general)
+        step = _SLOWLY if lanes == 1 else max(_SLOWLY, 1.0 / learned.count)  # several lanes: the table is a guess
+        grown = self._grown(rows, context, learned)
+        learned.general += step * (ms / grown / (learned.steady if in_a_row else 1.0) - learned.general)
+        learned.follow(curve, rows, context, ms)
         self._cache.clear()
 
     def observe_draft(self, expected_ms: float, ms: float, lanes: int = 1) -> None:
@@ -175,17 +217,27 @@ class LiveCosts:
     def _of(self, load: int) -> _Learned:
         return self._learned.setdefault(load, _Learned())
 
-    def _ratios(self, width: int, load: int) -> tuple[float, float]:
-        """(of a first pass, of one in a row) to the table."""
-        learned = self._of(load)
+    def _grown(self, rows: int, context: int, learned: _Learned) -> float:
+        """What the table says, and how passes grow beyond it."""
+        table = self.costs.target.at(rows, context)
+        return max(table + learned.slope * rows * (context - self.costs.target.contexts[0]), _LEAST * table)
+
+    def _expected(self, width: int, context: int, lanes: int) -> tuple[float, float]:
+        """Milliseconds (of a first pass, of one in a row)."""
+        learned = self._of(about(lanes))
         trust = _TRUST if width > self.min_width else _TRUST_PLAIN
         untried = width > self.min_width and width not in learned.first and width not in learned.again
-        hope = self._optimism if untried and load == 1 else 1.0  # once is enough: more would go on trying what loses
+        hope = self._optimism if untried and lanes == 1 else 1.0  # once is enough: more would go on trying what loses
+        rows = lanes * width
+        table = self.costs.target.at(rows, context)
 
         def believed(seen: _Seen | None, otherwise: float) -> float:
-            return otherwise if seen is None else (seen.weight * seen.ratio + trust * otherwise) / (seen.weight + trust)
+            if seen is None:
+                return otherwise
+            own = max(seen.ratio * table + learned.slope * rows * (context - seen.context), _LEAST * table)
+            return (seen.weight * own + trust * otherwise) / (seen.weight + trust)
 
-        first = believed(learned.first.get(width), learned.general * hope)
+        first = believed(learned.first.get(width), self._grown(rows, context, learned) * learned.general * hope)
         return first, believed(learned.again.get(width), first * learned.steady)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from operator import mul
+from operator import itemgetter, mul
 from time import perf_counter
 
 import numpy as np
@@ -33,6 +33,7 @@ from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
 from localspec.schedule.drafting import FREE, DraftPrices, DraftTimes, times_of
 from localspec.schedule.guard import Guard
+from localspec.schedule.opinions import Dissent, Opinion, Opinions
 from localspec.schedule.plan import LiveCosts, Rate, Valuation, about
 from localspec.schedule.router import Trials
 from localspec.tree.grow import Grower, merge
@@ -41,6 +42,7 @@ from localspec.tree.token_tree import TokenTree
 _SMOOTHING = 0.1
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _LEAST_OWN = 0.4  # of a pass's time is its own, whatever drafting may be hidden in it
+_LEAST_BACK = 0.5  # of what asking takes
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
@@ -59,6 +61,7 @@ class Record:
     usual_edge: float = 0.8  # chance of a node's best child
     states_chances: bool = True
     trials: Trials = field(default_factory=Trials)
+    dissent: Dissent = field(default_factory=Dissent)
 
 
 class Experience:
@@ -175,6 +178,7 @@ class Scheduled:
         self._greedy = True
         self._begins_early = False
         self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
+        self._opinions: Opinions | None = None  # where several guessed
         self._load: Load | None = None
         self._open: tuple[list[float], list[_Asked]] | None = None  # reach and owner of nodes that others choose from
         self._context = Context()
@@ -217,7 +221,7 @@ class Scheduled:
 
     def propose(self, request: DraftRequest) -> Proposal:
         """The guesses that are worth verifying; where the round is shared, those that might be."""
-        self._expected = self._open = None
+        self._expected = self._open = self._opinions = None
         self._greedy = request.sampler.is_greedy
         self._asked, self._load = [], request.load
         experience = self.experience
@@ -234,11 +238,12 @@ class Scheduled:
         if request.needs_law:
             return self._drawn(request, prices)
         parked: list[str] = []
+        trees = request.trees
         best = max((self._ask_if_allowed(part, request, prices, parked) for part in self._free), default=0.0)
         at_hand = 0.0  # of dear drafters
         for part, on_trial in self._in_order(best, rate):
             record = self._record(part.name)
-            if not (on_trial or self._may_beat(record, best, at_hand, request.trees)):
+            if not (on_trial or (self._is_worth_asking(part, rate) and self._may_beat(record, best, at_hand, trees))):
                 continue
             value = self._ask_if_allowed(part, request, prices, parked)
             if self._asked and self._asked[-1].name == part.name:
@@ -293,6 +298,8 @@ class Scheduled:
         if self._load is None:
             experience.observe(len(outcome.tokens), round_ms, plain=plain and usual)
         self._see_what_was_kept(outcome)
+        if self._opinions is not None:
+            self._opinions.observe(outcome.tokens)
         used = [one for one in asked if one.used]
         # by the corrected table, not by this round's clock: one stall would outweigh many rounds
         extra = experience.live.verify_ms(width, context, lanes) + experience.live.costs.overhead_ms - plain_ms
@@ -345,6 +352,15 @@ class Scheduled:
 
     def _record(self, name: str) -> Record:
         return self.experience.record(name, self._greedy, self._lanes)
+
+    def _is_worth_asking(self, part: Drafter, rate: float) -> bool:
+        """Does a drafter that takes time bring back at least half of that? Else it is only asked on credit."""
+        record = self._record(part.name)
+        if record.usual_value >= -_LEAST_BACK * rate * record.trials.ms or record.guard.parked:
+            return True
+        others = (self._record(other.name).usual_value for other in self._dear if other is not part)
+        # of several the best one is tried here, others where they are put in order
+        return record.usual_value >= max(others, default=record.usual_value) and record.trials.is_due(rate)
 
     def _may_beat(self, record: Record, best: float, at_hand: float, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters
@@ -455,12 +471,15 @@ class Scheduled:
     def _merged(
         self, guessing: Sequence[_Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
     ) -> Proposal:
+        free = {part.name for part in self._free}
         merged = merge([one.tree for one in guessing if one.tree is not None])
-        chances = [0.0] * len(merged.tree)
-        for one, places in zip(guessing, merged.places, strict=True):
-            for place, chance in zip(places, one.chances, strict=True):
-                chances[place] = max(chances[place], chance)
-        reach = _products(merged.tree, chances)
+        said = [
+            (one.name in free, Opinion(places, one.chances, self._record(one.name).dissent))
+            for one, places in zip(guessing, merged.places, strict=True)
+        ]
+        # who runs a network read more than who looks up
+        self._opinions = Opinions(merged.tree, [opinion for _, opinion in sorted(said, key=itemgetter(0))])
+        reach = _products(merged.tree, self._opinions.chances)
         owners = [guessing[index] for index in merged.origin]
         return self._cut(merged.tree, reach, owners, prices, request, counts)
 

@@ -96,6 +96,28 @@ def test_passes_in_a_row_are_told_apart_from_first_ones() -> None:
     assert costs.plain_ms(0) == pytest.approx(6.0, rel=0.1), "gains are judged by plain decoding in a row"
 
 
+FLAT = Curve(STAIRS.widths, (0,), STAIRS.ms[:1])
+
+
+def test_growth_with_the_context_is_learned_where_the_table_does_not_know_it() -> None:
+    """What was seen of two widths at some contexts is expected of others at all contexts."""
+    costs = LiveCosts(Costs(FLAT, None, 0.0), WidthClass(1), 16, optimism=1.0)
+    for context in (*range(0, 300, 20), *range(100, 400, 20)):
+        for width in (1, 4):
+            costs.observe_verify(width, context, FLAT.at(width, 0) + 0.004 * width * context)
+    for width, context in ((1, 0), (4, 300), (16, 0), (16, 300), (8, 600)):
+        assert costs.verify_ms(width, context) == pytest.approx(FLAT.at(width, 0) + 0.004 * width * context, rel=0.1)
+    assert costs.plain_ms(600) == pytest.approx(costs.plain_ms(0) + 2.4, rel=0.1)
+
+
+def test_noise_is_not_taken_for_growth_with_the_context() -> None:
+    for seed in range(20):
+        costs, rng = LiveCosts(Costs(FLAT, None, 0.0), WidthClass(1), 16, optimism=1.0), np.random.default_rng(seed)
+        for context in range(20):  # one short answer on a machine that does other things
+            costs.observe_verify(4, context, FLAT.at(4, 0) * float(rng.uniform(0.9, 1.1)))
+        assert costs.verify_ms(4, 400) == pytest.approx(FLAT.at(4, 0), rel=0.5)
+
+
 def test_a_plan_keeps_to_the_widths_that_are_built() -> None:
     rising = Curve((1, 64), (0,), ((5.0, 68.0),))
     costs = LiveCosts(Costs(rising, None, 0.0), WidthClass(1), 100, steps=(1, 4, 8, 16))

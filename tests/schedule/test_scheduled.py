@@ -119,6 +119,20 @@ def test_a_drafter_that_is_sure_and_wrong_is_soon_left_alone_and_the_answer_says
     assert sum(second.stats.plain_rounds.values()) >= 29
 
 
+def test_a_dear_drafter_that_brings_nothing_is_only_asked_on_credit() -> None:
+    """Its guesses are known to be worthless, so none is verified and nothing is lost but the time of asking."""
+    target, wrong = ReferenceModel(48, seed=5, sharpness=3.0), Wrong()
+    one, _ = session(target, [], [wrong], Costs(curve(10.0, 2.0), curve(1.0, 0.0), 0.0))
+    with one:
+        params = SamplingParams(max_tokens=300, ignore_eos=True, logit_bias={0: -1e9})
+        one.generate(PROMPT, params)
+        before = wrong.asked
+        one.reset()
+        one.generate(PROMPT, params)
+    # a hundredth of a token a round against the tenth that asking takes
+    assert 1 <= wrong.asked - before <= 45
+
+
 def test_under_rejection_nothing_that_was_drawn_is_taken_back() -> None:
     """The law stays the target's only if what is verified does not depend on what was drawn."""
     target, draft = ReferenceModel(48, seed=5, sharpness=2.0), ReferenceModel(48, seed=5, sharpness=1.0)
