@@ -40,11 +40,16 @@ class Pass:
 
     def num_shown(self, num_rows: int, num_new: int) -> int:
         """Cells that attention is given, where `num_rows` are in use."""
-        return -(-num_rows // _BLOCK) * _BLOCK if self.blocks and num_new > 1 else num_rows
+        return whole_blocks(num_rows) if self.blocks and num_new > 1 else num_rows
 
     def end(self) -> None:
         """Forget the pass, so that nothing of it is kept alive."""
         self.layout = self.positions = self.rows = self.record = self.hidden = None
+
+
+def whole_blocks(num_rows: int) -> int:
+    """Cells of the blocks that so many rows take."""
+    return -(-num_rows // _BLOCK) * _BLOCK
 
 
 class TreeCache(KVCache):
@@ -71,7 +76,7 @@ class TreeCache(KVCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Append rows; all that attention is given. mlx-lm's own, which must not see a shifted offset."""
-        self._reserve(self._current.num_shown(self.num_rows + keys.shape[2], keys.shape[2]), keys, values)
+        self._reserve(self.num_rows + keys.shape[2], keys, values)
         shift, self._current.shift = self._current.shift, 0
         try:
             super().update_and_fetch(keys, values)
@@ -79,9 +84,9 @@ class TreeCache(KVCache):
             self._current.shift = shift
         return self.keys_and_values()
 
-    def _reserve(self, num_cells: int, keys: mx.array, values: mx.array) -> None:
+    def _reserve(self, num_rows: int, keys: mx.array, values: mx.array) -> None:
         """Room for whole blocks. mlx-lm would cut what is left of the last one off before it adds others."""
-        num_more = num_cells - (0 if self.keys is None else self.keys.shape[2])
+        num_more = whole_blocks(num_rows) - (0 if self.keys is None else self.keys.shape[2])
         if not self._current.blocks or num_more <= 0:
             return
         room = [mx.zeros((*new.shape[:2], num_more, new.shape[3]), new.dtype) for new in (keys, values)]

@@ -67,6 +67,11 @@ SPECS = {
 }
 
 
+def module(name: str) -> Any:
+    """A module of the backend, which is loaded under a name of the core's choosing."""
+    return import_module(f"{type(BACKEND).__module__.rpartition('.')[0]}.{name}")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("block-heads")
@@ -162,9 +167,13 @@ class Watched:
         return other
 
 
+@pytest.mark.parametrize("blocks", [False, True], ids=["", "whole blocks"])
 @pytest.mark.parametrize("kind", SPECS)
-def test_rows_are_those_of_an_independent_forward_pass(tmp_path: Path, folder: Path, kind: str) -> None:
-    """Over several rounds: kept branches of trees, truncation, forks and saved sequences."""
+def test_rows_are_those_of_an_independent_forward_pass(
+    tmp_path: Path, folder: Path, kind: str, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several rounds: kept branches of trees, truncation, forks and saved sequences. blocks: as on CUDA."""
+    monkeypatch.setattr(module("heads.block"), "builds_attention", lambda: blocks)
     target = tiny_target(folder)
     spec = sized(SPECS[kind], target)
     head = BACKEND.load_head(write_block_head(tmp_path, spec), target)
@@ -172,8 +181,8 @@ def test_rows_are_those_of_an_independent_forward_pass(tmp_path: Path, folder: P
     name = kind.split("-")[0].replace("dflash2", "dflash")  # one drafter runs both
     assert (head.info.kind, head.info.levels, head.info.taps) == (name, levels, spec.taps)
     assert head.info.confident == bool(spec.confidence) and head.info.one_pass
-    module = target.network.module
-    ends = [np.array(part.weight) for part in (module.model.embed_tokens, module.lm_head)]
+    network = target.network.module
+    ends = [np.array(part.weight) for part in (network.model.embed_tokens, network.lm_head)]
     reference = BlockReference(spec, block_tensors(spec), *ends)
     state = target.open()
     one = Watched(target, reference, spec.taps, state, head.open(state))
@@ -197,6 +206,36 @@ def test_rows_are_those_of_an_independent_forward_pass(tmp_path: Path, folder: P
         other.check(70, levels)
         copy.close()
     one.check(63, levels)
+    state.close()
+    head.close()
+
+
+def test_the_heads_attention_is_given_one_number_of_cells_throughout_a_block(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel is built for each number."""
+    import mlx.core as mx
+
+    shapes: list[tuple[int, ...]] = []
+    real = mx.fast.scaled_dot_product_attention
+
+    def watched(queries: Any, keys: Any, values: Any, *, scale: float, mask: Any = None) -> Any:
+        shapes.append((queries.shape[2], keys.shape[2], values.shape[2], *mask.shape))
+        return real(queries, keys, values, scale=scale, mask=mask)
+
+    monkeypatch.setattr(module("heads.block"), "builds_attention", lambda: True)
+    target = tiny_target(folder)
+    spec = sized(BlockSpec(markov="vanilla"), target)
+    head = BACKEND.load_head(write_block_head(tmp_path, spec), target)
+    state = target.open()
+    reference = BlockReference(spec, block_tensors(spec), *[np.zeros((1, 1))] * 2)
+    one = Watched(target, reference, head.info.taps, state, head.open(state))
+    for _ in range(12):
+        one.read([5, 9, 30, 31, 4])
+        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+        one.beside.start(7).rows((0,))
+        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", real)
+    assert len(set(shapes)) == 1 and shapes[0][1] == 256
     state.close()
     head.close()
 

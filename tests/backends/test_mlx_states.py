@@ -122,6 +122,18 @@ def test_attention_is_given_one_number_of_cells_throughout_a_block() -> None:
     assert mx.array_equal(values, keys + 1)
 
 
+def test_room_grows_by_whole_blocks_for_lone_rows_too() -> None:
+    """Else every token of plain decoding behind the first block copies all keys and values."""
+    mx, layout = import_module("mlx.core"), module("layout")
+    current = module("cache").Pass(blocks=True)
+    cache, sizes = module("cache").TreeCache(current), []
+    for width in (250, *[1] * 300):
+        current.begin(layout.Layout(cache.num_rows, layout.chain(width), width), None)
+        cache.update_and_fetch(*[mx.zeros((1, 2, width, 4))] * 2)
+        sizes.append(cache.keys.shape[2])
+    assert sorted(set(sizes)) == [256, 512, 768]
+
+
 @pytest.mark.parametrize(("name", "reason"), [("phi3small", "corrupts"), ("olmo", "does not run")])
 def test_what_mlx_lm_itself_gets_wrong_is_refused_with_a_reason(name: str, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):

@@ -11,7 +11,6 @@ from typing import Self, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache
 
 from localspec.errors import HeadFileError, PairMismatchError
 from localspec.formats.block_tensors import BlockDetails
@@ -19,11 +18,13 @@ from localspec.formats.head import HeadHeader
 from localspec.protocols import HeadInfo, HeadState, Scores, Tokens
 from localspec.types import Probabilities
 
+from ..cache import Pass, TreeCache
 from ..companion import Companion
+from ..device import builds_attention
 from ..model import MlxModel
 from ..scores import DeviceScores, DeviceTokens
 from ..state import MlxState
-from .backbone import BlockBackbone
+from .backbone import Block, BlockBackbone
 from .base import MlxHead, MlxHeadState
 from .markov import Markov
 from .selector import Selector
@@ -81,6 +82,7 @@ class BlockHead(MlxHead["BlockCompanion"]):
         weights = Weights(header)
         self.details = details
         self.backbone = BlockBackbone(header, weights)
+        self.current = Pass(blocks=builds_attention())
         ends, name = target.ends.matrices(), "embed_tokens.weight"
         self._embedding = weights.take_or_share(name, ends) if details.own_embedding else None
         if self._embedding is not None:
@@ -154,7 +156,7 @@ class BlockCompanion(Companion):
     def __init__(self, head: BlockHead) -> None:
         super().__init__(head, head.info.taps)
         self._backbone = head.backbone
-        self.caches = [KVCache() for _ in head.backbone.layers]
+        self.caches = [TreeCache(head.current) for _ in head.backbone.layers]
         self.places = np.zeros(0, np.int32)  # [rows] positions of the tokens, ascending
 
     def feed(self, tokens: mx.array, features: mx.array, start: int) -> None:
@@ -167,24 +169,21 @@ class BlockCompanion(Companion):
         """Rows stay where they are and are written over."""
         self.places = self.places[self.places < length]
         for cache in self.caches:
-            cache.offset = len(self.places)
-            if not length:
-                cache.keys = cache.values = None
+            if length:
+                cache.num_rows = len(self.places)
+            else:
+                cache.drop()
 
     def copy(self) -> Self:
         """Shares memory until either is written to."""
         other = type(self)(cast("BlockHead", self.head))
         other.places = self.places
-        for mine, theirs in zip(self.caches, other.caches, strict=True):
-            if mine.keys is not None and mine.values is not None:
-                theirs.keys, theirs.values = mx.array(mine.keys), mx.array(mine.values)
-            theirs.offset = mine.offset
+        other.caches = [cache.copy() for cache in self.caches]
         return other
 
     def arrays(self) -> list[mx.array]:
         """Keys and values of all layers."""
-        cells: list[mx.array | None] = [array for cache in self.caches for array in (cache.keys, cache.values)]
-        return [array for array in cells if array is not None]
+        return [array for cache in self.caches for array in cache.arrays()]
 
 
 class BlockHeadState(MlxHeadState[BlockCompanion]):
@@ -217,8 +216,9 @@ class BlockHeadState(MlxHeadState[BlockCompanion]):
             raise ValueError(f"anchor {anchor}: not a token of the target")
         self._reset()
         ids = mx.array([anchor] + [details.mask_token] * (details.block_size - 1), mx.int32)
-        companion = self.companion
-        hidden = head.backbone(head.embed(ids), companion.caches, companion.places, self.state.length)
+        places, size = self.companion.places, details.block_size
+        block = Block(places, self.state.length, size, head.current.num_shown(len(places) + size, size))
+        hidden = head.backbone(head.embed(ids), self.companion.caches, block)
         self._hidden = hidden[1:] if details.in_place else hidden
         self._logits = head.score(self._hidden)
         if head.selector is not None:
