@@ -56,6 +56,8 @@ from localspec.history import DEFAULT_BYTES, History
 from localspec.memory import Part, look, settle
 from localspec.peers import PeerLibrary
 from localspec.protocols import Backend, Drafter, DraftHead, LanguageModel, LoadSettings, require_rewind
+from localspec.schedule.cost import Costs
+from localspec.schedule.heads import pays_to_wait
 from localspec.schedule.scheduled import Experience, Scheduled
 from localspec.schedule.store import class_for, knows_bound, load_or_measure, load_or_measure_bound, options_for
 from localspec.verify import make_acceptance
@@ -344,9 +346,10 @@ class Pair:
         # the plan cuts what is not worth verifying; what is reached less often than that never is
         lookup = f"{Suffix.name}:num=24,shape={form},min_prob=0.1,min_reach=0.1"
         free = [make_drafter(lookup, None, history=self.history), Forced()]
-        return Scheduled(free, self._dear(capabilities.trees and capabilities.exact_trees), experience)
+        trees = capabilities.trees and capabilities.exact_trees
+        return Scheduled(free, self._dear(trees, experience.live.costs), experience)
 
-    def _dear(self, trees: bool) -> list[Drafter]:
+    def _dear(self, trees: bool, costs: Costs) -> list[Drafter]:
         """The drafters that run a network, in the widest form that the schedule may cut down. trees: can the target
         verify them?"""
         made: list[Drafter] = []
@@ -356,8 +359,7 @@ class Pair:
             form = "tree" if able else "chain"
             made.append(make_drafter(f"{DraftModel.name}:num={size},shape={form},depth=16", self.drafting))
         for head in self.heads:
-            # waiting for a device level by level pays where the levels themselves cost next to nothing
-            able = trees and head.info.trees and (head.info.host_scores or head.info.one_pass)
+            able = trees and head.info.trees and (head.info.host_scores or pays_to_wait(head.info, costs))
             size, deepest = (48, min(head.info.levels or 16, 16)) if able else (head.info.levels or 16, 0)
             form = "tree" if able else "chain"
             made.append(HeadDrafter(head, num=size, shape=form, depth=deepest))

@@ -8,8 +8,8 @@ from time import perf_counter
 
 import numpy as np
 
-from localspec.protocols import DraftHead, HeadState, HostTokens, LanguageModel, Rewind
-from localspec.schedule.cost import Curve, HeadCosts
+from localspec.protocols import DraftHead, HeadInfo, HeadState, HostTokens, LanguageModel, Rewind
+from localspec.schedule.cost import Costs, Curve, HeadCosts
 from localspec.schedule.passes import Clock, Passes
 
 WIDTHS = (1, 2, 4, 8)
@@ -17,6 +17,8 @@ WIDTHS = (1, 2, 4, 8)
 CONTEXTS = (64, 512)
 _SECONDS = 1.0  # per head and context
 _ENOUGH, _MOST = 4, 25  # repeats
+_USUAL_LEVELS = 8
+_MOST_WAITING = 0.25  # of a pass of the target
 MOST_CHILDREN = 4  # read of each row
 
 
@@ -38,6 +40,16 @@ def measure_heads(
                 track.measure(context, clock() + seconds)
             found[head.info.kind] = track.costs()
     return found
+
+
+def pays_to_wait(info: HeadInfo, costs: Costs) -> bool:
+    """Is a tree worth waiting for a device level by level? Only of a head of one pass, and where all levels together
+    take little beside a pass of the target. A chain is guessed without waiting."""
+    if not info.one_pass:
+        return False
+    own = costs.heads.get(info.kind)
+    levels = info.levels or _USUAL_LEVELS
+    return own is None or levels * own.extend.at(1, CONTEXTS[0]) <= _MOST_WAITING * costs.target.at(1, CONTEXTS[0])
 
 
 def assumed_heads(heads: Sequence[DraftHead], one_ms: float, num_parameters: int) -> Mapping[str, HeadCosts]:

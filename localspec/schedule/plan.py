@@ -255,18 +255,31 @@ class Valuation:
     """One round's prices: `rate` tokens per millisecond, and the pass's cost by number of nodes.
 
     lanes: so many share the pass, each with as many nodes; a lane then pays its part. `rate` counts all their tokens.
-    drafting: of them, so many share the passes of the draft model.
+    drafting: of them, so many share the passes of the draft model.  restart_ms: what verifying anything costs besides.
     """
 
     def __init__(
-        self, live: LiveCosts, rate: float, context: int, max_nodes: int, lanes: int = 1, drafting: int = 1
+        self,
+        live: LiveCosts,
+        rate: float,
+        context: int,
+        max_nodes: int,
+        lanes: int = 1,
+        drafting: int = 1,
+        restart_ms: float = 0.0,
     ) -> None:
         self._drafting = drafting
         whole, self._widths = live.by_nodes(context, lanes)
         self._ms = whole if lanes == 1 else [ms / lanes for ms in whole]
+        if restart_ms > 0.0:
+            self._ms = [self._ms[0], *(ms + restart_ms for ms in self._ms[1:])]
         self.rate = rate
         self.max_nodes = min(max_nodes, len(self._ms) - 1)
         self._live, self._context = live, context
+
+    def width(self, num_nodes: int) -> int:
+        """Of the pass over so many nodes."""
+        return self._widths[min(num_nodes, len(self._widths) - 1)]
 
     def best(self, reach: Sequence[float]) -> Choice:
         """The best number of leading nodes. reach: [N] chances of whole paths, best first."""
@@ -295,7 +308,7 @@ class Valuation:
             value = total - self.rate * share * (self._ms[count] - base)
             if value > best:
                 best, nodes = value, count
-        return Choice(nodes, self._widths[min(nodes, len(self._widths) - 1)], best)
+        return Choice(nodes, self.width(nodes), best)
 
     def total(self, reach: Sequence[float]) -> float:
         """The value of verifying exactly these nodes."""

@@ -47,6 +47,8 @@ _STALL = 4.0  # drafting that takes so many times what was expected is the machi
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
 _EARLY_ROUNDS = 3  # until passes begin before the last token is read
+_RESTART = 2  # rounds behind a guess that take longer where passes begin early
+_MOST_RESTART = 3.0  # plain rounds; a stall is not taken for it
 LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
 
@@ -81,6 +83,8 @@ class Experience:
         self._reliability: dict[tuple[str, bool], Reliability] = {}
         self._records: dict[tuple[str, bool, int], Record] = {}
         self._times: dict[str, DraftTimes] = {}
+        self._restart = 1.0  # plain rounds
+        self._restarting = 0.0
         self.lately: Load | None = None
         """The last round that several lanes shared, or might have."""
 
@@ -113,6 +117,18 @@ class Experience:
     def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A plain round."""
         return self.live.plain_ms(context, lanes) + self.live.costs.overhead_ms
+
+    def restart_ms(self, context: int) -> float:
+        """What a guess costs besides its round, where passes of plain decoding begin early: the one that has begun is
+        dropped, and the next ones wait again."""
+        return self._restart * self.plain_ms(context) if self.by_clock else 0.0
+
+    def observe_restart(self, longer: float, last: bool) -> None:
+        """One of the first plain rounds behind a guess took so many plain rounds longer than one in a row."""
+        self._restarting += longer
+        if last:
+            self._restart += _SMOOTHING * (min(max(self._restarting, 0.0), _MOST_RESTART) - self._restart)
+            self._restarting = 0.0
 
     def observe(self, tokens: int, round_ms: float, *, plain: bool, lanes: int = 1) -> None:
         """A round emitted so many tokens in all lanes. plain: nobody guessed anything, and it took what that usually
@@ -177,6 +193,8 @@ class Scheduled:
         self._asked: list[_Asked] = []
         self._greedy = True
         self._begins_early = False
+        self._in_a_row = False  # the next pass of plain decoding has begun
+        self._since_guess = 0  # rounds, where passes begin early
         self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
         self._opinions: Opinions | None = None  # where several guessed
         self._load: Load | None = None
@@ -195,6 +213,7 @@ class Scheduled:
         self._context = context
         self._asked = []
         self._read = {}
+        self._in_a_row, self._since_guess = False, _RESTART
         self._load = self.experience.lately
         for part in self.parts:
             if part in self._free or (self._lanes == 1 and not self._record(part.name).guard.parked):
@@ -227,7 +246,8 @@ class Scheduled:
         experience = self.experience
         context = len(request.context)
         rate = experience.rate(context, self._lanes)
-        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, self._drafting)
+        restart_ms = experience.restart_ms(context) if self._in_a_row and request.begins_early else 0.0
+        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, self._drafting, restart_ms)
         self._begins_early = request.begins_early
         if self._load is not None and self._load.plain:
             return Proposal(self.name, because=self._load.because)
@@ -286,6 +306,9 @@ class Scheduled:
         verify_ms = outcome.verify_ms
         plain = not len(outcome.tree)
         usual = outcome.begun_early or not (plain and self._begins_early)  # plain decoding is quicker in a row
+        self._in_a_row = outcome.begun_early and plain
+        if self._begins_early:
+            self._see_restart(plain, verify_ms - plain_ms, plain_ms)
         if lanes > 1:
             width = outcome.width // lanes
         if not experience.by_clock or self._load is not None:
@@ -323,6 +346,14 @@ class Scheduled:
         for part in self.parts:
             if part.name not in names:
                 self._record(part.name).guard.idle(round_ms, plain_ms, lanes * self._entry_ms(part) / plain_ms)
+
+    def _see_restart(self, plain: bool, longer_ms: float, plain_ms: float) -> None:
+        """Behind a guess it takes plain decoding some rounds until its passes begin early again; what that costs."""
+        if not plain:
+            self._since_guess = 0
+        elif self._since_guess < _RESTART:
+            self._since_guess += 1
+            self.experience.observe_restart(longer_ms / plain_ms, self._since_guess == _RESTART)
 
     def _see_what_was_kept(self, outcome: Outcome) -> None:
         """Of what was left open: what others chose, whose it was, and what was expected of it."""
@@ -465,7 +496,8 @@ class Scheduled:
         if chosen.tree is None:  # still on the device, and no longer than pays
             chosen.used = True
             self._expected = sum(chosen.reach)
-            return replace(chosen.proposal, counts=counts)
+            width = min(prices.width(chosen.proposal.num_nodes), request.max_nodes + 1)
+            return replace(chosen.proposal, counts=counts, width=max(width, chosen.proposal.width))
         return self._cut(chosen.tree, chosen.reach, [chosen] * len(chosen.tree), prices, request, counts)
 
     def _merged(
