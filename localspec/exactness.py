@@ -98,6 +98,11 @@ class Exactness:
         return cls(Mode.GUARDED, WidthClass(1, None, bound.evidence, measured=False), bound)
 
     @classmethod
+    def one_token(cls, reason: str) -> Exactness:
+        """Passes of one token each, which need no promise; and why."""
+        return cls(Mode.CLASS, WidthClass(1, 1, reason, plain_only=True))
+
+    @classmethod
     def off(cls) -> Exactness:
         """Passes of any width, and nothing promised."""
         return cls(Mode.OFF, WidthClass(1, None, "given up for speed", measured=False))

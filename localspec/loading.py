@@ -59,6 +59,7 @@ from localspec.protocols import Backend, Drafter, DraftHead, LanguageModel, Load
 from localspec.schedule.cost import Costs
 from localspec.schedule.heads import pays_to_wait
 from localspec.schedule.scheduled import Experience, Scheduled
+from localspec.schedule.score import loss_by_guarding
 from localspec.schedule.store import class_for, knows_bound, load_or_measure, load_or_measure_bound, options_for
 from localspec.verify import make_acceptance
 
@@ -297,14 +298,18 @@ class Pair:
         widths = exactness.widths
         place = (widths.min_width, widths.max_width)
         if place not in self._experiences:
-            costs = load_or_measure(self.target, self.draft, overhead=round_overhead, heads=self.heads)
-            self._experiences[place] = Experience(costs, replace(self.target.capabilities, width_class=widths))
+            self._experiences[place] = Experience(self.costs, replace(self.target.capabilities, width_class=widths))
         return self._experiences[place]
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What passes cost on this machine; looked up, or measured in short, which needs a free sequence."""
+        return load_or_measure(self.target, self.draft, overhead=round_overhead, heads=self.heads)
 
     def exactness(self, exact: str = AUTO_EXACT, *, acceptance: str = "walk") -> Exactness:
         """What a session promises, and the widths it may use (`localspec.exactness`). exact: "class" stays in the
         width class, "guarded" re-checks close choices, "off" promises nothing; "auto" is the class where a measured one
-        holds more than one width, else guarded.
+        holds more than one width, else guarded where that is expected to pay, else passes of one token.
 
         The bound of guarded decoding is looked up or measured, which needs a free sequence and a few seconds once.
         Where measuring is switched off and under a rule that cannot be guarded, "auto" is the class that the
@@ -315,6 +320,8 @@ class Pair:
         rule = make_acceptance(acceptance)
         if exact == AUTO_EXACT:
             guarded = wants_guarding(self.target) and not rule.needs_law and knows_bound(self.target)
+            if guarded and (loss := loss_by_guarding(self.costs, self.target.capabilities, self.bound)):
+                return Exactness.one_token(loss)
             exact = (Mode.GUARDED if guarded else Mode.CLASS).value
         mode = Mode(exact)
         if mode is Mode.CLASS:

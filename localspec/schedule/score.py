@@ -6,12 +6,13 @@ acceptance decides otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from localspec.protocols import Capabilities
+from localspec.exactness import Bound
+from localspec.protocols import Capabilities, WidthClass
 from localspec.schedule.cost import Costs, Curve
 from localspec.tree.grow import shape
 from localspec.tree.mask import is_chain
@@ -67,6 +68,23 @@ def best(costs: Costs, known: Capabilities, *, context: int = 256) -> Best:
             if 1e3 * form.expected / ms > found.tokens_per_second:
                 found = Best(1e3 * form.expected / ms, plain, size, form.depth, form.is_tree, form.expected)
     return found
+
+
+def loss_by_guarding(costs: Costs, known: Capabilities, bound: Bound, *, context: int = 256) -> str:
+    """Why guarded decoding would be slower than plain decoding at width 1; empty if it is not expected to be.
+
+    A re-check is a pass over a block at most, and as many choices need one as in the target's own text.
+    """
+    free = best(costs, replace(known, width_class=WidthClass()), context=context)
+    recheck_ms = costs.target.at(bound.block, context) + costs.overhead_ms
+    guarded = 1.0 / (1.0 / free.tokens_per_second + bound.share_close * recheck_ms * 1e-3)
+    if guarded >= free.plain_tokens_per_second:
+        return ""
+    return (
+        f"rows change with the width here, {bound.share_close:.0%} of choices would be re-checked, and so guesses are "
+        f"expected to give {guarded:.0f} tokens/s against {free.plain_tokens_per_second:.0f} without. `localspec tune` "
+        "looks for widths that give equal rows; --exact guarded speculates all the same, --exact off without a promise"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,18 +17,21 @@ from localspec.engine.recheck import Recheck
 from localspec.engine.round import Lane, Room, RoundResult, run_round
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UnsupportedModelError
-from localspec.exactness import Bound, Exactness
+from localspec.exactness import Bound, Exactness, Mode
 from localspec.loading import Pair
 from localspec.protocols import Drafter, HostTokens, Outcome, Rewind, Scores, Step, WidthClass, chain_parents
 from localspec.sampling import HostScores, Sampler, SamplingParams, Tolerance
 from localspec.schedule import bound as measuring
 from localspec.schedule import store
+from localspec.schedule.cost import Costs, Curve
 from localspec.terminal import summary
 from localspec.testing.reference import ReferenceModel
 from localspec.verify import Walk, make_acceptance
 
 VOCABULARY = 60
 SHARPNESS = 4.0
+CHEAP = Costs(Curve((1, 64), (0,), ((10.0, 10.0),)))
+"""Of passes: whatever is re-checked, guesses pay."""
 PROMPTS = [[(7 * number + 3 * place) % 50 + 1 for place in range(6)] for number in range(5)]
 SETTINGS = {
     "greedy": SamplingParams(),
@@ -250,7 +253,7 @@ def measuring_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_keeps_the_promise_with_the_class_where_there_is_one(bound: Bound) -> None:
     def mode(target: ReferenceModel, exact: str = "auto", acceptance: str = "walk") -> str:
         with Pair(target, None) as pair:
-            pair.bound = bound
+            pair.bound, pair.costs = bound, CHEAP
             return pair.exactness(exact, acceptance=acceptance).mode.value
 
     assert mode(ReferenceModel(width_class=WidthClass(2))) == "class"
@@ -264,6 +267,27 @@ def test_auto_keeps_the_promise_with_the_class_where_there_is_one(bound: Bound) 
     assert mode(stuck) == "class"
     with pytest.raises(UnknownNameError, match="exactness"):
         mode(Rounding(), "sometimes")
+
+
+@pytest.mark.usefixtures("measuring_is_allowed")
+def test_auto_decodes_plainly_where_guarding_would_be_slower(bound: Bound) -> None:
+    """It is the same for plain decoding and under any drafter, so texts stay equal; and the answer says why."""
+    often = replace(bound, share_close=0.5)
+    dear = Costs(Curve((1, 64), (0,), ((10.0, 20.0),)))
+    texts = []
+    for drafter in ("ngram:min=1", "nothing"):
+        target = Rounding()
+        with Pair(target, None) as pair:
+            pair.bound, pair.costs = often, dear
+            with pair.session(drafter) as session:
+                result = session.generate(PROMPTS[0], SamplingParams(max_tokens=20, ignore_eos=True))
+            assert set(target.widths[1:]) == {1} and result.exact == "class"
+            assert "50% of choices would be re-checked" in str(result.plain_because)
+            assert pair.exactness("guarded").mode is Mode.GUARDED
+            texts.append(result.tokens)
+            pair.bound = replace(bound, share_close=0.01)
+            assert pair.exactness().mode is Mode.GUARDED
+    assert texts[0] == texts[1]
 
 
 def test_where_nothing_may_be_measured_auto_says_that_its_class_was_not(tmp_path: Path) -> None:
@@ -280,7 +304,7 @@ def test_where_nothing_may_be_measured_auto_says_that_its_class_was_not(tmp_path
 def test_sessions_of_a_pair_pass_it_on(bound: Bound) -> None:
     target = Rounding()
     with Pair(target, None) as pair:
-        pair.bound = bound
+        pair.bound, pair.costs = bound, CHEAP
         with pair.session("ngram:min=1") as session:
             assert session.generate(PROMPTS[0], SamplingParams(max_tokens=8)).exact == "guarded"
         target.widths.clear()
