@@ -36,7 +36,7 @@ from localspec.commands.tune import tune
 
 if TYPE_CHECKING:
     from localspec.engine.answer import Generation
-    from localspec.loading import Pair
+    from localspec.pair import Pair
 
 
 _REMEMBER = "LOCALSPEC_REMEMBER"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from localspec.engine.chat import Chat
     from localspec.engine.session import Session, Stream
     from localspec.errors import LocalspecError
-    from localspec.loading import Pair, open_pair
+    from localspec.loading import open_pair
+    from localspec.pair import Pair
     from localspec.protocols import LoadSettings
     from localspec.sampling import SamplingParams
 
@@ -47,7 +48,7 @@ _HOMES = {
     "Grammar": "constraint",
     "LoadSettings": "protocols",
     "LocalspecError": "errors",
-    "Pair": "loading",
+    "Pair": "pair",
     "Piece": "engine.answer",
     "SamplingParams": "sampling",
     "Session": "engine.session",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
     from localspec.doctor import Report
-    from localspec.loading import Pair
+    from localspec.pair import Pair
     from localspec.protocols import HeadInfo, ModelInfo
     from localspec.trace.file import TraceWriter
 

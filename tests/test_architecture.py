@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"memory", "compatibility", "constraint", "exactness", "history"}),
     frozenset({"verify", "drafters", "schedule"}),
     frozenset({"engine", "copies"}),
+    frozenset({"pair"}),
     frozenset({"loading"}),
     frozenset({"server", "bench", "audit", "tune", "hub", "doctor", "terminal", "commands", "highlight", "trace"}),
 )

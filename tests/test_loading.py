@@ -20,6 +20,7 @@ from localspec.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from localspec.pair import Pair
 from localspec.preparation import MemoryPlanner, Quantizer
 from localspec.protocols import BackendReport, LanguageModel, LoadSettings
 from localspec.schedule.scheduled import Scheduled
@@ -147,12 +148,12 @@ def test_a_broken_backend_of_somebody_else_is_named_and_does_not_stop_ours(
 
 
 def test_a_draft_model_of_another_tokenizer_becomes_the_wrapper_and_the_pair_says_why() -> None:
-    pair = loading.Pair(ReferenceModel(257), ReferenceModel(100))
+    pair = Pair(ReferenceModel(257), ReferenceModel(100))
     with pair.session("draft_model:num=2") as session:
         assert session.drafter.name == "cross_tokenizer"
     [note] = pair.notes
     assert "token 99" in note and "cross_tokenizer" in note
-    same = loading.Pair(ReferenceModel(257), ReferenceModel(257))
+    same = Pair(ReferenceModel(257), ReferenceModel(257))
     with same.session("draft_model:num=2") as session:
         assert session.drafter.name == "draft_model"
     assert not same.notes
@@ -175,7 +176,7 @@ def test_a_wrong_rule_leaves_no_sequence_open() -> None:
     draft = ReferenceModel(257)
     for _ in range(3):
         with pytest.raises(UnknownNameError):
-            loading.Pair(ReferenceModel(257), draft).session(acceptance="wlak")
+            Pair(ReferenceModel(257), draft).session(acceptance="wlak")
     assert draft.num_open == 0
 
 

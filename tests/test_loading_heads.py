@@ -10,6 +10,7 @@ from localspec import loading
 from localspec.drafters import Combined, DrafterSpec, HeadDrafter, make_drafter
 from localspec.errors import HeadFileError, UnknownNameError, UsageError
 from localspec.formats import summary
+from localspec.pair import Pair
 from localspec.preparation import MemoryPlanner, Quantizer
 from localspec.protocols import BackendReport, DraftHead, LanguageModel, LoadSettings, Tokenizer
 from localspec.sampling import SamplingParams
@@ -87,7 +88,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def opened(folder: Path, draft: str | None = None, *heads: str) -> loading.Pair:
+def opened(folder: Path, draft: str | None = None, *heads: str) -> Pair:
     return loading.open_pair(
         str(folder / "target.gguf"),
         None if draft is None else str(folder / f"{draft}.gguf"),

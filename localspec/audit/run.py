@@ -11,7 +11,7 @@ from localspec.bench.equality import Report, compare
 from localspec.drafters import DraftModel
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import Mode
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 from localspec.verify import make_acceptance
 

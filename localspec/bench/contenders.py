@@ -14,7 +14,7 @@ from localspec.drafters import Nothing
 from localspec.engine.session import Session
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import Mode
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.peers import Peer, PeerRequest
 from localspec.sampling import SamplingParams
 

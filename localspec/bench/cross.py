@@ -14,7 +14,7 @@ from localspec.bench.prompts import Prompt
 from localspec.drafters import CrossTokenizer, make_drafter
 from localspec.engine.session import Session
 from localspec.errors import UsageError
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import Drafter, LanguageModel
 from localspec.sampling import SamplingParams
 from localspec.types import TokenIds

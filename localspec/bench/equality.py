@@ -15,7 +15,7 @@ from localspec.drafters import Nothing
 from localspec.engine.answer import Generation
 from localspec.errors import SettingError
 from localspec.exactness import AUTO as AUTO_EXACT
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 
 

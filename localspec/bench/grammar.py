@@ -15,7 +15,7 @@ from localspec.engine.answer import Generation
 from localspec.engine.prefix import encode_prompt
 from localspec.engine.template import render
 from localspec.errors import BackendMissingError
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import Tokenizer
 from localspec.sampling import SamplingParams
 from localspec.types import TokenIds

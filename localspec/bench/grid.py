@@ -6,7 +6,7 @@ told the workload.
 
 from __future__ import annotations
 
-from localspec.loading import Pair
+from localspec.pair import Pair
 
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 12)
 TREES = (4, 8, 16, 32)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from localspec.bench.prompts import Prompt
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 from localspec.server.batch import Batch, BatchSettings, Request
 from localspec.server.speculation import OFF, Speculation

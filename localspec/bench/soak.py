@@ -20,7 +20,7 @@ import numpy as np
 from localspec.engine.answer import Generation
 from localspec.errors import BackendError
 from localspec.exactness import Mode
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 from localspec.server.batch import Batch, BatchSettings, Request
 from localspec.server.speculation import Speculation

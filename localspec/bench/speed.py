@@ -16,7 +16,7 @@ from localspec.bench.runs import Run, RunLog
 from localspec.bench.workloads import Workload
 from localspec.errors import PromptError
 from localspec.exactness import AUTO as AUTO_EXACT
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import LanguageModel
 from localspec.sampling import SamplingParams
 from localspec.schedule.machine import processor

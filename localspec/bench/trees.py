@@ -12,7 +12,7 @@ from localspec.bench.prompts import Prompt
 from localspec.drafters import DraftModel, HeadDrafter, find_head
 from localspec.engine.round import RoundResult
 from localspec.errors import UsageError
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import Drafter
 from localspec.sampling import SamplingParams
 from localspec.verify import make_acceptance

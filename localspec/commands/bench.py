@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from localspec.bench.equality import Report
     from localspec.bench.grammar import Report as GrammarReport
     from localspec.bench.trees import Report as TreeReport
-    from localspec.loading import Pair
+    from localspec.pair import Pair
 
 
 def _print_workloads(ctx: click.Context, _: click.Parameter, asked: bool) -> None:

@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from localspec.drafters import DrafterSpec
     from localspec.hub.catalog import Choice, KnownPair
-    from localspec.loading import Pair
+    from localspec.pair import Pair
     from localspec.protocols import LoadSettings
 
 Find = Callable[[str, str, str], Path]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from localspec.bench.runs import RunLog
     from localspec.bench.workloads import Workload
     from localspec.drafters import DrafterSpec
-    from localspec.loading import Pair
+    from localspec.pair import Pair
     from localspec.peers import PeerLibrary, PeerMode
 
 _CONFIGS = ("auto", "draft_model", "ngram")
@@ -279,7 +279,8 @@ class _Strangers:
         """The same target with the stranger. Raises UsageError where there is no draft model to make it from."""
         from localspec.bench.stranger import write_stranger
         from localspec.errors import UsageError
-        from localspec.loading import Pair, load_model
+        from localspec.loading import load_model
+        from localspec.pair import Pair
 
         if self._made is None:
             draft, target = self._pair.draft, self._pair.target

@@ -29,7 +29,7 @@ from localspec.engine.round import Lane, Room, RoundResult, run_round
 from localspec.engine.slots import Slots
 from localspec.errors import ClosedError, LocalspecError, QueueFullError, SettingError, UnknownNameError
 from localspec.exactness import Mode
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 from localspec.schedule.scheduled import Experience
 from localspec.schedule.shared import SharedBudget

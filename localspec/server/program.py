@@ -7,7 +7,7 @@ from types import TracebackType
 
 import uvicorn
 
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.server.app import make_app
 from localspec.server.batch import Batch, BatchSettings
 from localspec.server.desk import Desk

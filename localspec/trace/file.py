@@ -16,7 +16,7 @@ from localspec.engine.round import RoundResult
 from localspec.engine.session import Session
 from localspec.engine.stats import Stats
 from localspec.errors import SettingError, TraceFileError
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import Tokenizer
 from localspec.sampling import SamplingParams
 from localspec.trace.record import FORMAT, VERSION, Answer, Header, Round

@@ -14,7 +14,8 @@ from typing import Any
 from localspec.engine.overhead import round_overhead
 from localspec.errors import BackendError, SettingError
 from localspec.exactness import Exactness
-from localspec.loading import Pair, get_backend, open_pair
+from localspec.loading import get_backend, open_pair
+from localspec.pair import Pair
 from localspec.protocols import Capabilities, LanguageModel, LoadSettings, Rewind, WidthClass
 from localspec.schedule import bound, classes, measure, store
 from localspec.schedule.classes import Classes

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,28 +14,17 @@ from localspec.errors import (
     BackendError,
     ContextFullError,
     LocalspecError,
-    ModelFileError,
-    ModelNotFoundError,
-    OutOfMemoryError,
     SettingError,
     StaleScoresError,
-    UnsupportedModelError,
 )
-from localspec.loading import get_backend
-from localspec.protocols import HostTokens, LanguageModel, LoadSettings, SequenceState, Step, chain_parents
+from localspec.protocols import HostTokens, LanguageModel, LoadSettings, SequenceState, Step
 from localspec.testing.conformance import BackendConformance
 from localspec.testing.files import write_gguf
 from localspec.types import Logits
+from tests.backends.llamacpp_backend import BACKEND, SMALL, step
 
-BACKEND = get_backend("llamacpp")
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = LoadSettings(context=256, num_sequences=2)
 pytestmark = pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.cpp: pip install llama-cpp-python")
-
-
-def module(name: str) -> Any:
-    """A module of the backend, which is loaded under a name of the core's choosing."""
-    return import_module(f"{type(BACKEND).__module__}.{name}")
 
 
 @cache
@@ -57,11 +40,6 @@ def opened(
         num_sequences=6 if batch else 4,
     )
     return BACKEND.load(path, settings)
-
-
-def step(state: SequenceState, ids: list[int], rows: tuple[int, ...] | None = None) -> Step:
-    """A chain below what is pending."""
-    return Step(state, (HostTokens(np.array(ids, np.int32)),), chain_parents(state, len(ids)), rows)
 
 
 def rows_after(model: LanguageModel, prefix: list[int], ids: list[int], width: int) -> Logits:
@@ -307,242 +285,3 @@ def test_every_token_has_bytes_and_text_comes_back() -> None:
     assert tokenizer.token_bytes(8192) == b""
     with pytest.raises(LocalspecError, match="Unicode"):
         tokenizer.encode("\ud800", special=False)
-
-
-# ---------------------------------------------------------------- files and settings
-
-
-def test_missing_and_foreign_files_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError):
-        BACKEND.load(tmp_path / "none.gguf", SMALL)
-    with pytest.raises(ModelFileError, match="folder"):
-        BACKEND.load(tmp_path, SMALL)
-    text = tmp_path / "text.gguf"
-    text.write_text("hello")
-    with pytest.raises(ModelFileError, match="not a GGUF file"):
-        BACKEND.load(text, SMALL)
-    assert not BACKEND.accepts(tmp_path) and not BACKEND.accepts(tmp_path / "none.gguf")
-    unnamed = write_gguf(tmp_path / "model.gguf").rename(tmp_path / "blob")
-    assert BACKEND.accepts(unnamed)
-
-
-@pytest.mark.parametrize("kept", [4, 10, 24, 100, 3000, 60_000, -1])
-def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
-    """Header, metadata and tensor data."""
-    path = write_gguf(tmp_path / "m.gguf")
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ModelFileError, match=r"failed to read|not within the file bounds|truncated"):
-        BACKEND.load(path, SMALL)
-
-
-def test_an_unknown_architecture_is_unsupported(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", architecture="qwen3")
-    path.write_bytes(path.read_bytes().replace(b"qwen3", b"qwenX"))
-    with pytest.raises(UnsupportedModelError, match="qwenX"):
-        BACKEND.load(path, SMALL)
-
-
-@pytest.mark.parametrize("name", ["dflash", "eagle3", "dspark", "medusa"])
-def test_draft_heads_are_refused_by_name_before_llama_cpp_sees_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
-) -> None:
-    path = write_gguf(tmp_path / "m.gguf")
-    old, new = (len(text).to_bytes(8, "little") + text.encode() for text in ("qwen3", name))
-    path.write_bytes(path.read_bytes().replace(old, new, 1))
-    monkeypatch.setattr(module("loading"), "Weights", lambda *_, **__: pytest.fail("llama.cpp was asked"))
-    with pytest.raises(UnsupportedModelError, match=f"draft head.*{name}"):
-        BACKEND.load(path, SMALL)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
-def test_a_path_may_be_any_bytes(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf").rename(tmp_path / os.fsdecode(b"m\xff.gguf"))
-    BACKEND.load(path, SMALL).close()
-
-
-@pytest.mark.parametrize("fact", ["has_encoder", "is_diffusion"])
-def test_models_that_do_not_write_from_left_to_right_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fact: str
-) -> None:
-    weights = module("weights").Weights
-    number = weights.number
-    monkeypatch.setattr(weights, "number", lambda self, name: 1 if name == fact else number(self, name))
-    with pytest.raises(UnsupportedModelError, match="cannot be used yet"):
-        BACKEND.load(write_gguf(tmp_path / "m.gguf"), SMALL)
-
-
-def test_a_cache_that_does_not_fit_is_out_of_memory() -> None:
-    """16 million tokens of the draft model would take 34 GB; twice as many sequences are not allocated."""
-    model = module("loading").context_error(Path("m.gguf"), ("failed to allocate buffer",), BackendError("no context"))
-    assert isinstance(model, OutOfMemoryError)
-    lines = ("f: error loading model: unable to allocate CUDA0 buffer", "g: failed to load model")
-    error = module("weights").load_error(Path("m"), lines)
-    assert isinstance(error, OutOfMemoryError)
-    assert "unable to allocate CUDA0 buffer" in str(error) and "failed to load" not in str(error)
-
-
-@pytest.mark.slow
-def test_a_real_shortage_is_told_in_one_line(tmp_path: Path) -> None:
-    """Old bug: four lines of llama.cpp's log were quoted, which said the same thing."""
-    path = write_gguf(tmp_path / "m.gguf")
-    settings = LoadSettings(context=1 << 24, num_sequences=1, extra_buffers=False, threads=1)
-    with pytest.raises(OutOfMemoryError) as caught:
-        BACKEND.load(path, settings)
-    assert len(str(caught.value)) < 200 and "/" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        LoadSettings(dtype="float16"),
-        LoadSettings(threads=0),
-        LoadSettings(context=1),
-        LoadSettings(num_sequences=0),
-        LoadSettings(gpu_layers=-1),
-    ],
-)
-def test_settings_out_of_range_or_foreign_are_refused(tmp_path: Path, settings: LoadSettings) -> None:
-    with pytest.raises(SettingError):
-        BACKEND.load(write_gguf(tmp_path / "m.gguf"), settings)
-
-
-# ---------------------------------------------------------------- the log
-
-
-def test_the_log_callback_survives_and_goes_to_logging(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Old bug of such bindings: a collected callback crashes the process."""
-    gc.collect()
-    with caplog.at_level(logging.DEBUG, "localspec.llamacpp"):
-        BACKEND.load(write_gguf(tmp_path / "m.gguf"), SMALL).close()
-    assert any("kv" in record.message for record in caplog.records)
-    assert all(record.levelno <= logging.INFO for record in caplog.records)
-
-
-def test_importing_the_backend_imports_no_runtime_and_exit_is_quiet(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf")
-    code = (
-        "import sys; from pathlib import Path; from localspec.loading import get_backend;"
-        "from localspec.protocols import LoadSettings; b = get_backend('llamacpp');"
-        f"assert 'llama_cpp' not in sys.modules; m = b.load(Path({str(path)!r}), LoadSettings(context=64));"
-        "s = m.open()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-# ---------------------------------------------------------------- extra buffers
-
-
-def test_the_verdict_is_asked_once_and_asked_again_when_unreadable(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Kept per machine and build; a corrupt file or another build asks again."""
-    probe = module("probe")
-    asked: list[int] = []
-    finding = probe.Finding(probe.Verdict.CRASH, "SIGILL")
-
-    def ask() -> Any:
-        asked.append(1)
-        return finding
-
-    monkeypatch.setattr(probe, "_ask", ask)
-    assert probe.find(tmp_path) == finding == probe.find(tmp_path)
-    assert len(asked) == 1
-    [file] = tmp_path.iterdir()
-    for broken in ("", "{", "[]", '{"verdict": "maybe", "detail": ""}'):
-        file.write_text(broken)
-        assert probe.find(tmp_path) == finding
-    assert len(asked) == 5
-    monkeypatch.setattr(probe, "identity", lambda: "f" * 64)
-    probe.find(tmp_path)
-    assert len(asked) == 6
-    finding = probe.Finding(probe.Verdict.UNKNOWN, "timeout")
-    file.unlink()
-    monkeypatch.setattr(probe, "identity", lambda: "e" * 64)
-    assert probe.find(tmp_path) == finding == probe.find(tmp_path)
-    assert len(asked) == 8  # what could not be found out is not remembered
-
-
-def test_the_real_probe_answers_here(tmp_path: Path) -> None:
-    """Whatever the machine, the question is answered and this process survives it."""
-    probe = module("probe")
-    found = probe.find(tmp_path)
-    assert found.verdict in (probe.Verdict.WORK, probe.Verdict.CRASH)
-    assert bool(found.note) == (found.verdict is probe.Verdict.CRASH)
-
-
-def test_a_crashing_build_runs_without_extra_buffers_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    probe = module("probe")
-    monkeypatch.setattr(probe, "examine", lambda: probe.Finding(probe.Verdict.CRASH, "SIGSEGV"))
-    path = write_gguf(tmp_path / "m.gguf", quantization="Q4_0")
-    model = BACKEND.load(path, SMALL)
-    model.forward([step(model.open(), list(range(32)))])
-    assert any("SIGSEGV" in note and "clang" in note for note in model.info.notes)
-    assert any("SIGSEGV" in note for note in BACKEND.report().notes)
-    model.close()
-    with pytest.raises(SettingError, match="extra_buffers"):
-        BACKEND.load(path, replace(SMALL, extra_buffers=True))
-    off = BACKEND.load(path, replace(SMALL, extra_buffers=False))
-    assert not any("extra" in note for note in off.info.notes)
-    off.close()
-
-
-@pytest.mark.parametrize("words", ["SIGSEGV", "the probe's model does not load"])
-def test_a_self_test_that_fails_keeps_no_model_from_loading(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str
-) -> None:
-    """Old bug: on a CUDA build the generated model crashed where real ones ran, and all were refused."""
-    probe = module("probe")
-    monkeypatch.setattr(probe, "_child", lambda *_, **__: (None, words))
-    finding = probe.find(tmp_path / "cache")
-    assert finding.verdict is probe.Verdict.UNKNOWN
-    monkeypatch.setattr(probe, "examine", lambda: finding)
-    model = BACKEND.load(write_gguf(tmp_path / "m.gguf", quantization="Q4_0"), SMALL)
-    model.forward([step(model.open(), list(range(32)))])
-    [note] = [note for note in model.info.notes if "self-test itself failed" in note]
-    assert words in note and "GCC" not in note
-    model.close()
-
-
-def test_the_verdict_is_asked_for_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = module("probe")
-    folders: list[Path] = []
-
-    def find(folder: Path) -> Any:
-        folders.append(folder)
-        return probe.Finding(probe.Verdict.UNKNOWN, "x")
-
-    monkeypatch.setattr(probe, "find", find)
-    probe.examine.cache_clear()
-    assert probe.examine() is probe.examine() and len(folders) == 1
-    probe.examine.cache_clear()
-
-
-def test_the_self_tests_model_is_an_ordinary_file(tmp_path: Path) -> None:
-    """Read back by the gguf package: every tensor whole, aligned and inside the file, every key there."""
-    from gguf import GGUFReader
-
-    path = tmp_path / "probe.gguf"
-    path.write_bytes(import_module(f"{type(BACKEND).__module__}.probe_child").model_bytes())
-    reader, twin = GGUFReader(path), GGUFReader(write_gguf(tmp_path / "twin.gguf"))
-    last = max(reader.tensors, key=lambda tensor: tensor.data_offset)
-    end = int(last.data_offset + last.n_bytes)
-    assert path.stat().st_size == end + -end % 32
-    assert all(tensor.data_offset % 32 == 0 for tensor in reader.tensors)
-    assert {tensor.name for tensor in reader.tensors} == {tensor.name for tensor in twin.tensors} | {"output.weight"}
-    unneeded = {"general.description", "general.license", "tokenizer.chat_template"}
-    assert twin.fields.keys() - unneeded <= reader.fields.keys()
-    for key in twin.fields.keys() - unneeded:
-        assert reader.fields[key].types == twin.fields[key].types, key
-    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
-    assert len(tokens) == len(set(tokens)) == 288
-
-
-def test_wrong_numbers_are_as_bad_as_a_crash() -> None:
-    probe = module("probe")
-    plain = np.random.default_rng(0).normal(size=256)
-    assert probe.judge(plain.tolist(), (plain * 1.001).tolist()).verdict is probe.Verdict.WORK
-    for wrong in (plain[::-1], plain * np.nan, plain[:5]):
-        assert probe.judge(plain.tolist(), wrong.tolist()).verdict is probe.Verdict.WRONG

@@ -8,14 +8,12 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from localspec.errors import BackendError
-from localspec.loading import get_backend
+from tests.backends.llamacpp_backend import BACKEND, module
 
-BACKEND = get_backend("llamacpp")
 _SOURCE = """
 #include <locale>
 #include <sstream>
@@ -27,10 +25,6 @@ extern "C" int length(long number) {
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only there do libraries share symbols so")
-
-
-def module(name: str) -> Any:
-    return import_module(f"{type(BACKEND).__module__}.{name}")
 
 
 def built(folder: Path, *flags: str) -> ctypes.CDLL:

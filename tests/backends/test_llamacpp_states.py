@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ import pytest
 from localspec.drafters import DraftModel, Ngram, Nothing
 from localspec.engine.session import Session
 from localspec.errors import BackendError, ModelFileError, SettingError, UnsupportedModelError
-from localspec.loading import get_backend
 from localspec.protocols import (
     Drafter,
     HostTokens,
@@ -35,17 +32,12 @@ from localspec.testing.gguf_architectures import ARCHITECTURES, write_architectu
 from localspec.testing.reference import random_tree
 from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits, NodeIndices
+from tests.backends.llamacpp_backend import BACKEND, module
 
-BACKEND = get_backend("llamacpp")
 PLAIN = LoadSettings(context=448, num_sequences=3, threads=1)
 TREES = replace(PLAIN, trees=True)
 RECURRENT = [name for name, found in ARCHITECTURES.items() if "recurrent" in found.kind or "hybrid" in found.kind]
 pytestmark = pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.cpp: pip install llama-cpp-python")
-
-
-def module(name: str) -> Any:
-    """A module of the backend, which is loaded under a name of the core's choosing."""
-    return import_module(f"{type(BACKEND).__module__}.{name}")
 
 
 @pytest.fixture(scope="module", autouse=True)

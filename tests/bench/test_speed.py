@@ -20,7 +20,8 @@ from localspec.bench.summary import Summary, summarize
 from localspec.bench.workloads import Workload
 from localspec.errors import PromptError
 from localspec.exactness import Bound
-from localspec.loading import Pair, open_pair
+from localspec.loading import open_pair
+from localspec.pair import Pair
 from localspec.protocols import LoadSettings, WidthClass
 from localspec.sampling import SamplingParams, Tolerance
 from localspec.testing.reference import ReferenceModel

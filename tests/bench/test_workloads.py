@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from localspec.bench.stranger import shuffle, write_stranger
 from localspec.bench.workloads import WORKLOADS, listing, load_workloads
 from localspec.errors import ModelFileError, PromptError, UnknownNameError
-from localspec.loading import Pair, choose_backend, load_model, open_pair
+from localspec.loading import choose_backend, load_model, open_pair
+from localspec.pair import Pair
 from localspec.protocols import LoadSettings
 from localspec.sampling import SamplingParams
 from localspec.testing.files import write_safetensors

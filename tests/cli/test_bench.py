@@ -14,7 +14,7 @@ from cli import main
 from localspec.bench import core_time, equality
 from localspec.bench.prompts import load_prompts
 from localspec.errors import PromptError, SettingError
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import WidthClass
 from localspec.testing.reference import ReferenceModel
 

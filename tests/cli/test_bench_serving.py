@@ -12,7 +12,8 @@ from cli import main
 from localspec.bench import serving, soak
 from localspec.drafters import DrafterSpec
 from localspec.engine.session import Session
-from localspec.loading import Pair, get_backend
+from localspec.loading import get_backend
+from localspec.pair import Pair
 from localspec.protocols import Drafter
 from localspec.testing.reference import ReferenceModel
 from tests.conftest import brief_prompts

@@ -25,7 +25,7 @@ from localspec.engine.answer import TARGET, Generation, Piece
 from localspec.engine.session import Stream
 from localspec.errors import PromptError
 from localspec.highlight import Highlight
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import BackendReport
 from localspec.testing.reference import ReferenceModel
 

@@ -20,7 +20,7 @@ import localspec.loading
 from localspec.engine.answer import TARGET, Piece
 from localspec.engine.stats import Stats
 from localspec.highlight import Highlight
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.testing.reference import ReferenceModel
 from localspec.trace.file import read_trace
 

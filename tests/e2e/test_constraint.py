@@ -10,7 +10,8 @@ import pytest
 from localspec.bench.grammar import is_valid, measure
 from localspec.constraint import Grammar
 from localspec.engine.answer import Generation
-from localspec.loading import Pair, get_backend, open_pair
+from localspec.loading import get_backend, open_pair
+from localspec.pair import Pair
 from localspec.protocols import LoadSettings
 from localspec.sampling import SamplingParams
 

@@ -14,7 +14,8 @@ import pytest
 from localspec.bench.equality import compare
 from localspec.bench.prompts import load_prompts
 from localspec.engine.chat import Chat
-from localspec.loading import Pair, bundled_path, get_backend, open_pair
+from localspec.loading import bundled_path, get_backend, open_pair
+from localspec.pair import Pair
 from localspec.protocols import LoadSettings
 from localspec.sampling import SamplingParams
 from localspec.schedule import store

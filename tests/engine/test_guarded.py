@@ -18,7 +18,7 @@ from localspec.engine.round import Lane, Room, RoundResult, run_round
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UnsupportedModelError
 from localspec.exactness import Bound, Exactness, Mode
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import Drafter, HostTokens, Outcome, Rewind, Scores, Step, WidthClass, chain_parents
 from localspec.sampling import HostScores, Sampler, SamplingParams, Tolerance
 from localspec.schedule import bound as measuring

@@ -10,7 +10,8 @@ import openai
 import pytest
 from hypothesis import settings
 
-from localspec.loading import Pair, open_pair
+from localspec.loading import open_pair
+from localspec.pair import Pair
 from localspec.protocols import LoadSettings
 from localspec.server.batch import BatchSettings
 from localspec.server.settings import ServerSettings

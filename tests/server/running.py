@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import httpx2
 
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.server.batch import BatchSettings
 from localspec.server.listener import address_of, bind
 from localspec.server.program import Program

@@ -24,7 +24,8 @@ from localspec.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from localspec.loading import Pair, get_backend, open_pair
+from localspec.loading import get_backend, open_pair
+from localspec.pair import Pair
 from localspec.protocols import LoadSettings, Scores, Step, WidthClass
 from localspec.sampling import SamplingParams
 from localspec.server.batch import Batch, BatchSettings, Request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 from localspec.server.batch import Batch, BatchSettings, Request
 from localspec.server.speculation import Speculation

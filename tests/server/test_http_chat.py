@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from localspec.engine.template import render
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 
 pytestmark = pytest.mark.real

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 from localspec.server.batch import BatchSettings
 from localspec.server.settings import ServerSettings

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.server.batch import BatchSettings
 from localspec.server.settings import ServerSettings
 from tests.server.running import Served, serving, wait_until

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from localspec.loading import Pair, get_backend, open_pair
+from localspec.loading import get_backend, open_pair
+from localspec.pair import Pair
 from localspec.protocols import LoadSettings
 from localspec.server.batch import BatchSettings
 from localspec.server.settings import ServerSettings

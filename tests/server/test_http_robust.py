@@ -21,7 +21,7 @@ import httpx2
 import pytest
 from starlette.datastructures import Headers
 
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.server.batch import BatchSettings
 from localspec.server.guards import host_check
 from localspec.server.refusals import Refusal

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.sampling import SamplingParams
 from localspec.server.batch import BatchSettings
 from localspec.server.settings import ServerSettings

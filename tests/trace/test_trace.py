@@ -22,7 +22,7 @@ from localspec.drafters import DrafterSpec
 from localspec.engine.answer import Generation
 from localspec.engine.round import RoundResult
 from localspec.errors import SettingError, TraceFileError
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
 from localspec.sampling import SamplingParams
 from localspec.testing.reference import ReferenceModel, random_tree

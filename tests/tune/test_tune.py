@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 import localspec.tune.search as search_module
 from cli import main
 from localspec.errors import SettingError
-from localspec.loading import Pair
+from localspec.pair import Pair
 from localspec.protocols import Capabilities, LoadSettings, Rewind, WidthClass
 from localspec.sampling import HostScores
 from localspec.schedule import store

@@ -15,7 +15,8 @@ from localspec.bench.expand.files import Expansion, Progress, read_source
 from localspec.bench.prompts import Prompt
 from localspec.engine.width import pad
 from localspec.formats.conversion import write_gguf_file
-from localspec.loading import Pair, load_model
+from localspec.loading import load_model
+from localspec.pair import Pair
 from localspec.protocols import HostTokens, LanguageModel, LoadSettings, Step, chain_parents
 from localspec.sampling import SamplingParams
 from localspec.types import Logits, TokenIds
