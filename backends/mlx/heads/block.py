@@ -11,7 +11,6 @@ from typing import Self, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache
 
 from localspec.errors import HeadFileError, PairMismatchError
 from localspec.formats.block_tensors import BlockDetails
@@ -154,37 +153,33 @@ class BlockCompanion(Companion):
     def __init__(self, head: BlockHead) -> None:
         super().__init__(head, head.info.taps)
         self._backbone = head.backbone
-        self.caches = [KVCache() for _ in head.backbone.layers]
+        self.caches = head.backbone.caches()
         self.places = np.zeros(0, np.int32)  # [rows] positions of the tokens, ascending
 
     def feed(self, tokens: mx.array, features: mx.array, start: int) -> None:
         """The tokens themselves are not read."""
         for cache, rows in zip(self.caches, self._backbone.context(features, start), strict=True):
-            cache.update_and_fetch(*rows)
+            cache.append(*rows)
         self.places = np.concatenate([self.places, np.arange(start, start + features.shape[0], dtype=np.int32)])
 
     def truncate(self, length: int) -> None:
         """Rows stay where they are and are written over."""
         self.places = self.places[self.places < length]
         for cache in self.caches:
-            cache.offset = len(self.places)
+            cache.num_rows = len(self.places)
             if not length:
-                cache.keys = cache.values = None
+                cache.drop()
 
     def copy(self) -> Self:
         """Shares memory until either is written to."""
-        other = type(self)(cast("BlockHead", self.head))
-        other.places = self.places
-        for mine, theirs in zip(self.caches, other.caches, strict=True):
-            if mine.keys is not None and mine.values is not None:
-                theirs.keys, theirs.values = mx.array(mine.keys), mx.array(mine.values)
-            theirs.offset = mine.offset
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other.caches = [cache.copy() for cache in self.caches]
         return other
 
     def arrays(self) -> list[mx.array]:
         """Keys and values of all layers."""
-        cells: list[mx.array | None] = [array for cache in self.caches for array in (cache.keys, cache.values)]
-        return [array for array in cells if array is not None]
+        return [array for cache in self.caches for array in cache.arrays()]
 
 
 class BlockHeadState(MlxHeadState[BlockCompanion]):
