@@ -90,9 +90,9 @@ class TreeCache(KVCache):
         if self.keys is None or end > self.keys.shape[2]:
             self._reserve(whole_blocks(end), keys, values)
         cells: Any = self.keys
-        cells[..., start:end, :] = keys
+        cells[:, :, start:end] = keys
         cells = self.values
-        cells[..., start:end, :] = values
+        cells[:, :, start:end] = values
         self.num_rows = end
 
     def _reserve(self, num_cells: int, keys: mx.array, values: mx.array) -> None:
@@ -115,7 +115,7 @@ class TreeCache(KVCache):
         values: Any = self.values
         if num == keys.shape[2]:
             return keys, values
-        return keys[..., :num, :], values[..., :num, :]
+        return keys[:, :, :num], values[:, :, :num]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:  # noqa: N803 - as models call it
         """The mask of the N new rows."""

@@ -68,7 +68,7 @@ class BlockAttention:
         cache.num_rows = num_rows
         first, mask = sight.cells(self._window, self._causal)
         if first:
-            keys, values = keys[..., first:, :], values[..., first:, :]
+            keys, values = keys[:, :, first:], values[:, :, first:]
         attended = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._scale, mask=mask)
         return self._output(attended.transpose(0, 2, 1, 3).reshape(1, size, -1))
 
