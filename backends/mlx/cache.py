@@ -43,13 +43,17 @@ class Pass:
         self.positions = None if positions is None else mx.array(positions)
         self.rows = None if rows is None else mx.array(rows, mx.int32)
 
+    def shows_blocks(self, num_new: int) -> bool:
+        """Is attention over that many new rows given whole blocks?"""
+        return self.blocks and num_new > 1
+
     def num_shown(self, num_rows: int, num_new: int) -> int:
         """Cells that attention is given, where `num_rows` are in use."""
-        return whole_blocks(num_rows) if self.blocks and num_new > 1 else num_rows
+        return whole_blocks(num_rows) if self.shows_blocks(num_new) else num_rows
 
     def first_shown(self, first: int, num_new: int) -> int:
         """The first cell that attention is given, where those before `first` are seen by none."""
-        return first - first % _BLOCK if self.blocks and num_new > 1 else first
+        return first - first % _BLOCK if self.shows_blocks(num_new) else first
 
     def end(self) -> None:
         """Forget the pass, so that nothing of it is kept alive."""

@@ -42,4 +42,4 @@ class Sight:
         block = slots[None] <= slots[:, None] if causal else np.ones((size, size), np.bool_)
         unused = np.zeros((size, current.num_shown(num_rows + size, size) - num_rows - size), np.bool_)
         mask = np.concatenate([context[:, first:], block, unused], axis=1)
-        return first, None if mask.all() and not current.blocks else mx.array(mask)
+        return first, None if mask.all() and not current.shows_blocks(size) else mx.array(mask)
