@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from .together import JointLayout
 
 
+def whole_blocks(num_cells: int) -> int:
+    """That many cells, rounded up to whole blocks."""
+    return -(-num_cells // _BLOCK) * _BLOCK
+
+
 class Pass:
     """What the caches and the grafts of a model need to know of the forward pass in progress.
 
@@ -38,18 +43,21 @@ class Pass:
         self.positions = None if positions is None else mx.array(positions)
         self.rows = None if rows is None else mx.array(rows, mx.int32)
 
+    def shows_blocks(self, num_new: int) -> bool:
+        """Is attention over that many new rows given whole blocks?"""
+        return self.blocks and num_new > 1
+
     def num_shown(self, num_rows: int, num_new: int) -> int:
         """Cells that attention is given, where `num_rows` are in use."""
-        return whole_blocks(num_rows) if self.blocks and num_new > 1 else num_rows
+        return whole_blocks(num_rows) if self.shows_blocks(num_new) else num_rows
+
+    def first_shown(self, first: int, num_new: int) -> int:
+        """The first cell that attention is given, where those before `first` are seen by none."""
+        return first - first % _BLOCK if self.shows_blocks(num_new) else first
 
     def end(self) -> None:
         """Forget the pass, so that nothing of it is kept alive."""
         self.layout = self.positions = self.rows = self.record = self.hidden = None
-
-
-def whole_blocks(num_rows: int) -> int:
-    """Cells of the blocks that so many rows take."""
-    return -(-num_rows // _BLOCK) * _BLOCK
 
 
 class TreeCache(KVCache):
@@ -75,30 +83,43 @@ class TreeCache(KVCache):
         self.num_rows = value
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Append rows; all that attention is given. mlx-lm's own, which must not see a shifted offset."""
-        self._reserve(self.num_rows + keys.shape[2], keys, values)
-        shift, self._current.shift = self._current.shift, 0
-        try:
-            super().update_and_fetch(keys, values)
-        finally:
-            self._current.shift = shift
-        return self.keys_and_values()
+        """Append rows; all that attention is given."""
+        self.append(keys, values)
+        return self._first_cells(self._current.num_shown(self.num_rows, keys.shape[2]))
 
-    def _reserve(self, num_rows: int, keys: mx.array, values: mx.array) -> None:
-        """Room for whole blocks. mlx-lm would cut what is left of the last one off before it adds others."""
-        num_more = whole_blocks(num_rows) - (0 if self.keys is None else self.keys.shape[2])
-        if not self._current.blocks or num_more <= 0:
-            return
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Write rows behind the others. As mlx-lm's own, but for room in whole blocks: it cuts off what is left of the
+        last one before it adds others."""
+        start, end = self.num_rows, self.num_rows + keys.shape[2]
+        if self.keys is None or end > self.keys.shape[2]:
+            self._reserve(whole_blocks(end), keys, values)
+        cells: Any = self.keys
+        cells[:, :, start:end] = keys
+        cells = self.values
+        cells[:, :, start:end] = values
+        self.num_rows = end
+
+    def _reserve(self, num_cells: int, keys: mx.array, values: mx.array) -> None:
+        """Room for that many cells of rows like these."""
+        num_more = num_cells - (0 if self.keys is None else self.keys.shape[2])
         room = [mx.zeros((*new.shape[:2], num_more, new.shape[3]), new.dtype) for new in (keys, values)]
         if self.keys is not None:
             room = [mx.concatenate([old, new], axis=2) for old, new in zip(self.arrays(), room, strict=True)]
         self.keys, self.values = room
 
     def keys_and_values(self) -> Any:
-        """All rows, and the unused cells that the pass's mask leaves out; also for layers that read another layer's."""
+        """All rows, and the unused cells that the pass's mask leaves out, for layers that read another layer's."""
         layout = self._current.layout
-        num_shown = self.num_rows if layout is None else self._current.num_shown(self.num_rows, layout.num_new)
-        return tuple(cells[..., :num_shown, :] for cells in self.arrays())
+        return self._first_cells(
+            self.num_rows if layout is None else self._current.num_shown(self.num_rows, layout.num_new)
+        )
+
+    def _first_cells(self, num: int) -> Any:
+        keys: Any = self.keys
+        values: Any = self.values
+        if num == keys.shape[2]:
+            return keys, values
+        return keys[:, :, :num], values[:, :, :num]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:  # noqa: N803 - as models call it
         """The mask of the N new rows."""

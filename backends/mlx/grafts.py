@@ -30,12 +30,12 @@ class PlacedRope(nn.Module):
         """[B, H, T, D] turned; `offset` stands where the rows are a chain."""
         positions = self._current.positions
         if positions is None:
-            return self.inner(x, offset, *args, **kwargs)  # type: ignore[no-any-return]
+            return self["inner"](x, offset, *args, **kwargs)  # type: ignore[no-any-return]
         if positions.ndim == 2:
             return self._turned_together(x, positions, *args, **kwargs)
         if x.ndim != 4 or x.shape[2] != positions.shape[0]:
             raise ValueError(f"cannot place {x.shape} at {positions.shape[0]} positions")
-        turned = self.inner(x.transpose(2, 1, 0, 3), *args, offset=positions, **kwargs)
+        turned = self["inner"](x.transpose(2, 1, 0, 3), *args, offset=positions, **kwargs)
         return turned.transpose(2, 1, 0, 3)  # type: ignore[no-any-return]
 
     def _turned_together(self, x: mx.array, positions: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -44,7 +44,7 @@ class PlacedRope(nn.Module):
             raise ValueError(f"cannot place {x.shape} at {positions.shape} positions")
         num, heads, width, size = x.shape
         rows = x.transpose(0, 2, 1, 3).reshape(num * width, heads, 1, size)
-        turned = self.inner(rows, *args, offset=positions.reshape(-1), **kwargs)
+        turned = self["inner"](rows, *args, offset=positions.reshape(-1), **kwargs)
         return turned.reshape(num, width, heads, size).transpose(0, 2, 1, 3)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +65,7 @@ class PlacedTable(nn.Module):
         positions = self._current.positions
         if positions is not None:
             places = positions if positions.ndim == 2 else mx.broadcast_to(positions, places.shape)
-        return self.inner(places)  # type: ignore[no-any-return]
+        return self["inner"](places)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         """Models read settings of the table: those of the inner one."""
@@ -84,7 +84,7 @@ class Body(nn.Module):
         """[B, R, hidden]."""
         if self._current.hidden is not None:  # only the head's work on it is wanted
             return self._current.hidden
-        hidden = self.inner(*args, **kwargs)
+        hidden = self["inner"](*args, **kwargs)
         if self._current.record is not None:
             self._current.record[FINAL] = hidden
         rows = self._current.rows

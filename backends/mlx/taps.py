@@ -37,7 +37,7 @@ class Tap(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives."""
-        out = self.inner(*args, **kwargs)
+        out = self["inner"](*args, **kwargs)
         record = self._current.record
         if record is not None:
             record[self._index] = out[0] if isinstance(out, tuple) else out

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,11 +68,6 @@ SPECS = {
 }
 
 
-def module(name: str) -> Any:
-    """A module of the backend, which is loaded under a name of the core's choosing."""
-    return import_module(f"{type(BACKEND).__module__.rpartition('.')[0]}.{name}")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("block-heads")
@@ -87,6 +83,12 @@ def tiny_target(folder: Path) -> Any:
 def sized(spec: BlockSpec, target: Any) -> BlockSpec:
     """For this target's vocabulary."""
     return replace(spec, target=(64, 4, target.vocab_size))
+
+
+def ends(target: Any) -> list[NDArray[np.float32]]:
+    """Its embedding and its output matrix."""
+    model = target.network.module
+    return [np.array(part.weight) for part in (model.model.embed_tokens, model.lm_head)]
 
 
 # ---------------------------------------------------------------- against numpy
@@ -167,13 +169,19 @@ class Watched:
         return other
 
 
-@pytest.mark.parametrize("blocks", [False, True], ids=["", "whole blocks"])
+def module(name: str) -> Any:
+    """A module of the backend, which is loaded under a name of the core's choosing."""
+    return import_module(f"{type(BACKEND).__module__.rpartition('.')[0]}.{name}")
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["rows", "blocks"])
 @pytest.mark.parametrize("kind", SPECS)
 def test_rows_are_those_of_an_independent_forward_pass(
     tmp_path: Path, folder: Path, kind: str, blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over several rounds: kept branches of trees, truncation, forks and saved sequences. blocks: as on CUDA."""
-    monkeypatch.setattr(module("heads.block"), "builds_attention", lambda: blocks)
+    """Over several rounds: kept branches of trees, truncation, forks and saved sequences. blocks: as on CUDA, where
+    attention is given whole blocks of cells."""
+    monkeypatch.setattr(module("heads.backbone"), "builds_attention", lambda: blocks)
     target = tiny_target(folder)
     spec = sized(SPECS[kind], target)
     head = BACKEND.load_head(write_block_head(tmp_path, spec), target)
@@ -181,9 +189,7 @@ def test_rows_are_those_of_an_independent_forward_pass(
     name = kind.split("-")[0].replace("dflash2", "dflash")  # one drafter runs both
     assert (head.info.kind, head.info.levels, head.info.taps) == (name, levels, spec.taps)
     assert head.info.confident == bool(spec.confidence) and head.info.one_pass
-    network = target.network.module
-    ends = [np.array(part.weight) for part in (network.model.embed_tokens, network.lm_head)]
-    reference = BlockReference(spec, block_tensors(spec), *ends)
+    reference = BlockReference(spec, block_tensors(spec), *ends(target))
     state = target.open()
     one = Watched(target, reference, spec.taps, state, head.open(state))
     one.check(5, levels)
@@ -210,32 +216,42 @@ def test_rows_are_those_of_an_independent_forward_pass(
     head.close()
 
 
-def test_the_heads_attention_is_given_one_number_of_cells_throughout_a_block(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("dspark", [256, 512]),
+        ("dflash-windows", [256, 512, 256]),  # its windows lie across the border of a block, then behind it
+        ("dspark-speculators", [256, 512, 256]),
+    ],
+)
+def test_attention_is_given_few_numbers_of_cells(
+    tmp_path: Path, folder: Path, kind: str, shown: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel is built for each number."""
+    """Where a kernel is built for each; before, that was once a round. Rows are those of the numpy pass there, too."""
     import mlx.core as mx
 
-    shapes: list[tuple[int, ...]] = []
-    real = mx.fast.scaled_dot_product_attention
-
-    def watched(queries: Any, keys: Any, values: Any, *, scale: float, mask: Any = None) -> Any:
-        shapes.append((queries.shape[2], keys.shape[2], values.shape[2], *mask.shape))
-        return real(queries, keys, values, scale=scale, mask=mask)
-
-    monkeypatch.setattr(module("heads.block"), "builds_attention", lambda: True)
+    monkeypatch.setattr(module("heads.backbone"), "builds_attention", lambda: True)
     target = tiny_target(folder)
-    spec = sized(BlockSpec(markov="vanilla"), target)
+    spec = sized(SPECS[kind], target)
     head = BACKEND.load_head(write_block_head(tmp_path, spec), target)
     state = target.open()
-    reference = BlockReference(spec, block_tensors(spec), *[np.zeros((1, 1))] * 2)
-    one = Watched(target, reference, head.info.taps, state, head.open(state))
-    for _ in range(12):
-        one.read([5, 9, 30, 31, 4])
-        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
-        one.beside.start(7).rows((0,))
-        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", real)
-    assert len(set(shapes)) == 1 and shapes[0][1] == 256
+    one = Watched(target, BlockReference(spec, block_tensors(spec), *ends(target)), spec.taps, state, head.open(state))
+    one.read([(7 * i) % target.vocab_size for i in range(240)])
+    attention, given = mx.fast.scaled_dot_product_attention, []
+
+    def watched(queries: Any, keys: Any, values: Any, **options: Any) -> Any:
+        given.append((queries.shape[2], keys.shape[2], values.shape[2], options["mask"].shape))
+        return attention(queries, keys, values, **options)
+
+    for anchor in range(30):
+        with monkeypatch.context() as during:
+            during.setattr(mx.fast, "scaled_dot_product_attention", watched)
+            one.beside.start(anchor)
+        one.read([anchor])
+    last = given[1::2]  # of two layers the one that has a window
+    assert [cells for cells, _ in groupby(keys for _, keys, _, _ in last)] == shown
+    assert all(keys == values and mask == (rows, keys) for rows, keys, values, mask in given)
+    one.check(12, 2)
     state.close()
     head.close()
 
@@ -245,12 +261,12 @@ def test_the_numpy_pass_would_show_a_wrong_reading(tmp_path: Path, folder: Path)
     target = tiny_target(folder)
     spec = sized(BlockSpec(markov="vanilla"), target)
     path = write_block_head(tmp_path, spec)
-    ends = [np.zeros((1, 1)), np.zeros((1, 1))]
+    unread = [np.zeros((1, 1)), np.zeros((1, 1))]
     for wrong in ({"target_layer_ids": [1, 3]}, {"rope_parameters": {"rope_theta": 9e3, "rope_type": "default"}}):
         changed(path, **wrong)
         head = BACKEND.load_head(path, target)
         state = target.open()
-        one = Watched(target, BlockReference(spec, block_tensors(spec), *ends), spec.taps, state, head.open(state))
+        one = Watched(target, BlockReference(spec, block_tensors(spec), *unread), spec.taps, state, head.open(state))
         one.read([5, 9, 30, 31, 4])
         with pytest.raises(AssertionError, match="Not equal to tolerance"):
             one.check(12, 2)
@@ -263,9 +279,7 @@ def test_tokens_from_before_a_head_are_a_hole(tmp_path: Path, folder: Path) -> N
     target = tiny_target(folder)
     spec = sized(SPECS["dflash-windows"], target)
     head = BACKEND.load_head(write_block_head(tmp_path, spec), target)
-    module = target.network.module
-    ends = [np.array(part.weight) for part in (module.model.embed_tokens, module.lm_head)]
-    reference = BlockReference(spec, block_tensors(spec), *ends)
+    reference = BlockReference(spec, block_tensors(spec), *ends(target))
     state = target.open()
     one = Watched(target, reference, spec.taps, state, beside=None)  # type: ignore[arg-type]
     one.read([5, 9, 30])

@@ -6,10 +6,12 @@ Nothing is kept of guesses but their outputs, so a guess costs the same in a tre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import gemma4_text
 
 from localspec.errors import HeadFileError, PairMismatchError, UnsupportedModelError
@@ -18,7 +20,8 @@ from localspec.formats.head import HeadHeader
 from localspec.protocols import HeadInfo, HeadState, Scores, Tokens
 
 from ..border import is_memory_error
-from ..cache import Pass
+from ..cache import Pass, whole_blocks
+from ..device import builds_attention
 from ..grafts import place_positions
 from ..memory import rows_in
 from ..model import MlxModel
@@ -32,8 +35,27 @@ from .parameters import device_ids, head_info, read_tensors, take_weights
 _MOST_GUESSES = 512
 _ORDERING = "masked_embedding.token_ordering"
 
-Cells = Mapping[str, tuple[mx.array, mx.array]]
-"""Layer type -> keys and values [1, heads, cells, size] that such layers see."""
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """A layer's keys and values [1, heads, cells, size] in the target, of which those from `first` on and before `end`
+    are seen."""
+
+    keys: mx.array
+    values: mx.array
+    first: int
+    end: int
+
+    def seen_by(self, num_rows: int, current: Pass) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Keys and values that attention over so many rows is given, and a mask [rows, cells] where it must leave some
+        of them out."""
+        begin, end = current.first_shown(self.first, num_rows), current.num_shown(self.end, num_rows)
+        mask = None
+        if current.shows_blocks(num_rows):
+            mask = np.zeros((num_rows, end - begin), np.bool_)
+            mask[:, self.first - begin : self.end - begin] = True
+        keys, values = self.keys[:, :, begin:end], self.values[:, :, begin:end]
+        return keys, values, None if mask is None else mx.array(mask)
 
 
 class _Module(nn.Module):
@@ -69,7 +91,7 @@ class AssistantNetwork:
             if got != expected:
                 raise PairMismatchError(f"tensor {what} than the target's", got=got, expected=expected)
         self.config = config
-        self.current = Pass()
+        self.current = Pass(blocks=builds_attention())
         ordering = weights.pop(_ORDERING, None)
         self._clusters = None if ordering is None else ordering.reshape(config.num_clusters, -1).astype(mx.int32)
         try:
@@ -85,14 +107,17 @@ class AssistantNetwork:
         # keys are the target's, and a copy of them in another type would be made for every guess
         self.module.set_dtype(borrowed.embed(mx.array([0])).dtype)
 
-    def run(self, hidden: mx.array, tokens: mx.array, cells: Cells, position: int) -> mx.array:
-        """[N, E] outputs behind the last norm, from hidden states [N, target's hidden] and ids [N]."""
+    def run(self, hidden: mx.array, tokens: mx.array, cells: Mapping[str, Cells], position: int) -> mx.array:
+        """[N, E] outputs behind the last norm, from hidden states [N, target's hidden] and ids [N]. cells: what the
+        layers of each type see."""
         embedded = self._borrowed.embed(tokens)
         x = self.module.pre_projection(mx.concatenate([embedded, hidden.astype(embedded.dtype)], axis=-1))[None]
+        seen = {kind: part.seen_by(x.shape[1], self.current) for kind, part in cells.items()}
         self.current.positions = mx.full((x.shape[1],), position, mx.int32)
         try:
             for layer, kind in zip(self.module.layers, self.config.layer_types, strict=True):
-                x = layer(x, None, None, shared_kv=cells[kind], offset=position)[0]
+                keys, values, mask = seen[kind]
+                x = layer(x, mask, None, shared_kv=(keys, values), offset=position)[0]
         finally:
             self.current.end()
         outputs: mx.array = self.module.norm(x)[0]
@@ -133,20 +158,20 @@ class AssistantHead(MlxHead[LastHidden]):
         assert self._network is not None
         return cast("HeadState", AssistantState(self, state, companion, self._network))
 
-    def cells(self, state: MlxState) -> Cells:
-        """What layers see of a sequence's committed tokens from the position behind them."""
+    def cells(self, state: MlxState) -> Mapping[str, Cells]:
+        """What layers of each type see of a sequence's committed tokens from the position behind them."""
         assert self._network is not None
         caches, config = list(rows_in(state.caches)), self._network.config
         found = {}
         for kind in set(config.layer_types):
             cache = caches[self._sources[kind]]
-            first = max(state.length - config.window + 1, 0) if kind == "sliding_attention" else 0
             if cache.keys is None or cache.values is None or not state.length:
                 size = self._network.module.layers[config.layer_types.index(kind)].self_attn.head_dim
-                found[kind] = (mx.zeros((1, 1, 1, size)), mx.zeros((1, 1, 1, size)))  # nothing to be seen
+                nothing = mx.zeros((1, 1, whole_blocks(1), size))
+                found[kind] = Cells(nothing, nothing, 0, 1)
             else:
-                rows = slice(first, state.length)
-                found[kind] = (cache.keys[..., rows, :], cache.values[..., rows, :])
+                first = max(state.length - config.window + 1, 0) if kind == "sliding_attention" else 0
+                found[kind] = Cells(mx.array(cache.keys), mx.array(cache.values), first, state.length)
         return found
 
     def drop_weights(self) -> None:
@@ -160,7 +185,7 @@ class AssistantState(MlxHeadState[LastHidden]):
     def __init__(self, head: AssistantHead, state: MlxState, companion: LastHidden, network: AssistantNetwork) -> None:
         super().__init__(head, state, companion)
         self._network = network
-        self._cells: Cells = {}
+        self._cells: Mapping[str, Cells] = {}
         self._position = 0
         self._outputs: mx.array | None = None  # [1 + guesses, E], the anchor's first
 

@@ -7,52 +7,17 @@ once per token, when it is committed.
 from __future__ import annotations
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models.rope_utils import initialize_rope
 
 from localspec.formats.block_tensors import BlockDetails
-from localspec.formats.head import Backbone, HeadHeader
+from localspec.formats.head import HeadHeader
 from localspec.types import Positions
 
-from ..cache import TreeCache
+from ..cache import Pass, TreeCache
+from ..device import builds_attention
 from .convolution import Convolution
+from .sight import Sight
 from .tensors import Norm, Weights, gelu_gated, silu_gated
-
-
-class Block:
-    """A block of `size` slots at start, start + 1, ... behind a context whose rows stand at `places`, and what its
-    slots see of both. num_shown: cells that attention is given; those behind the last slot's are seen by none."""
-
-    def __init__(self, places: Positions, start: int, size: int, num_shown: int) -> None:
-        self.start, self.size = start, size
-        self._places, self._num_shown = places, num_shown
-        self._seen: dict[tuple[bool, int | None, bool], tuple[slice, mx.array | None]] = {}
-
-    def seen(self, causal: bool, window: int | None, from_anchor: bool) -> tuple[slice, mx.array | None]:
-        """(the cells that any slot sees, [size, cells] true where a slot sees one of them; None where it sees all)."""
-        key = causal, window, from_anchor
-        if key not in self._seen:
-            self._seen[key] = self._look(*key)
-        return self._seen[key]
-
-    def _look(self, causal: bool, window: int | None, from_anchor: bool) -> tuple[slice, mx.array | None]:
-        slots, places = np.arange(self.start, self.start + self.size), self._places
-        num_rows = len(places) + self.size
-        mask = np.zeros((self.size, self._num_shown), np.bool_)
-        context, block = mask[:, : len(places)], mask[:, len(places) : num_rows]
-        context[:], block[:], first = True, True, 0
-        if window is not None:
-            counted = np.full(self.size, self.start) if from_anchor else slots
-            reach = window if from_anchor else window - 1
-            context[:] = places[None] >= counted[:, None] - reach
-            seen = np.flatnonzero(context.any(axis=0))
-            first = int(seen[0]) if len(seen) else len(places)
-        if causal:
-            block[:] = slots[None] <= slots[:, None]
-        if self._num_shown > num_rows:  # the same shape for every context in the block
-            first = 0
-        mask = mask[:, first:]
-        return slice(first, self._num_shown), None if mask.all() else mx.array(mask)
 
 
 class BlockAttention:
@@ -80,7 +45,6 @@ class BlockAttention:
             backbone.max_positions,
         )
         self._causal, self._window = details.causal[layer], details.windows[layer]
-        self._from_anchor = details.window_from_anchor
 
     def keys_and_values(self, x: mx.array, start: int) -> tuple[mx.array, mx.array]:
         """([1, H, T, D], the same) of rows [1, T, hidden] that stand at start, start + 1, ..."""
@@ -93,18 +57,20 @@ class BlockAttention:
             values = self._value_norm(values)
         return self._rope(keys, offset=start), values
 
-    def __call__(self, x: mx.array, cache: TreeCache, block: Block) -> mx.array:
+    def __call__(self, x: mx.array, cache: TreeCache, sight: Sight) -> mx.array:
         """[1, B, hidden] of the block's rows; the cache holds the context, and is left as it was."""
         queries = self._heads(self._queries(x), self._backbone.num_heads)
         if self._query_norm is not None:
             queries = self._query_norm(queries)
-        queries = self._rope(queries, offset=block.start)
-        cache.update_and_fetch(*self.keys_and_values(x, block.start))
-        cache.num_rows -= block.size
-        cells, mask = block.seen(self._causal, self._window, self._from_anchor)
-        keys, values = (array[..., cells, :] for array in cache.arrays())
+        queries = self._rope(queries, offset=sight.start)
+        size, num_rows = x.shape[1], cache.num_rows
+        keys, values = cache.update_and_fetch(*self.keys_and_values(x, sight.start))
+        cache.num_rows = num_rows
+        first, mask = sight.cells(self._window, self._causal)
+        if first:
+            keys, values = keys[:, :, first:], values[:, :, first:]
         attended = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._scale, mask=mask)
-        return self._output(attended.transpose(0, 2, 1, 3).reshape(1, block.size, -1))
+        return self._output(attended.transpose(0, 2, 1, 3).reshape(1, size, -1))
 
     def _heads(self, x: mx.array, num_heads: int) -> mx.array:
         return x.reshape(1, x.shape[1], num_heads, self._backbone.head_size).transpose(0, 2, 1, 3)
@@ -136,17 +102,17 @@ class BlockLayer:
             else [Convolution(weights, f"{name}.{part}_conv", details.convolution[1]) for part in ("attention", "mlp")]
         )
 
-    def __call__(self, h: mx.array, cache: TreeCache, block: Block) -> mx.array:
+    def __call__(self, h: mx.array, cache: TreeCache, sight: Sight) -> mx.array:
         """[1, B, hidden]; the rest as for the attention."""
         if self._gemma:
-            h = h + self._middle(self.attention(self._enter(h), cache, block))
+            h = h + self._middle(self.attention(self._enter(h), cache, sight))
             return (h + self._after_feed(self._feed(self._before_feed(h)))) * self._factor
         if self._convolutions is None:
-            h = h + self.attention(self._enter(h), cache, block)
+            h = h + self.attention(self._enter(h), cache, sight)
             return h + self._feed(self._middle(h))
         around_attention, around_feed = self._convolutions
         x, kernel = around_attention.prepare(self._enter(h))
-        h = h + around_attention.finish(self.attention(x, cache, block), kernel)
+        h = h + around_attention.finish(self.attention(x, cache, sight), kernel)
         x, kernel = around_feed.prepare(self._middle(h))
         return h + around_feed.finish(self._feed(x), kernel)
 
@@ -159,21 +125,29 @@ class BlockBackbone:
     """From features and a block's embeddings to what the output matrix reads."""
 
     def __init__(self, header: HeadHeader, weights: Weights) -> None:
-        backbone: Backbone | None = header.backbone
-        assert backbone is not None
+        details, backbone = header.details, header.backbone
+        assert isinstance(details, BlockDetails) and backbone is not None
         self.dtype = weights.dtype
+        self.current = Pass(blocks=builds_attention())
+        self._from_anchor = details.window_from_anchor
         self._fuse = weights.linear("fc")
         self._fused_norm, self._norm = (weights.norm(name, backbone.norm_eps) for name in ("hidden_norm", "norm"))
         self.layers = [BlockLayer(header, weights, layer) for layer in range(backbone.num_layers)]
+
+    def caches(self) -> list[TreeCache]:
+        """One per layer, without rows."""
+        return [TreeCache(self.current) for _ in self.layers]
 
     def context(self, features: mx.array, start: int) -> list[tuple[mx.array, mx.array]]:
         """Of each layer, keys and values of T features [T, taps * target_hidden] of tokens at start, start + 1, ..."""
         fused = self._fused_norm(self._fuse(features.astype(self.dtype)[None]))
         return [layer.attention.keys_and_values(fused, start) for layer in self.layers]
 
-    def __call__(self, h: mx.array, caches: list[TreeCache], block: Block) -> mx.array:
-        """[B, hidden] behind the final norm, of embeddings [B, hidden]."""
+    def __call__(self, h: mx.array, caches: list[TreeCache], places: Positions, start: int) -> mx.array:
+        """[B, hidden] behind the final norm, of embeddings [B, hidden] at start, start + 1, ...; the caches' rows stand
+        at `places`."""
+        sight = Sight(self.current, places, start, h.shape[0], self._from_anchor)
         h = h.astype(self.dtype)[None]
         for layer, cache in zip(self.layers, caches, strict=True):
-            h = layer(h, cache, block)
+            h = layer(h, cache, sight)
         return self._norm(h)[0]

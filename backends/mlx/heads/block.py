@@ -18,13 +18,11 @@ from localspec.formats.head import HeadHeader
 from localspec.protocols import HeadInfo, HeadState, Scores, Tokens
 from localspec.types import Probabilities
 
-from ..cache import Pass, TreeCache
 from ..companion import Companion
-from ..device import builds_attention
 from ..model import MlxModel
 from ..scores import DeviceScores, DeviceTokens
 from ..state import MlxState
-from .backbone import Block, BlockBackbone
+from .backbone import BlockBackbone
 from .base import MlxHead, MlxHeadState
 from .markov import Markov
 from .selector import Selector
@@ -82,7 +80,6 @@ class BlockHead(MlxHead["BlockCompanion"]):
         weights = Weights(header)
         self.details = details
         self.backbone = BlockBackbone(header, weights)
-        self.current = Pass(blocks=builds_attention())
         ends, name = target.ends.matrices(), "embed_tokens.weight"
         self._embedding = weights.take_or_share(name, ends) if details.own_embedding else None
         if self._embedding is not None:
@@ -156,28 +153,27 @@ class BlockCompanion(Companion):
     def __init__(self, head: BlockHead) -> None:
         super().__init__(head, head.info.taps)
         self._backbone = head.backbone
-        self.caches = [TreeCache(head.current) for _ in head.backbone.layers]
+        self.caches = head.backbone.caches()
         self.places = np.zeros(0, np.int32)  # [rows] positions of the tokens, ascending
 
     def feed(self, tokens: mx.array, features: mx.array, start: int) -> None:
         """The tokens themselves are not read."""
         for cache, rows in zip(self.caches, self._backbone.context(features, start), strict=True):
-            cache.update_and_fetch(*rows)
+            cache.append(*rows)
         self.places = np.concatenate([self.places, np.arange(start, start + features.shape[0], dtype=np.int32)])
 
     def truncate(self, length: int) -> None:
         """Rows stay where they are and are written over."""
         self.places = self.places[self.places < length]
         for cache in self.caches:
-            if length:
-                cache.num_rows = len(self.places)
-            else:
+            cache.num_rows = len(self.places)
+            if not length:
                 cache.drop()
 
     def copy(self) -> Self:
         """Shares memory until either is written to."""
-        other = type(self)(cast("BlockHead", self.head))
-        other.places = self.places
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
         other.caches = [cache.copy() for cache in self.caches]
         return other
 
@@ -216,9 +212,8 @@ class BlockHeadState(MlxHeadState[BlockCompanion]):
             raise ValueError(f"anchor {anchor}: not a token of the target")
         self._reset()
         ids = mx.array([anchor] + [details.mask_token] * (details.block_size - 1), mx.int32)
-        places, size = self.companion.places, details.block_size
-        block = Block(places, self.state.length, size, head.current.num_shown(len(places) + size, size))
-        hidden = head.backbone(head.embed(ids), self.companion.caches, block)
+        companion = self.companion
+        hidden = head.backbone(head.embed(ids), companion.caches, companion.places, self.state.length)
         self._hidden = hidden[1:] if details.in_place else hidden
         self._logits = head.score(self._hidden)
         if head.selector is not None:
