@@ -4,13 +4,18 @@ Target and draft model are timed in the same sweeps: every width once, in an ord
 so that neither drift nor what ran before favours a width (wide passes in every third sweep only). A point is the median
 of its repeats, the first (warm-up) left out. Points that scatter, or where a wider pass was cheaper, are measured again
 with the time left.
+
+What depth costs tells a plan more than the last repeats at the first context do: once a few widths have been passed
+over, time for a second context is set aside. Where it is short, that one is nearer, or has a few widths only, and the
+others go by those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
@@ -29,9 +34,15 @@ QUICK_CONTEXTS = (64, 512)
 QUICK_SECONDS = 4.0
 
 _MOST_REPEATS = 25
-_ENOUGH = 4  # repeats that come before another context does
+_ENOUGH = 3  # repeats that come before a context's share of the time is kept to
 _WIDE, _SELDOM = 16, 3  # wider passes take most of the time and scatter less: they are in every third sweep only
-_GROWING = 0.4  # of the time left may go into reading up to a further context
+_KEY_WIDTHS = (4, 8, 16)  # with the narrowest ones: measured first, and where time is short alone
+_DEEPER = 1.3  # so much dearer than at the first context reading and passes are taken to be beforehand
+_SECOND = 0.6  # of the time left may go into the least that is measured behind a second context
+_NEAREST = 4  # times the first context: from nearer ones scatter would be taken for the price of depth
+_NEARER = 64  # tokens by which a second context comes nearer where time is short
+_GROWING = 0.4  # of the time left may be planned for reading up to a context beyond the second
+_LONGEST = 0.6  # of what is left then may go into it
 _SWEEPING = 0.75  # of a context's time goes into sweeps, what is left into doubtful points
 _SCATTER = 0.2  # interquartile range over median, above which a point is doubtful
 _FALL = 1.1  # so much dearer than the next wider pass: doubtful, too (it may well be true)
@@ -58,7 +69,8 @@ def costs(
 
     widths: tokens per pass, as far as the target's `max_width`, its width class and its context go; of the draft
     model those up to DRAFT_WIDTH.  contexts: committed tokens before the pass; deeper ones that do not fit into the
-    context or the time are left out, which `notes` says. One sequence of each model must be free.
+    context or the time are left out, and a second one may come nearer or have only a few widths measured, the others
+    going by those; `notes` says so. One sequence of each model must be free.
     Of a model that cannot take tokens back only width 1 at the first context is measured.
     """
     deadline = clock() + seconds
@@ -144,7 +156,8 @@ def _fitting(contexts: Sequence[int], room: int) -> list[int]:
 
 @dataclass(slots=True)
 class _Track:
-    """A model's sequence, and the milliseconds of its passes: by context, by width, in order."""
+    """A model's sequence, and the milliseconds of its passes: by context, by width, in order. Behind a further context
+    widths may be missing."""
 
     model: LanguageModel
     widths: list[int]
@@ -156,8 +169,15 @@ class _Track:
     def __post_init__(self) -> None:
         self.passes = Passes(self.model, clock=self.clock)
 
+    @property
+    def key_widths(self) -> set[int]:
+        """The few that the others can go by."""
+        narrowest = self.widths[0], self.model.capabilities.width_class.min_width
+        return {*narrowest, *_KEY_WIDTHS, min(self.widths[-1], _KEY_WIDTHS[-1])} & set(self.widths)
+
     def grow(self, context: int, until: float) -> bool:
         self.context = context
+        self.passes.truncate(min(context, self.passes.length))
         return self.passes.grow(context, until)
 
     def back(self, context: int) -> None:
@@ -168,7 +188,7 @@ class _Track:
         self.passes.truncate(context)
 
     def repeat(self, width: int) -> None:
-        self.ms.setdefault(self.context, {}).setdefault(width, []).append(self.passes.time(width))
+        self.here().setdefault(width, []).append(self.passes.time(width))
 
     def here(self) -> dict[int, list[float]]:
         return self.ms.setdefault(self.context, {})
@@ -177,64 +197,168 @@ class _Track:
         """Go on with the widths that there was time for."""
         self.widths = [width for width in self.widths if width in self.here()]
 
+    def first_seconds(self, width: int) -> float:
+        """Of a pass at the first context."""
+        return float(np.median(_settled(self.ms[min(self.ms)][width]))) / 1e3
+
+    def reading_seconds(self, context: int) -> float:
+        """About what reading up to there takes: a token what it takes in the best pass."""
+        each = min(self.first_seconds(width) / width for width in self.ms[min(self.ms)])
+        return _DEEPER * each * max(context - self.passes.length, 0)
+
     def curve(self) -> Curve:
         contexts = sorted(self.ms)
-        rows = tuple(tuple(float(np.median(_settled(self.ms[c][w]))) for w in self.widths) for c in contexts)
-        return Curve(tuple(self.widths), tuple(contexts), rows)
+        known = [{width: float(np.median(_settled(ms))) for width, ms in self.ms[c].items()} for c in contexts]
+        return Curve(tuple(self.widths), tuple(contexts), tuple(_filled(self.widths, known[0], row) for row in known))
 
     def close(self) -> None:
         self.passes.close()
 
 
+def _filled(widths: Sequence[int], first: Mapping[int, float], known: Mapping[int, float]) -> tuple[float, ...]:
+    """A row of the table from what is known of it and the first row, where nothing is missing. Attention takes about
+    as long as width times context says: what depth adds lies on the line between known widths, beyond the last one in
+    proportion to the width. It is never less than nothing."""
+    places = sorted(known)
+    added = [known[width] - first[width] for width in places]
+
+    def by_others(width: int) -> float:
+        beyond = max(width / places[-1], 1.0)
+        return first[width] + max(beyond * float(np.interp(width, places, added)), 0.0)
+
+    return tuple(known[width] if width in known else by_others(width) for width in widths)
+
+
+# ---------------------------------------------------------------- contexts
+
+
 def _measure_at(tracks: Sequence[_Track], depths: Sequence[int], deadline: float, tell: Progress) -> list[str]:
-    """Measure at each context; what had to be left out, in words."""
+    """Measure at each context that there is time for; what had to be left out, in words."""
     clock = tracks[0].clock
-    for number, depth in enumerate(depths):
-        tell(number / len(depths), f"{depth} tokens of context")
-        by = clock() + _GROWING * (deadline - clock()) if number else float("inf")
-        grown = all(track.grow(depth, by) for track in tracks)
-        end = clock() + max(deadline - clock(), 0.0) / (len(depths) - number)
-        if not (grown and _measured(tracks, end, deadline)):
-            _go_on(tracks, depths[number - 1], deadline)
-            return [f"contexts of {depth} tokens and more were not measured: no time"]
-    return []
-
-
-def _measured(tracks: Sequence[_Track], end: float, deadline: float) -> bool:
-    """Measure all widths at the present context, until `end`, or `deadline` where repeats are few. False if there was
-    no time for each width once; at the first context the widths are cut to those there was time for instead."""
-    first, clock = all(len(track.ms) == 0 for track in tracks), tracks[0].clock
-    jobs = _jobs(tracks)
-    jobs.sort(key=lambda job: (job[1] > 2, job[1] & (job[1] - 1) != 0, job[1]))  # 1, 2, powers of two, the others
-    for number, (track, width) in enumerate(jobs):
-        if clock() >= (deadline if first else end) and not (first and number < 2 * len(tracks)):
+    tell(0.0, f"{depths[0]} tokens of context")
+    for track in tracks:
+        track.grow(depths[0], float("inf"))
+    _look_first(tracks, depths, deadline)
+    wanted = _within_reach(tracks, depths, deadline - clock())
+    for number, depth in enumerate(wanted):
+        tell(number / len(wanted), f"{depth} tokens of context")
+        before, ahead = tracks[0].context, wanted[number + 1 :]
+        if number and not _go_to(tracks, wanted, number, deadline):
+            _go_back(tracks, before, deadline)
             break
-        track.repeat(width)
-    if not all(width in track.here() for track, width in jobs):
-        if not first:
-            return False
-        for track in tracks:
-            track.drop_missing()
-    _sweep(tracks, clock() + _SWEEPING * (end - clock()), deadline)
-    _again(tracks, end)
-    return True
+        latest = deadline - (_least_seconds(tracks, ahead[0]) if ahead else 0.0)
+        passing = deadline - clock() - (_reading_seconds(tracks, ahead[-1]) if ahead else 0.0)
+        end = min(clock() + max(passing, 0.0) / (1 + len(ahead)), latest)
+        _look_deeper(tracks, end)
+        _sweep(tracks, clock() + _SWEEPING * (end - clock()), latest)
+        _again(tracks, end)
+    return _left_out(tracks, depths)
 
 
-def _go_on(tracks: Sequence[_Track], context: int, end: float) -> None:
+def _left_out(tracks: Sequence[_Track], depths: Sequence[int]) -> list[str]:
+    target = tracks[0]
+    missing = [depth for depth in depths if depth > max(target.ms)]
+    notes = [f"contexts of {depth} tokens and more were not measured: no time" for depth in missing[:1]]
+    for context, found in target.ms.items():
+        if len(found) < len(target.widths):
+            widths = ", ".join(map(str, sorted(found)))
+            notes.append(f"behind {context} tokens widths {widths} were measured, the others go by these")
+    return notes
+
+
+def _within_reach(tracks: Sequence[_Track], depths: Sequence[int], left: float) -> list[int]:
+    """The first context and those that there seems to be time for; the second may be nearer than it was asked for,
+    and then is the last."""
+    first, *further = depths
+    for second in range(further[0], _nearest(depths) - 1, -_NEARER) if further else ():
+        if _least_seconds(tracks, second) <= _SECOND * left:
+            deeper = further[1:] if second == further[0] else []
+            return [first, second, *(d for d in deeper if _reading_seconds(tracks, d) <= _GROWING * left)]
+    return [first]
+
+
+def _nearest(depths: Sequence[int]) -> int:
+    """The nearest place for a second context."""
+    return min(_NEAREST * depths[0], depths[1])
+
+
+def _least_seconds(tracks: Sequence[_Track], context: int) -> float:
+    """About what the least at a further context takes: reading up to it, and passes of the few widths."""
+    few = sum(track.first_seconds(width) for track in tracks for width in track.key_widths)
+    return _reading_seconds(tracks, context) + _ENOUGH * _DEEPER * few
+
+
+def _reading_seconds(tracks: Sequence[_Track], context: int) -> float:
+    return sum(track.reading_seconds(context) for track in tracks)
+
+
+def _go_to(tracks: Sequence[_Track], depths: Sequence[int], number: int, deadline: float) -> bool:
+    """Read up to a further context and pass over it in the few widths, once. False if there was no time. For the
+    second one all time may go, and where reading takes longer than expected its nearest place will do."""
+    clock = tracks[0].clock
+    second = number == 1
+    passing = _least_seconds(tracks, 0)
+    by = deadline - passing if second else clock() + _LONGEST * (deadline - clock())
+    for depth in (depths[number], _nearest(depths))[: 1 + second]:
+        if clock() < by and all(track.grow(depth, by) for track in tracks):
+            return _pass_once([job for job in _by_use(tracks) if job[1] in job[0].key_widths], deadline)
+    return False
+
+
+def _go_back(tracks: Sequence[_Track], context: int, end: float) -> None:
     """Spend the time left on an earlier context."""
     for track in tracks:
         track.back(context)
+    _look_deeper(tracks, end)
     _sweep(tracks, end, end)
 
 
-def _sweep(tracks: Sequence[_Track], end: float, deadline: float) -> None:
-    """Repeat all widths until `end`; the first few times until `deadline`."""
+# ---------------------------------------------------------------- passes
+
+
+def _look_first(tracks: Sequence[_Track], depths: Sequence[int], deadline: float) -> None:
+    """Measure each width once at the first context, as far as there is time beside that for a second one. Widths that
+    there was none for are dropped."""
+    began, jobs = tracks[0].clock(), _by_use(tracks)
+    few = [job for job in jobs if job[1] in job[0].key_widths]
+    _pass_once(few[: 2 * len(tracks)], float("inf"))
+    if _pass_once(few, deadline):
+        kept = _least_seconds(tracks, _nearest(depths)) / _SECOND if len(depths) > 1 else 0.0
+        _pass_once(jobs, deadline - (kept if kept <= deadline - began else 0.0))
+    for track in tracks:
+        track.drop_missing()
+
+
+def _look_deeper(tracks: Sequence[_Track], end: float) -> None:
+    """Measure once the widths that are missing at this context, if there is time to repeat them; first those of most
+    use."""
+    room, wanted = end - tracks[0].clock(), []
+    for track, width in _by_use(tracks):
+        room -= _ENOUGH * _DEEPER * track.first_seconds(width)
+        if room < 0.0:
+            break
+        wanted.append((track, width))
+    _pass_once(wanted, end)
+
+
+def _pass_once(jobs: Sequence[tuple[_Track, int]], end: float) -> bool:
+    """Measure what is missing at this context. False if there was no time for all."""
+    for track, width in jobs:
+        if track.clock() >= end:
+            return False
+        if width not in track.here():
+            track.repeat(width)
+    return True
+
+
+def _sweep(tracks: Sequence[_Track], end: float, latest: float) -> None:
+    """Repeat what is measured here until `end`; the first few times until `latest`."""
     jobs, clock, rng = _jobs(tracks), tracks[0].clock, np.random.default_rng(0)
     order = list(range(len(jobs)))
     for number in range(_MOST_REPEATS - 1):
         order = order[::-1] if number % 2 else rng.permutation(len(jobs)).tolist()
         for place in order:
-            if clock() >= (deadline if number < _ENOUGH else end):
+            if clock() >= (latest if number < _ENOUGH else end):
                 return
             track, width = jobs[place]
             if width <= _WIDE or number % _SELDOM == 0:
@@ -256,14 +380,26 @@ def _again(tracks: Sequence[_Track], end: float) -> None:
 
 
 def _jobs(tracks: Sequence[_Track]) -> list[tuple[_Track, int]]:
-    return [(track, width) for track in tracks for width in track.widths]
+    """What is measured at this context."""
+    return [(track, width) for track in tracks for width in track.widths if width in track.here()]
+
+
+def _by_use(tracks: Sequence[_Track]) -> list[tuple[_Track, int]]:
+    """All widths, those of most use first: the few, powers of two, the others."""
+
+    def rank(job: tuple[_Track, int]) -> tuple[bool, bool, int]:
+        track, width = job
+        return width not in track.key_widths, width & (width - 1) != 0, width
+
+    return sorted(((track, width) for track in tracks for width in track.widths), key=rank)
 
 
 def _doubtful(track: _Track) -> list[int]:
     """Widths whose repeats scatter, or that cost more than the next wider one."""
     here = track.here()
-    found = {width for width in track.widths if _scatter(_settled(here[width])) > _SCATTER}
-    for width, wider in zip(track.widths, track.widths[1:], strict=False):
+    widths = sorted(here)
+    found = {width for width in widths if _scatter(_settled(here[width])) > _SCATTER}
+    for width, wider in pairwise(widths):
         if np.median(_settled(here[width])) > _FALL * np.median(_settled(here[wider])):
             found |= {width, wider}
     return sorted(found)
@@ -280,7 +416,7 @@ def _scatter(values: list[float]) -> float:
 
 
 def _points(tracks: Sequence[_Track]) -> list[list[float]]:
-    return [_settled(track.ms[c][w]) for track in tracks for c in track.ms for w in track.widths]
+    return [_settled(ms) for track in tracks for here in track.ms.values() for ms in here.values()]
 
 
 def _repeats(tracks: Sequence[_Track]) -> str:

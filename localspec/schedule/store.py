@@ -2,7 +2,7 @@
 
 A file is written all at once, so two processes may do it at the same time; what `localspec tune` found and what was
 measured in short lie in files of their own, so the short version never replaces the long one. A file that cannot be
-understood is measured anew, with one warning.
+understood is measured anew, with one warning; one that was written by a version which measured less, without.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from localspec.schedule.heads import assumed_heads, measure_heads
 from localspec.schedule.machine import describe_files, describe_head, describe_machine, describe_model
 from localspec.schedule.measure import Overhead, Progress, assumed, quick
 
-FORMAT = 1
+FORMAT = 2
+_FIRST_FORMAT = 1  # options, classes, bounds and heads mean what they always did
+_DEEP_FORMAT = 2  # costs and reports of before often know one context only
 T = TypeVar("T")
 
 _TUNED, _QUICK, _CLASS, _OPTIONS = "tuned", "quick", "class", "options"
@@ -77,7 +79,7 @@ def _load_or_measure_pair(
 ) -> Costs:
     key = _pair_key(target, draft)
     for kind in (_TUNED, _QUICK):
-        stored = _find(_file(folder, kind, key), key, Costs.from_dict)
+        stored = _find(_file(folder, kind, key), key, Costs.from_dict, oldest=_DEEP_FORMAT)
         if stored is not None:
             return stored
     if not _automatic:
@@ -187,16 +189,21 @@ def options_for(
 ) -> dict[str, bool | int | str]:
     """The `LoadSettings` fields that won for a target with this draft model (None: without one) on this machine; empty
     if `localspec tune` was not run for them."""
-    report = find_report(path, backend, draft, folder)
-    return {} if report is None else report[0]
+    key = _options_key(path, backend, draft)
+    return _find(_file(folder, _OPTIONS, key), key, lambda data: _options(data["options"])) or {}
 
 
 def find_report(
     path: Path, backend: str, draft: Path | None, folder: Path | None = None
 ) -> tuple[dict[str, bool | int | str], Mapping[str, Any]] | None:
-    """(the options that won, all that `localspec tune` said) for a target with a draft model, if it was run."""
+    """(the options that won, all that `localspec tune` said) for a target with a draft model, if it was run by a
+    version that measured what this one does."""
     key = _options_key(path, backend, draft)
-    return _find(_file(folder, _OPTIONS, key), key, lambda data: (_options(data["options"]), dict(data["report"])))
+
+    def read(data: Mapping[str, Any]) -> tuple[dict[str, bool | int | str], Mapping[str, Any]]:
+        return _options(data["options"]), dict(data["report"])
+
+    return _find(_file(folder, _OPTIONS, key), key, read, oldest=_DEEP_FORMAT)
 
 
 def keep_report(
@@ -266,14 +273,20 @@ def _options(data: Mapping[str, Any]) -> dict[str, bool | int | str]:
     return dict(data)
 
 
-def _find(file: Path, key: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T | None:
-    """What a file says of this key; None if there is none, or it cannot be used, which is said."""
+def _find(
+    file: Path, key: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T], oldest: int = _FIRST_FORMAT
+) -> T | None:
+    """What a file says of this key; None if there is none, or it cannot be used, which is said, or its format is one
+    before `oldest`."""
     try:
         stored = json.loads(file.read_bytes())
-        if stored["format"] != FORMAT:
+        if stored["format"] not in range(_FIRST_FORMAT, FORMAT + 1):
             raise ValueError(f"format {stored['format']!r}, expected {FORMAT}")
         if stored["key"] != json.loads(json.dumps(key)):
             raise ValueError("it is about another pair")
+        if stored["format"] < oldest:
+            _log.info("%s was written by an earlier version, which measured less: it is measured anew", file)
+            return None
         return read(stored["found"])
     except FileNotFoundError:
         return None

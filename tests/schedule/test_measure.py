@@ -150,6 +150,52 @@ def test_contexts_that_there_is_no_time_for_are_left_out_and_said() -> None:
     assert np.array(costs.target.ms) == pytest.approx(np.array([costs.target.widths]))
 
 
+def attention(width: int, context: int) -> float:
+    """Milliseconds of a large target on a small machine: attention takes as long as width times context says."""
+    return 8.0 + 2.0 * width + width * context / 400.0
+
+
+def exact(costs: Costs, pass_ms: Callable[[int, int], float]) -> Array:
+    curve = costs.target
+    return np.array([[pass_ms(width, context) for width in curve.widths] for context in curve.contexts])
+
+
+def test_with_time_enough_all_widths_are_measured_behind_the_second_context() -> None:
+    model = Clockwork(attention)
+    costs = measure.quick(model, clock=model.clock)
+    assert costs.target.contexts == (64, 512) and costs.target.widths == measure.QUICK_WIDTHS
+    assert np.array(costs.target.ms) == pytest.approx(exact(costs, attention))
+    assert "behind" not in costs.notes[0] and model.clock() < measure.QUICK_SECONDS + 0.2
+
+
+@pytest.mark.parametrize("seconds", [2.5, 3.0, 4.0])
+def test_with_little_time_the_second_context_has_few_widths_and_the_others_go_by_them(seconds: float) -> None:
+    model = Clockwork(attention)
+    draft = Clockwork(lambda width, context: 0.05 * attention(width, context), beside=model)
+    costs = measure.costs(model, draft, seconds=seconds, contexts=(64, 512, 2048), clock=model.clock)
+    first, second = costs.target.contexts
+    assert first == 64 and 256 <= second <= 512
+    [note] = [note for note in costs.notes if note.startswith("behind")]
+    assert note.startswith(f"behind {second} tokens widths 1, 2, 4, 8, 16")
+    assert 64 in costs.target.widths and "64" not in note.partition("widths")[2], "the widest went by the others"
+    assert np.array(costs.target.ms) == pytest.approx(exact(costs, attention)), "attention is a line over the width"
+    assert costs.draft is not None and costs.draft.contexts == (first, second)
+    assert model.clock() < seconds + 0.2
+
+
+def test_where_reading_takes_longer_than_passes_said_the_second_context_is_nearer() -> None:
+    """Passes behind few tokens do not tell that deeper in the text each token takes three times as long."""
+    model = Clockwork(lambda width, context: attention(width, 0) * (1.0 if context < 128 else 3.0))
+    costs = measured(model, seconds=4.5, contexts=(64, 512))
+    assert costs.target.contexts == (64, 256)
+
+
+def test_a_width_that_was_not_measured_is_not_cheaper_deep_in_the_text_whatever_scatter_says() -> None:
+    first = {1: 9.0, 2: 10.0, 4: 12.0, 10: 20.0, 16: 30.0, 64: 90.0}
+    row = measure._filled((1, 2, 4, 10, 16, 64), first, {1: 9.5, 4: 10.5, 16: 32.5})
+    assert row == pytest.approx((9.5, 10.0, 10.5, 20.5, 32.5, 100.0))
+
+
 def test_with_next_to_no_time_a_few_widths_are_measured_once() -> None:
     costs = measured(Clockwork(), seconds=0.0)
     assert costs.target.widths[:2] == (1, 2)

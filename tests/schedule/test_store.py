@@ -78,7 +78,8 @@ def test_what_tune_found_is_preferred_and_not_replaced(model: Counting, folder: 
         b"null",
         b'{"format": 1}',
         b'{"format": 99, "key": {}, "found": {}}',
-        b'{"format": 1, "key": {}, "found": {}}',
+        b'{"format": "2", "key": {}, "found": {}}',
+        b'{"format": 2, "key": {}, "found": {}}',
     ],
 )
 def test_a_corrupted_file_is_measured_anew_with_one_warning(
@@ -110,6 +111,30 @@ def test_costs_that_make_no_sense_are_measured_anew(
     with caplog.at_level(logging.WARNING):
         store.load_or_measure(model, folder=folder)
     assert len(caplog.records) == 1
+
+
+def older(file: Path) -> None:
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "format": 1}))
+
+
+@pytest.mark.parametrize("kind", ["in short", "by tune"])
+def test_costs_of_an_earlier_version_are_measured_anew_without_a_warning(
+    kind: str, model: Counting, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "by tune":
+        store.keep_costs(model, None, COSTS, folder)
+    else:
+        store.load_or_measure(model, folder=folder)
+    [file] = folder.iterdir()
+    older(file)
+    model.num_passes = 0
+    with caplog.at_level(logging.WARNING):
+        found = store.load_or_measure(model, folder=folder)
+        assert model.num_passes > 0 and found.measured == "in short at first load"
+        model.num_passes = 0
+        assert store.load_or_measure(model, folder=folder) == found and model.num_passes == 0
+    assert not caplog.records
 
 
 def test_other_files_runtimes_options_devices_and_draft_models_are_other_entries(tmp_path: Path, folder: Path) -> None:
@@ -189,6 +214,29 @@ def test_winning_options_are_found_for_the_same_pair_only(tmp_path: Path, folder
     assert store.options_for(target, "llamacpp", None, folder) == {}
     assert store.options_for(target, "mlx", draft, folder) == {}
     assert store.options_for(draft, "llamacpp", draft, folder) == {}
+
+
+def test_options_of_an_earlier_version_still_hold_but_its_report_does_not(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.keep_report(tmp_path, "llamacpp", None, {"threads": 3}, {"any": "thing"}, folder)
+    [file] = folder.iterdir()
+    older(file)
+    with caplog.at_level(logging.WARNING):
+        assert store.options_for(tmp_path, "llamacpp", None, folder) == {"threads": 3}
+        assert store.find_report(tmp_path, "llamacpp", None, folder) is None
+    assert not caplog.records
+
+
+def test_classes_and_bounds_of_an_earlier_version_still_hold(model: Counting, folder: Path) -> None:
+    narrower = WidthClass(2, 8, "looked at", True)
+    store.keep_class(model, narrower, folder)
+    found = store.load_or_measure_bound(model, folder=folder)
+    for file in folder.iterdir():
+        older(file)
+    model.num_passes = 0
+    assert store.class_for(model, folder) == narrower and store.load_or_measure_bound(model, folder=folder) == found
+    assert model.num_passes == 0
 
 
 def test_options_that_are_none_are_refused_with_one_warning(
