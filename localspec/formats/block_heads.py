@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from localspec.errors import HeadFileError
@@ -38,12 +38,43 @@ def read_block_head(files: HeadFiles) -> HeadHeader | None:
         return read_gguf_block_head(files)
     if _IN_MODEL in files.config:
         raise HeadFileError(f"config.json: {_IN_MODEL} marks stages inside a model, which are not known as a head")
-    prefix = next((p for p in ("", "model.") if f"{p}fc.weight" in files.shapes), None)
-    if prefix is None or f"{prefix}hidden_norm.weight" not in files.shapes:
+    prefix = block_prefix(files.shapes)
+    if prefix is None:
         return None
     header = _Reader(files, prefix).header()
     check_block_tensors(header)
     return header
+
+
+def block_prefix(names: Collection[str]) -> str | None:
+    """What stands before the names of a block head's tensors, None for anything else."""
+    return next((p for p in ("", "model.") if f"{p}fc.weight" in names and f"{p}hidden_norm.weight" in names), None)
+
+
+def block_kind(names: Collection[str], causal: bool) -> str:
+    """Which block head has tensors of these names (without their prefix). causal: the settings' `causal_head`."""
+    if _markov_name(names) is not None or _confidence_name(names) is not None:
+        return "dspark"
+    if "candidate_selector.predecessor_codebook" in names:
+        return "dflash2"
+    return "jetspec" if causal else "dflash"
+
+
+def _logits_prefix(names: Collection[str]) -> str:
+    return _LOGITS if any(name.startswith(_LOGITS) for name in names) else ""
+
+
+def _markov_name(names: Collection[str]) -> str | None:
+    """The newer files have the tensors of both heads in modules, others bare."""
+    prefix = _logits_prefix(names)
+    return next((name for name in ("markov_head.", "") if f"{prefix}{name}markov_w1.weight" in names), None)
+
+
+def _confidence_name(names: Collection[str]) -> str | None:
+    prefix = _logits_prefix(names)
+    return next(
+        (name for name in ("confidence_head.proj", "confidence_proj") if f"{prefix}{name}.weight" in names), None
+    )
 
 
 class _Reader:
@@ -88,13 +119,7 @@ class _Reader:
         said = self._files.config.get("speculators_model_type")
         if self._is_speculators and said not in ("dspark", "dflash"):
             raise HeadFileError("config.json: speculators_model_type is not known", got=str(said)[:80])
-        if self._markov_name() is not None or self._confidence_name() is not None:
-            return "dspark"
-        if self._has("candidate_selector.predecessor_codebook"):
-            return "dflash2"
-        if self._settings.flag("causal_head", False):
-            return "jetspec"
-        return "dflash"
+        return block_kind(self._names, self._settings.flag("causal_head", False))
 
     def _layout(self) -> str:
         if self._is_speculators:
@@ -105,19 +130,6 @@ class _Reader:
 
     def _has(self, name: str) -> bool:
         return name in self._names
-
-    @property
-    def _logits_prefix(self) -> str:
-        return _LOGITS if any(name.startswith(_LOGITS) for name in self._names) else ""
-
-    def _markov_name(self) -> str | None:
-        """The newer files have the tensors of both heads in modules, others bare."""
-        prefix = self._logits_prefix
-        return next((name for name in ("markov_head.", "") if self._has(f"{prefix}{name}markov_w1.weight")), None)
-
-    def _confidence_name(self) -> str | None:
-        names, prefix = ("confidence_head.proj", "confidence_proj"), self._logits_prefix
-        return next((name for name in names if self._has(f"{prefix}{name}.weight")), None)
 
     # ------------------------------------------------------------ the backbone
 
@@ -200,7 +212,7 @@ class _Reader:
     # ------------------------------------------------------------ the block
 
     def _details(self, kind: str, layout: str, backbone: Backbone) -> BlockDetails:
-        settings, markov_name = self._settings, self._markov_name()
+        settings, markov_name = self._settings, _markov_name(self._names)
         gemma = backbone.family == "gemma4"
         windows = self._windows(backbone)
         rank = settings.size("markov_rank", 0)
@@ -219,7 +231,7 @@ class _Reader:
             markov_rank=rank,
             confidence=confidence is not None,
             confidence_sees_markov=sees_markov,
-            logits_prefix=self._logits_prefix,
+            logits_prefix=_logits_prefix(self._names),
             markov_name=markov_name if markov_name is not None else "markov_head.",
             confidence_name=confidence or "confidence_head.proj",
             own_embedding=self._has("embed_tokens.weight"),
@@ -245,13 +257,13 @@ class _Reader:
 
     def _confidence(self, hidden: int, rank: int) -> tuple[str | None, bool]:
         """(the tensors' name, does it see the token before?), by the tensors; flags must not say otherwise."""
-        name = self._confidence_name()
+        name = _confidence_name(self._names)
         for key in ("enable_confidence_head", "use_confidence_head"):
             if self._settings.flag(key, name is not None) != (name is not None):
                 raise HeadFileError(f"config.json: {key} does not fit the tensors", got=self._settings.get(key))
         if name is None:
             return None, False
-        width = self._files.shape(f"{self._prefix}{self._logits_prefix}{name}.weight")[1]
+        width = self._files.shape(f"{self._prefix}{_logits_prefix(self._names)}{name}.weight")[1]
         return name, self._settings.flag("confidence_head_with_markov", rank > 0 and width == hidden + rank)
 
     def _pair(self, first: str, second: str, divided: int | None) -> tuple[int, int]:

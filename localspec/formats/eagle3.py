@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +87,7 @@ def read_eagle3_head(files: HeadFiles) -> HeadHeader | None:
     """Its header, by what it says or by its tensors; None for another kind. `details` is the `Eagle3Config`, and `taps`
     is empty where only the target tells them. Raises HeadFileError."""
     said = files.config.get("speculators_model_type")
-    is_one = any(_FIRST.fullmatch(name.removeprefix("model.")) for name in files.shapes)
-    if files.format != "safetensors" or (said != "eagle3" if said is not None else not is_one):
+    if files.format != "safetensors" or (said != "eagle3" if said is not None else not is_eagle3(files.shapes)):
         return None
     config = eagle3_config(files.config, files.shapes)
     num_layers = files.config.get("num_target_layers")
@@ -106,6 +105,11 @@ def read_eagle3_head(files: HeadFiles) -> HeadHeader | None:
         prefix=config.block,
         details=config,
     )
+
+
+def is_eagle3(names: Iterable[str]) -> bool:
+    """Is there a first layer that reads a hidden state beside the token?"""
+    return any(_FIRST.fullmatch(name.removeprefix("model.")) for name in names)
 
 
 def eagle3_config(config: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from localspec.errors import HeadFileError
@@ -43,7 +44,7 @@ def read_medusa_head(files: HeadFiles) -> HeadHeader | None:
     """Its header; None for what has no such tensors. `details` is the `MedusaConfig`. Raises HeadFileError."""
     if files.format != "safetensors" or files.config.get("speculators_model_type") is not None:
         return None
-    if not any(_BLOCK.fullmatch(name) for name in files.shapes):
+    if not has_medusa(files.shapes):
         return None
     config = medusa_config(files.shapes)
     return HeadHeader(
@@ -57,6 +58,11 @@ def read_medusa_head(files: HeadFiles) -> HeadHeader | None:
         prefix=config.prefix,
         details=config,
     )
+
+
+def has_medusa(names: Iterable[str]) -> bool:
+    """Are there blocks of Medusa heads, alone or beside a model?"""
+    return any(_BLOCK.fullmatch(name) for name in names)
 
 
 def medusa_config(tensors: Shapes) -> MedusaConfig:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,11 @@ def read_mtp_head(files: HeadFiles) -> HeadHeader | None:
         prefix=parts.block,
         details=config,
     )
+
+
+def has_mtp(names: Iterable[str]) -> bool:
+    """Are there MTP layers in Qwen's or DeepSeek's layout, alone or behind a model?"""
+    return any(_QWEN.fullmatch(name) or _DEEPSEEK.fullmatch(name) for name in names)
 
 
 def _find(shapes: Shapes, by_speculators: bool) -> tuple[str, Parts] | None:

@@ -14,6 +14,7 @@ import numpy as np
 from localspec.errors import ModelFileError, ModelNotFoundError
 
 from . import gguf, safetensors, states
+from .head_kind import head_kind
 from .numbers import MAX_LAYERS, Numbers
 
 GGUF_HEADS = frozenset({"dflash", "dspark", "eagle3", "medusa", "gemma4-assistant"})
@@ -21,8 +22,6 @@ GGUF_HEADS = frozenset({"dflash", "dspark", "eagle3", "medusa", "gemma4-assistan
 
 _GGUF_LAYER = re.compile(r"blk\.(\d{1,4})\.(\w+)\.weight")
 _FOLDER_LAYER = re.compile(r".*layers\.(\d{1,4})\.(?:.*\.)?([\w]+)\.weight")
-_MEDUSA = re.compile(r"(?:medusa_head\.)?\d+\.\d+\.linear\.weight")
-_MTP = re.compile(r"(?:\w+\.)*(?:mtp\.fc|layers\.\d+\.eh_proj)\.weight")
 _KEY_TENSORS = frozenset(
     {"attn_k", "attn_kv_a_mqa", "k_proj", "kv_a_proj_with_mqa", "qkv_proj", "Wqkv", "query_key_value", "wk"}
 )
@@ -188,7 +187,7 @@ def _of_folder(path: Path) -> ModelSummary:
     parts = safetensors.read_folder(folder) if path.is_dir() else [(path, safetensors.read_header(path))]
     config = safetensors.read_json(folder / "config.json")
     tensors = {name: tensor for _, found in parts for name, tensor in found.items()}
-    kind = _head_kind(config, tensors)
+    kind = head_kind(config, tensors)
     architecture = config.get("model_type") or config.get("speculators_model_type") or kind
     if not isinstance(architecture, str) or not architecture or len(architecture) > 80:
         raise ModelFileError("config.json names no model_type", got=str(architecture)[:80])
@@ -267,38 +266,6 @@ def _num_parameters(tensors: Mapping[str, safetensors.StoredTensor], config: Map
                 size = size * 32 // here
         total += size
     return total
-
-
-def _head_kind(config: Mapping[str, Any], tensors: Mapping[str, object]) -> str | None:
-    """What kind of draft head this is, judged by its tensors first: configurations are often copied from
-    the target. None for a whole model."""
-    said = config.get("speculators_model_type")
-    if isinstance(said, str):
-        return said[:40]
-    if any(name.removeprefix("logit_head.").startswith(("markov_head.", "markov_w1.")) for name in tensors):
-        return "dspark"
-    if any(name.startswith("candidate_selector.") for name in tensors):
-        return "dflash2"
-    block = config.get("dflash_config")
-    if isinstance(block, dict) and block.get("causal_head") is True:
-        return "jetspec"
-    has_fc = "fc.weight" in tensors or "model.fc.weight" in tensors
-    if any(name.startswith("midlayer.") for name in tensors) or (has_fc and "d2t" in tensors):
-        return "eagle3"
-    architectures = config.get("architectures")
-    first = architectures[0] if isinstance(architectures, list) and architectures else ""
-    if has_fc and "eagle3" in str(first).lower():
-        return "eagle3"
-    if has_fc and ("hidden_norm.weight" in tensors or "model.hidden_norm.weight" in tensors):
-        return "dflash"
-    if not any(name.endswith("embed_tokens.weight") for name in tensors):  # beside a whole model they are a part of it
-        if any(_MEDUSA.fullmatch(name) for name in tensors):
-            return "medusa"
-        if any(_MTP.match(name) for name in tensors):
-            return "mtp"
-    if str(config.get("model_type", "")).endswith("_assistant") and "backbone_hidden_size" in config:
-        return "assistant"
-    return None
 
 
 def _target_hidden(config: Mapping[str, Any], tensors: Mapping[str, safetensors.StoredTensor]) -> int | None:

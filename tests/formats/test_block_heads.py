@@ -12,6 +12,7 @@ import pytest
 from localspec.errors import HeadFileError, ModelFileError, ModelNotFoundError
 from localspec.formats.block_tensors import BlockDetails
 from localspec.formats.head import HeadHeader, read_head_header
+from localspec.formats.head_kind import head_kind
 from localspec.formats.summary import summarize
 from localspec.testing.block_heads import BlockSpec, write_block_head
 from localspec.testing.files import write_gguf, write_safetensors
@@ -29,6 +30,7 @@ def read(path: Path) -> tuple[HeadHeader, BlockDetails]:
         (BlockSpec(markov="gated", confidence="markov", taps=(-1, 2)), "dspark", "deepspec"),
         (BlockSpec(gemma=True, keys_are_values=True, markov="vanilla", softcap=30.0), "dspark", "deepspec"),
         (BlockSpec(), "dflash", "deepspec"),
+        (BlockSpec(confidence="plain"), "dspark", "deepspec"),
         (BlockSpec(layout="specforge", markov="vanilla", own_ends=False), "dspark", "specforge"),
         (BlockSpec(layout="speculators", markov="rnn", confidence="plain", draft_vocab=50), "dspark", "speculators"),
         (BlockSpec(layout="speculators", in_place=True, own_ends=False), "dflash", "speculators"),
@@ -53,6 +55,26 @@ def test_a_layout_is_read_as_what_the_head_does(tmp_path: Path, spec: BlockSpec,
     assert backbone is not None and backbone.rope_theta == spec.rope_theta
     assert (backbone.num_kv_heads, backbone.head_size) == (spec.num_kv_heads, spec.head_size)
     assert summarize(tmp_path).drafter_kind == kind
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["fc.weight", "hidden_norm.weight", "d2t"], "dflash"),
+        (["model.fc.weight", "model.hidden_norm.weight", "model.markov_w1.weight"], "dspark"),
+        (["markov_head.markov_w2.weight"], "dspark"),
+        (["candidate_selector.odd"], "dflash2"),
+        (["midlayer.odd"], "eagle3"),
+        (["fc.weight", "d2t"], "eagle3"),
+        (["0.0.linear.weight"], "medusa"),
+        (["0.0.linear.weight", "model.embed_tokens.weight"], None),
+        (["odd"], None),
+    ],
+)
+def test_the_kind_is_told_where_settings_are_odd_and_tensors_are_missing(names: list[str], kind: str | None) -> None:
+    """A summary has no opinion on what is wrong with a head; that it is one keeps it from being run alone."""
+    odd = {"dflash_config": 3, "architectures": {}, "model_type": 7, "speculators_model_type": []}
+    assert head_kind(odd, names) == kind
 
 
 @pytest.mark.parametrize(
