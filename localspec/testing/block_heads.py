@@ -10,7 +10,6 @@ down here a second time on purpose: `localspec/formats` reads them, and two that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from localspec.testing.files import write_folder
 
 __all__ = ["BlockSpec", "block_tensors", "write_block_head"]
 
@@ -70,13 +71,8 @@ class BlockSpec:
 
 def write_block_head(folder: Path, spec: BlockSpec) -> Path:
     """Write config.json and model.safetensors into `folder`, and return it."""
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {_stored_name(spec, name): array for name, array in block_tensors(spec).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_config(spec), indent=1), encoding="utf-8")
-    return folder
+    return write_folder(folder, _config(spec), tensors)
 
 
 def block_tensors(spec: BlockSpec) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localspec.testing.files import write_folder
 from localspec.testing.pair_heads import (
     Array,
     Seen,
@@ -54,8 +54,6 @@ def write_eagle3(
     stretched wavelengths, speculators' biases and a norm of all taps or of each, DeepSpec's five taps and norms of
     every head.
     """
-    from safetensors.numpy import save_file
-
     width, num_layers, vocab = target
     hidden, drafts = hidden or width, draft_vocab or vocab
     backbone: dict[str, Any] = {
@@ -99,9 +97,7 @@ def write_eagle3(
         ids = np.sort(np.random.default_rng((seed, 1)).permutation(vocab)[:drafts])
         weights["d2t"] = ids - np.arange(drafts)
         weights["t2d"] = np.isin(np.arange(vocab), ids)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_folder(folder, config, weights)
     return config, weights
 
 
@@ -168,12 +164,9 @@ class Eagle3Reference:
             parts[name] = (weights[f"{block}.self_attn.{name}_proj.weight"] @ joined + bias).reshape(count, _HEAD)
             if f"{block}.self_attn.{name}_norm.weight" in weights:
                 parts[name] = self._normed(parts[name], f"{block}.self_attn.{name}_norm")
-        if not seen.keys:
-            seen.keys.append([])
-            seen.values.append([])
-        seen.keys[0].append(rotated(parts["k"], position, self._frequencies))
-        seen.values[0].append(parts["v"])
-        mixed = attended(rotated(parts["q"], position, self._frequencies), seen.keys[0], seen.values[0])
+        seen.keys.append(rotated(parts["k"], position, self._frequencies))
+        seen.values.append(parts["v"])
+        mixed = attended(rotated(parts["q"], position, self._frequencies), seen.keys, seen.values)
         residual = context if self._config.get("norm_before_residual") else hidden
         out = residual + weights[f"{block}.self_attn.o_proj.weight"] @ mixed.reshape(-1)
         normed = self._normed(out, f"{block}.post_attention_layernorm")

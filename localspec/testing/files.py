@@ -13,6 +13,7 @@ often right.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -22,7 +23,15 @@ from numpy.typing import NDArray
 from localspec.errors import SettingError
 from localspec.formats.conversion import Checkpoint, write_gguf_file
 
-__all__ = ["NUM_MERGES", "SPECIAL_TOKENS", "TinyModel", "tiny_checkpoint", "write_gguf", "write_safetensors"]
+__all__ = [
+    "NUM_MERGES",
+    "SPECIAL_TOKENS",
+    "TinyModel",
+    "tiny_checkpoint",
+    "write_folder",
+    "write_gguf",
+    "write_safetensors",
+]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Tokens 0 (padding), 1 and 2 (end of answer)."""
@@ -68,18 +77,24 @@ def write_safetensors(folder: Path, *, quantization: str = "F32", **model: Unpac
 
     quantization: matrices hold the values that a GGUF file of that type would give back.
     """
-    from safetensors.numpy import save_file
-
     checkpoint = tiny_checkpoint(**model)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: _rounded(weight, quantization) for name, weight in checkpoint.weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_folder(folder, checkpoint.config, weights)
     for name, content in (
-        ("config.json", checkpoint.config),
         ("tokenizer.json", checkpoint.tokenizer),
         ("tokenizer_config.json", checkpoint.tokenizer_config),
     ):
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> Path:
+    """Write config.json and model.safetensors into `folder`, made where it is not there, and return it."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localspec.testing.files import write_folder
 from localspec.testing.pair_heads import Array, random_weights, rms_norm, rotated, softmax
 
 __all__ = ["LAYER_TYPES", "assistant_row", "write_gemma_assistant"]
@@ -32,8 +32,6 @@ def write_gemma_assistant(
     target: (hidden size, layers, V) of the target, whose keys are of 16 numbers in sliding and of 32 in full layers.
     clusters: only the tokens of the best clusters are scored, as for the smallest targets; V must be a multiple of 8.
     """
-    from safetensors.numpy import save_file
-
     backbone, _, vocab = target
     text = {
         "model_type": "gemma4_text", "hidden_size": _HIDDEN, "intermediate_size": _FEED, "vocab_size": vocab,
@@ -72,9 +70,7 @@ def write_gemma_assistant(
     weights = random_weights(shapes, seed)
     if clusters:
         weights["masked_embedding.token_ordering"] = np.random.default_rng(seed).permutation(vocab)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_folder(folder, config, weights)
     return weights
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localspec.testing.files import write_folder
 from localspec.testing.pair_heads import Array, TargetEnds, random_weights, silu
 
 __all__ = ["medusa_rows", "write_medusa"]
@@ -30,8 +30,6 @@ def write_medusa(
     prefix: `medusa_head.` where the heads stand among a model's other tensors. The configuration counts the heads
     wrongly, as those released with the first heads do.
     """
-    from safetensors.numpy import save_file
-
     hidden, _, vocab = target
     shapes: dict[str, tuple[int, ...]] = {}
     for head in range(num_heads):
@@ -42,10 +40,8 @@ def write_medusa(
             shapes[f"{prefix}{head}.{num_blocks}.weight"] = (vocab, hidden)
     weights = random_weights(shapes, seed=0)
     others = {"model.norm.weight": np.ones(hidden, np.float32)} if prefix else {}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights | others, folder / "model.safetensors", metadata={"format": "pt"})
     config = {"medusa_num_heads": 2, "medusa_num_layers": num_blocks, "base_model_name_or_path": "somewhere"}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_folder(folder, config, weights | others)
     return weights
 
 

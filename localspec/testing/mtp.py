@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localspec.testing.files import write_folder
 from localspec.testing.pair_heads import (
     Array,
     Seen,
@@ -53,8 +53,6 @@ def write_mtp(
     target's, with copies of its ends; Qwen's norms are stored less one; Qwen3-Next has its experts one by one, Qwen3.5
     stacked, and the rest are dense.
     """
-    from safetensors.numpy import save_file
-
     hidden, num_layers, vocab = target
     settings: dict[str, Any] = {
         "model_type": layout,
@@ -87,9 +85,7 @@ def write_mtp(
         weights |= {
             name: value - 1 for name, value in weights.items() if name.endswith("norm.weight") or "pre_fc_" in name
         }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_folder(folder, config, weights)
     return config, weights
 
 
@@ -192,9 +188,6 @@ class MtpReference:
             rms_norm(hidden, self._all[context] + self._centre, _EPS),
         ]
         x = self._all[projection] @ np.concatenate(parts)
-        if not seen.keys:
-            seen.keys.append([])
-            seen.values.append([])
         attend = self._latent if self._layout == "deepseek_v3" else self._gated
         x = x + attend(self._normed(x, "input_layernorm"), position, seen)
         x = x + self._mixed(self._normed(x, "post_attention_layernorm"))
@@ -215,9 +208,9 @@ class MtpReference:
         gate = query[:, _HEAD:]
         query = self._normed(query[:, :_HEAD], "self_attn.q_norm")
         key = self._normed((block["self_attn.k_proj.weight"] @ x).reshape(_KV_HEADS, _HEAD), "self_attn.k_norm")
-        seen.keys[0].append(rotated(key, position, self._frequencies))
-        seen.values[0].append((block["self_attn.v_proj.weight"] @ x).reshape(_KV_HEADS, _HEAD))
-        out = attended(rotated(query, position, self._frequencies), seen.keys[0], seen.values[0])
+        seen.keys.append(rotated(key, position, self._frequencies))
+        seen.values.append((block["self_attn.v_proj.weight"] @ x).reshape(_KV_HEADS, _HEAD))
+        out = attended(rotated(query, position, self._frequencies), seen.keys, seen.values)
         if gate.size:
             out = out / (1.0 + np.exp(-gate))
         return np.asarray(block["self_attn.o_proj.weight"] @ out.reshape(-1))
@@ -231,10 +224,10 @@ class MtpReference:
         latent = self._normed(packed[:_LORA], "self_attn.kv_a_layernorm")
         opened = (block["self_attn.kv_b_proj.weight"] @ latent).reshape(_HEADS, _NOPE + _VALUE)
         shared = np.repeat(self._turned_in_pairs(packed[None, _LORA:], position), _HEADS, axis=0)
-        seen.keys[0].append(np.concatenate([opened[:, :_NOPE], shared], axis=1))
-        seen.values[0].append(opened[:, _NOPE:])
+        seen.keys.append(np.concatenate([opened[:, :_NOPE], shared], axis=1))
+        seen.values.append(opened[:, _NOPE:])
         query = np.concatenate([query[:, :_NOPE], self._turned_in_pairs(query[:, _NOPE:], position)], axis=1)
-        out = attended(query, seen.keys[0], seen.values[0])
+        out = attended(query, seen.keys, seen.values)
         return np.asarray(block["self_attn.o_proj.weight"] @ out.reshape(-1))
 
     def _turned_in_pairs(self, x: Array, position: int) -> Array:

@@ -28,10 +28,10 @@ class TargetEnds:
 
 @dataclass(slots=True)
 class Seen:
-    """Keys and values [heads, head size] of the pairs so far, one list per layer."""
+    """Keys and values [heads, head size] of the pairs so far, in the one layer of such heads."""
 
-    keys: list[list[Array]] = field(default_factory=list)
-    values: list[list[Array]] = field(default_factory=list)
+    keys: list[Array] = field(default_factory=list)
+    values: list[Array] = field(default_factory=list)
 
 
 class PairReference(Protocol):
