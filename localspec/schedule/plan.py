@@ -19,6 +19,7 @@ MOST_NODES = 64
 """Nodes a round verifies at most."""
 
 _MEMORY = 200.0  # observations after which older ones count half
+_RECENTLY = 40.0  # the same of rounds that say how fast this text goes
 _TRUST = 1.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
 _OPTIMISM = 0.9
@@ -379,5 +380,5 @@ class Rate:
         self._tokens += tokens
         self._ms += ms
         self._count += 1.0
-        if self._count > _MEMORY:
+        if self._count > _RECENTLY:
             self._tokens, self._ms, self._count = self._tokens / 2.0, self._ms / 2.0, self._count / 2.0
