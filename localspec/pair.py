@@ -27,8 +27,9 @@ from localspec.exactness import EXACT_CHOICES, Bound, Exactness, Mode, wants_gua
 from localspec.history import DEFAULT_BYTES, History
 from localspec.protocols import Drafter, DraftHead, LanguageModel, require_rewind
 from localspec.schedule.cost import Costs
+from localspec.schedule.experience import Experience
 from localspec.schedule.heads import pays_to_wait
-from localspec.schedule.scheduled import Experience, Scheduled
+from localspec.schedule.scheduled import Scheduled
 from localspec.schedule.score import loss_by_guarding
 from localspec.schedule.store import knows_bound, load_or_measure, load_or_measure_bound
 from localspec.verify import make_acceptance
@@ -168,6 +169,7 @@ class Pair:
         other = Pair(self.target, draft, self._found, self.heads)
         other.history = self.history
         other._experiences = self._experiences
+        vars(other).update({name: vars(self)[name] for name in ("costs", "bound") if name in vars(self)})
         return other
 
     def check_drafter(self, spec: DrafterSpec) -> None:

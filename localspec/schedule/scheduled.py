@@ -8,7 +8,7 @@ rejection it must not look at what was drawn, so there it only says beforehand h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import itemgetter, mul
 from time import perf_counter
@@ -19,7 +19,6 @@ from localspec.constraint import obey
 from localspec.context import Context
 from localspec.protocols import (
     Budget,
-    Capabilities,
     Drafter,
     DraftRequest,
     HostTokens,
@@ -30,12 +29,10 @@ from localspec.protocols import (
     SequenceState,
 )
 from localspec.schedule.acceptance import Reliability
-from localspec.schedule.cost import Costs
-from localspec.schedule.drafting import FREE, DraftPrices, DraftTimes, times_of
-from localspec.schedule.guard import Guard
-from localspec.schedule.opinions import Dissent, Opinion, Opinions
-from localspec.schedule.plan import LiveCosts, Rate, Valuation, about
-from localspec.schedule.router import Trials
+from localspec.schedule.drafting import FREE, DraftPrices
+from localspec.schedule.experience import Experience, Record
+from localspec.schedule.opinions import Opinion, Opinions
+from localspec.schedule.plan import Valuation
 from localspec.tree.grow import Grower, merge
 from localspec.tree.token_tree import TokenTree
 
@@ -44,114 +41,9 @@ _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _LEAST_OWN = 0.4  # of a pass's time is its own, whatever drafting may be hidden in it
 _LEAST_BACK = 0.5  # of what asking takes
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
-_FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
-_PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
-_EARLY_ROUNDS = 3  # until passes begin before the last token is read
 _RESTART = 2  # rounds behind a guess that take longer where passes begin early
-_MOST_RESTART = 3.0  # plain rounds; a stall is not taken for it
 LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
-
-
-@dataclass(slots=True)
-class Record:
-    """What is known of one drafter, for greedy or for sampled text: how reliable it is, what it gains."""
-
-    reliability: Reliability
-    guard: Guard = field(default_factory=Guard)
-    usual_value: float = 1.0  # tokens a round that asking it is expected to bring, its own time paid
-    usual_edge: float = 0.8  # chance of a node's best child
-    states_chances: bool = True
-    trials: Trials = field(default_factory=Trials)
-    dissent: Dissent = field(default_factory=Dissent)
-
-
-class Experience:
-    """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record.
-
-    Speed, and what drafting gains, are different things with one lane in a pass and with sixteen. So they are learned
-    apart for loads of about 1, 2, 4, 8, ... lanes; how reliable a drafter is does not depend on that.
-    by_clock: False believes the costs and never looks at a clock, so that the same text is decided alike every time.
-    """
-
-    def __init__(self, costs: Costs, capabilities: Capabilities, *, by_clock: bool = True) -> None:
-        self.by_clock = by_clock
-        hope = {} if by_clock else {"optimism": 1.0}
-        known = capabilities
-        self.live = LiveCosts(costs, known.width_class, known.max_width, steps=known.width_steps, **hope)
-        self._pace: dict[int, _Pace] = {}
-        self._reliability: dict[tuple[str, bool], Reliability] = {}
-        self._records: dict[tuple[str, bool, int], Record] = {}
-        self._times: dict[str, DraftTimes] = {}
-        self._restart = 1.0  # plain rounds
-        self._restarting = 0.0
-        self.lately: Load | None = None
-        """The last round that several lanes shared, or might have."""
-
-    def record(self, name: str, greedy: bool, lanes: int = 1) -> Record:
-        """Of the drafter with that name, at temperature 0 or above."""
-        key = (name, greedy, about(lanes))
-        if key not in self._records:
-            reliability = self._reliability.setdefault((name, greedy), Reliability())
-            self._records[key] = Record(reliability)
-        return self._records[key]
-
-    def times(self, name: str) -> DraftTimes:
-        """What it takes to ask the dear drafter with that name."""
-        if name not in self._times:
-            self._times[name] = times_of(name, self.live)
-        return self._times[name]
-
-    def rate(self, context: int, lanes: int = 1) -> float:
-        """Tokens per millisecond, of all lanes together: what was reached lately, at least plain decoding's."""
-        plain = lanes / self.plain_ms(context, lanes)
-        return max(self._paced(lanes).rate.value * lanes / about(lanes), plain)
-
-    def wants_plain(self, lanes: int = 1, *, begins_early: bool = False) -> bool:
-        """Is it time to see again what plain decoding takes? All gains are judged by it, and a table that was wrong
-        about its width would never be found out. begins_early: it takes some rounds in a row to see, so less often."""
-        pace = self._paced(lanes)
-        every = _PLAIN_EVERY * (_EARLY_ROUNDS if begins_early else 1)
-        return self.by_clock and (pace.plain_rounds < _FIRST_PLAIN or pace.rounds_since_plain >= every)
-
-    def plain_ms(self, context: int, lanes: int = 1) -> float:
-        """A plain round."""
-        return self.live.plain_ms(context, lanes) + self.live.costs.overhead_ms
-
-    def restart_ms(self, context: int) -> float:
-        """What a guess costs besides its round, where passes of plain decoding begin early: the one that has begun is
-        dropped, and the next ones wait again."""
-        return self._restart * self.plain_ms(context) if self.by_clock else 0.0
-
-    def observe_restart(self, longer: float, last: bool) -> None:
-        """One of the first plain rounds behind a guess took so many plain rounds longer than one in a row."""
-        self._restarting += longer
-        if last:
-            self._restart += _SMOOTHING * (min(max(self._restarting, 0.0), _MOST_RESTART) - self._restart)
-            self._restarting = 0.0
-
-    def observe(self, tokens: int, round_ms: float, *, plain: bool, lanes: int = 1) -> None:
-        """A round emitted so many tokens in all lanes. plain: nobody guessed anything, and it took what that usually
-        does."""
-        pace = self._paced(lanes)
-        pace.rounds_since_plain = 0 if plain else pace.rounds_since_plain + 1
-        pace.plain_rounds += plain
-        pace.rate.add(tokens * about(lanes) / lanes, round_ms)
-
-    def _paced(self, lanes: int) -> _Pace:
-        load = about(lanes)
-        if load not in self._pace:
-            self._pace[load] = _Pace(Rate(load / self.plain_ms(0, load)))
-        return self._pace[load]
-
-
-@dataclass(slots=True)
-class _Pace:
-    """How fast it went with about so many lanes, and how long ago that was without speculation."""
-
-    rate: Rate
-    rounds_since_plain: int = 0
-    plain_rounds: int = 0
 
 
 @dataclass(slots=True)
@@ -194,7 +86,9 @@ class Scheduled:
         self._greedy = True
         self._begins_early = False
         self._in_a_row = False  # the next pass of plain decoding has begun
-        self._since_guess = 0  # rounds, where passes begin early
+        self._restart_ms = 0.0  # what dropping it costs, in this round
+        self._since_guess = _RESTART  # plain rounds, where passes begin early
+        self._restarting = 0.0  # plain rounds that these took longer than in a row
         self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
         self._opinions: Opinions | None = None  # where several guessed
         self._load: Load | None = None
@@ -246,8 +140,10 @@ class Scheduled:
         experience = self.experience
         context = len(request.context)
         rate = experience.rate(context, self._lanes)
-        restart_ms = experience.restart_ms(context) if self._in_a_row and request.begins_early else 0.0
-        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, self._drafting, restart_ms)
+        self._restart_ms = experience.restart_ms(context) if self._in_a_row and request.begins_early else 0.0
+        prices = Valuation(
+            experience.live, rate, context, request.max_nodes, self._lanes, self._drafting, self._restart_ms
+        )
         self._begins_early = request.begins_early
         if self._load is not None and self._load.plain:
             return Proposal(self.name, because=self._load.because)
@@ -326,6 +222,8 @@ class Scheduled:
         used = [one for one in asked if one.used]
         # by the corrected table, not by this round's clock: one stall would outweigh many rounds
         extra = experience.live.verify_ms(width, context, lanes) + experience.live.costs.overhead_ms - plain_ms
+        if not plain:
+            extra += self._restart_ms
         names = {one.name for one in asked}
         brought = float(len(outcome.path))
         if self._expected is not None:  # half of what was expected is noise as good as gone
@@ -350,10 +248,12 @@ class Scheduled:
     def _see_restart(self, plain: bool, longer_ms: float, plain_ms: float) -> None:
         """Behind a guess it takes plain decoding some rounds until its passes begin early again; what that costs."""
         if not plain:
-            self._since_guess = 0
+            self._since_guess, self._restarting = 0, 0.0
         elif self._since_guess < _RESTART:
             self._since_guess += 1
-            self.experience.observe_restart(longer_ms / plain_ms, self._since_guess == _RESTART)
+            self._restarting += longer_ms / plain_ms
+            if self._since_guess == _RESTART:
+                self.experience.observe_restart(self._restarting)
 
     def _see_what_was_kept(self, outcome: Outcome) -> None:
         """Of what was left open: what others chose, whose it was, and what was expected of it."""

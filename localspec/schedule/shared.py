@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from localspec.protocols import Load, Outcome, Proposal
+from localspec.schedule.experience import Experience
 from localspec.schedule.plan import MOST_NODES, Valuation
-from localspec.schedule.scheduled import LOOKING, Experience
+from localspec.schedule.scheduled import LOOKING
 
 Gather = Callable[[Sequence[Callable[[], Proposal]]], list[Proposal]]
 """Runs several drafters' work and returns what each proposed (`engine.gather`)."""

@@ -31,7 +31,7 @@ from localspec.errors import ClosedError, LocalspecError, QueueFullError, Settin
 from localspec.exactness import Mode
 from localspec.pair import Pair
 from localspec.sampling import SamplingParams
-from localspec.schedule.scheduled import Experience
+from localspec.schedule.experience import Experience
 from localspec.schedule.shared import SharedBudget
 from localspec.server.seat import Seat
 from localspec.server.speculation import Speculation

@@ -178,6 +178,14 @@ def test_free_places_in_a_pass_are_always_used() -> None:
     assert Valuation(live(), 10.0, 0, 15).best([0.05, 0.04, 0.03, 0.02]).nodes == 3
 
 
+def test_a_guess_pays_for_the_pass_that_it_drops() -> None:
+    chances = [0.9, 0.8, 0.7]
+    free, dear = (Valuation(live(), 0.1, 0, 16, restart_ms=ms) for ms in (0.0, 30.0))
+    assert free.best(chances).nodes == 3 and dear.best(chances).nodes == 0
+    assert dear.total(chances) == pytest.approx(free.total(chances) - 3.0)
+    assert dear.total([]) == 0.0 and dear.width(0) == free.width(0)
+
+
 def test_a_second_step_of_the_stairs_is_seen_from_before_the_first() -> None:
     """A fifth token alone does not pay for the step; four more together do."""
     prices = Valuation(live(), 1.0 / 6.0, 0, 15)

@@ -17,9 +17,10 @@ from localspec.sampling import SamplingParams
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs, Curve, HeadCosts
 from localspec.schedule.drafting import HeadTimes
+from localspec.schedule.experience import Experience
 from localspec.schedule.heads import assumed_heads, measure_heads
 from localspec.schedule.router import Trials
-from localspec.schedule.scheduled import Experience, Scheduled
+from localspec.schedule.scheduled import Scheduled
 from localspec.testing.reference import ReferenceModel
 from localspec.testing.reference_head import ReferenceBlockHead, ReferenceHead
 from localspec.tree.token_tree import TokenTree

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,23 @@ from localspec.context import Context
 from localspec.drafters import make_drafter
 from localspec.engine.session import Session
 from localspec.engine.stats import Stats
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
+from localspec.protocols import (
+    Drafter,
+    DraftRequest,
+    HeadInfo,
+    HostTokens,
+    Outcome,
+    Proposal,
+    SavedDraft,
+    SequenceState,
+)
 from localspec.sampling import Sampler, SamplingParams
-from localspec.schedule.cost import Costs, Curve
-from localspec.schedule.scheduled import Experience, Scheduled
+from localspec.schedule.cost import Costs, Curve, HeadCosts
+from localspec.schedule.experience import Experience
+from localspec.schedule.heads import pays_to_wait
+from localspec.schedule.scheduled import Scheduled
 from localspec.testing.reference import ReferenceModel
+from localspec.tree.token_tree import TokenTree
 
 PROMPT = [3, 9, 27, 17, 3, 9]
 
@@ -131,6 +144,61 @@ def test_a_dear_drafter_that_brings_nothing_is_only_asked_on_credit() -> None:
         one.generate(PROMPT, params)
     # a hundredth of a token a round against the tenth that asking takes
     assert 1 <= wrong.asked - before <= 45
+
+
+def tree_of(tokens: Sequence[int]) -> TokenTree:
+    return TokenTree.from_parents(np.array(tokens, np.int32), np.arange(-1, len(tokens) - 1, dtype=np.int32))
+
+
+def request(context: Context) -> DraftRequest:
+    return DraftRequest(
+        context=context,
+        max_nodes=16,
+        max_depth=16,
+        sampler=Sampler(SamplingParams(), 0),
+        stop_tokens=frozenset(),
+        begins_early=True,
+    )
+
+
+def test_what_interrupting_plain_decoding_costs_is_learned() -> None:
+    """The first two plain rounds behind a guess take longer where passes begin early: 1 and 17 of 10 ms."""
+    experience = Experience(Costs(curve(10.0, 0.1), None, 0.0), ReferenceModel(48, seed=5).capabilities)
+    assert experience.restart_ms(0) == experience.plain_ms(0)
+    one, context = Scheduled([], [], experience), Context(PROMPT)
+    one.begin(context)
+    for number in range(400):
+        guessed, verify_ms = ([1], 12.0) if number % 10 == 0 else ([], {1: 11.0, 2: 27.0}.get(number % 10, 10.0))
+        one.propose(request(context))
+        early = not guessed and number % 10 > 2
+        one.observe(Outcome(tree_of(guessed), (), (3,), 1 + len(guessed), verify_ms, begun_early=early))
+    assert experience.restart_ms(0) == pytest.approx(18.0, rel=0.1)
+
+
+class Unread(Wrong):
+    """Guesses that are still on a device: no chances, and fewer than the built widths have room for."""
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        return replace(super().propose(request), log_q=None)
+
+
+def test_a_chain_that_nobody_has_read_is_padded_to_a_width_that_is_built() -> None:
+    target = ReferenceModel(48, seed=5)
+    target.capabilities = replace(target.capabilities, width_steps=(1, 8))
+    flat = Costs(Curve((1, 8), (0,), ((10.0, 10.1),)), curve(0.01, 0.0), 0.0)
+    one, context = Scheduled([], [Unread()], Experience(flat, target.capabilities, by_clock=False)), Context(PROMPT)
+    one.begin(context)
+    proposal = one.propose(request(context))
+    assert (proposal.num_nodes, proposal.width) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("extend_ms", "one_pass", "pays"), [(0.2, True, True), (0.8, True, False), (0.2, False, False)]
+)
+def test_a_tree_is_waited_for_where_its_levels_take_little(extend_ms: float, one_pass: bool, pays: bool) -> None:
+    costs = Costs(curve(10.0, 0.0), heads={"dspark": HeadCosts(curve(1.0, 0.0), curve(extend_ms, 0.0))})
+    info = HeadInfo("head", Path("head"), "dspark", 1, (1,), levels=7, one_pass=one_pass, confident=False)
+    assert pays_to_wait(info, costs) is pays
 
 
 def test_under_rejection_nothing_that_was_drawn_is_taken_back() -> None:

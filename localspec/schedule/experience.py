@@ -1,0 +1,118 @@
+"""What a pair's sessions learn together while the process lives: what things cost here and now, and what each drafter
+is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from localspec.protocols import Capabilities, Load
+from localspec.schedule.acceptance import Reliability
+from localspec.schedule.cost import Costs
+from localspec.schedule.drafting import DraftTimes, times_of
+from localspec.schedule.guard import Guard
+from localspec.schedule.opinions import Dissent
+from localspec.schedule.plan import LiveCosts, Rate, about
+from localspec.schedule.router import Trials
+
+_SMOOTHING = 0.1
+_FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
+_PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
+_EARLY_ROUNDS = 3  # until passes begin before the last token is read
+_MOST_RESTART = 3.0  # plain rounds; a stall is not taken for it
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one drafter, for greedy or for sampled text: how reliable it is, what it gains."""
+
+    reliability: Reliability
+    guard: Guard = field(default_factory=Guard)
+    usual_value: float = 1.0  # tokens a round that asking it is expected to bring, its own time paid
+    usual_edge: float = 0.8  # chance of a node's best child
+    states_chances: bool = True
+    trials: Trials = field(default_factory=Trials)
+    dissent: Dissent = field(default_factory=Dissent)
+
+
+class Experience:
+    """What a pair's sessions have learned together: costs as they are here and now, and each drafter's record.
+
+    Speed, and what drafting gains, are different things with one lane in a pass and with sixteen. So they are learned
+    apart for loads of about 1, 2, 4, 8, ... lanes; how reliable a drafter is does not depend on that.
+    by_clock: False believes the costs and never looks at a clock, so that the same text is decided alike every time.
+    """
+
+    def __init__(self, costs: Costs, capabilities: Capabilities, *, by_clock: bool = True) -> None:
+        self.by_clock = by_clock
+        hope = {} if by_clock else {"optimism": 1.0}
+        known = capabilities
+        self.live = LiveCosts(costs, known.width_class, known.max_width, steps=known.width_steps, **hope)
+        self._pace: dict[int, _Pace] = {}
+        self._reliability: dict[tuple[str, bool], Reliability] = {}
+        self._records: dict[tuple[str, bool, int], Record] = {}
+        self._times: dict[str, DraftTimes] = {}
+        self._restart = 1.0  # plain rounds
+        self.lately: Load | None = None
+        """The last round that several lanes shared, or might have."""
+
+    def record(self, name: str, greedy: bool, lanes: int = 1) -> Record:
+        """Of the drafter with that name, at temperature 0 or above."""
+        key = (name, greedy, about(lanes))
+        if key not in self._records:
+            reliability = self._reliability.setdefault((name, greedy), Reliability())
+            self._records[key] = Record(reliability)
+        return self._records[key]
+
+    def times(self, name: str) -> DraftTimes:
+        """What it takes to ask the dear drafter with that name."""
+        if name not in self._times:
+            self._times[name] = times_of(name, self.live)
+        return self._times[name]
+
+    def rate(self, context: int, lanes: int = 1) -> float:
+        """Tokens per millisecond, of all lanes together: what was reached lately, at least plain decoding's."""
+        plain = lanes / self.plain_ms(context, lanes)
+        return max(self._paced(lanes).rate.value * lanes / about(lanes), plain)
+
+    def wants_plain(self, lanes: int = 1, *, begins_early: bool = False) -> bool:
+        """Is it time to see again what plain decoding takes? All gains are judged by it, and a table that was wrong
+        about its width would never be found out. begins_early: it takes some rounds in a row to see, so less often."""
+        pace = self._paced(lanes)
+        every = _PLAIN_EVERY * (_EARLY_ROUNDS if begins_early else 1)
+        return self.by_clock and (pace.plain_rounds < _FIRST_PLAIN or pace.rounds_since_plain >= every)
+
+    def plain_ms(self, context: int, lanes: int = 1) -> float:
+        """A plain round."""
+        return self.live.plain_ms(context, lanes) + self.live.costs.overhead_ms
+
+    def restart_ms(self, context: int) -> float:
+        """What a guess costs besides its round, where passes of plain decoding begin early: the one that has begun is
+        dropped, and the next ones wait again."""
+        return self._restart * self.plain_ms(context) if self.by_clock else 0.0
+
+    def observe_restart(self, longer: float) -> None:
+        """The first plain rounds behind a guess took so many plain rounds longer than in a row."""
+        self._restart += _SMOOTHING * (min(max(longer, 0.0), _MOST_RESTART) - self._restart)
+
+    def observe(self, tokens: int, round_ms: float, *, plain: bool, lanes: int = 1) -> None:
+        """A round emitted so many tokens in all lanes. plain: nobody guessed anything, and it took what that usually
+        does."""
+        pace = self._paced(lanes)
+        pace.rounds_since_plain = 0 if plain else pace.rounds_since_plain + 1
+        pace.plain_rounds += plain
+        pace.rate.add(tokens * about(lanes) / lanes, round_ms)
+
+    def _paced(self, lanes: int) -> _Pace:
+        load = about(lanes)
+        if load not in self._pace:
+            self._pace[load] = _Pace(Rate(load / self.plain_ms(0, load)))
+        return self._pace[load]
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How fast it went with about so many lanes, and how long ago that was without speculation."""
+
+    rate: Rate
+    rounds_since_plain: int = 0
+    plain_rounds: int = 0
