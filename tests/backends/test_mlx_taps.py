@@ -115,8 +115,9 @@ def want(model: Any, ids: Sequence[int]) -> NDArray[np.float32]:
     return np.array(mx.concatenate([found[tap][0] for tap in TAPS], axis=-1))
 
 
-def check(model: Any, companion: Any, ids: Sequence[int], missing: Sequence[int] = ()) -> None:
-    """It holds exactly these tokens with the features of the chain that they are."""
+def check(model: Any, state: Any, companion: Any, ids: Sequence[int], missing: Sequence[int] = ()) -> None:
+    """Asked for, it holds exactly these tokens with the features of the chain that they are."""
+    state.companions.settle()
     assert [companion.rows[position][0] for position in sorted(companion.rows)] == [
         token for position, token in enumerate(ids) if position not in missing
     ]
@@ -133,30 +134,59 @@ def test_kept_rows_reach_a_companion(model: Any) -> None:
     state.companions.add(companion)
     run(model, state, [5, 6, 7, 8, 9])
     state.keep(range(5))
-    check(model, companion, [5, 6, 7, 8, 9])
+    check(model, state, companion, [5, 6, 7, 8, 9])
     run(model, state, [10, 11])
     run(model, state, [12, 13])
     state.keep([0, 1, 2])
-    check(model, companion, [5, 6, 7, 8, 9, 10, 11, 12])
+    check(model, state, companion, [5, 6, 7, 8, 9, 10, 11, 12])
     fork, saved = state.fork(), state.save()
     state.truncate(6)
-    check(model, companion, [5, 6, 7, 8, 9, 10])
+    check(model, state, companion, [5, 6, 7, 8, 9, 10])
     run(model, state, [20, 21])
     state.keep([0])
-    check(model, companion, [5, 6, 7, 8, 9, 10, 20])
+    check(model, state, companion, [5, 6, 7, 8, 9, 10, 20])
     state.keep(())
     for copy in (fork, saved.open()):
         of_copy = copy.companions.of(None)
-        check(model, of_copy, [5, 6, 7, 8, 9, 10, 11, 12])
+        check(model, copy, of_copy, [5, 6, 7, 8, 9, 10, 11, 12])
         run(model, copy, [30, 31, 32])
         copy.keep([0, 1])
-        check(model, of_copy, [5, 6, 7, 8, 9, 10, 11, 12, 30, 31])
+        check(model, copy, of_copy, [5, 6, 7, 8, 9, 10, 11, 12, 30, 31])
         copy.close()
         assert not of_copy.rows
-    check(model, companion, [5, 6, 7, 8, 9, 10, 20])
+    check(model, state, companion, [5, 6, 7, 8, 9, 10, 20])
     assert saved.num_bytes > sum(array.nbytes for array in companion.arrays())
     state.close()
     assert not companion.rows
+
+
+def test_features_wait_until_someone_asks(model: Any) -> None:
+    """Plain passes feed nobody; what waits follows truncation, and never grows without bound."""
+    state = model.open()
+    companion = recorder()
+    state.companions.add(companion)
+    for tokens in ([5, 6, 7], [8], [9, 10], [11]):
+        run(model, state, tokens)
+        state.keep(range(len(tokens)))
+    assert not companion.rows
+    state.truncate(5)
+    run(model, state, [12, 13])
+    state.keep([0])
+    assert not companion.rows
+    check(model, state, companion, [5, 6, 7, 8, 9, 12])
+    ids = [5, 6, 7, 8, 9, 12, *range(14, 44), *range(14, 44), *range(14, 44)]
+    for token in ids[6:]:
+        run(model, state, [token])
+        state.keep([0])
+    assert len(ids) - 65 <= len(companion.rows) < len(ids)
+    check(model, state, companion, ids)
+    run(model, state, [20])
+    state.keep([0])
+    state.companions.remove(companion)
+    state.companions.add(late := recorder())
+    state.companions.settle()
+    assert not late.rows
+    state.close()
 
 
 def test_tokens_from_before_a_companion_are_a_hole(model: Any) -> None:
@@ -169,7 +199,7 @@ def test_tokens_from_before_a_companion_are_a_hole(model: Any) -> None:
     state.companions.add(companion)
     run(model, state, [8, 9])
     state.keep([0, 1, 2])
-    check(model, companion, [5, 6, 7, 8, 9], missing=(0, 1, 2))
+    check(model, state, companion, [5, 6, 7, 8, 9], missing=(0, 1, 2))
     state.companions.remove(companion)
     run(model, state, [8, 9])
     state.keep([0, 1])
@@ -188,7 +218,7 @@ def test_the_kept_branch_of_a_tree_is_fed(model: Any) -> None:
     run(model, state, [7, 8, 9], [-1, -1, 1])
     run(model, state, [10, 11, 12], [2, 0, 2])
     state.keep([1, 2, 5])
-    check(model, companion, [5, 6, 8, 9, 12])
+    check(model, state, companion, [5, 6, 8, 9, 12])
     state.close()
 
 
@@ -209,8 +239,8 @@ def test_sequences_in_one_pass_are_fed_their_own_rows(tmp_path: Path) -> None:
     ])  # fmt: skip
     for state, ids in zip(states, prompts, strict=True):
         state.keep(range(len(ids) - 1))
-    for companion, ids in zip(companions, prompts, strict=False):
-        check(model, companion, ids[:-1])
+    for state, companion, ids in zip(states, companions, prompts, strict=False):
+        check(model, state, companion, ids[:-1])
     model.close()
 
 
@@ -257,6 +287,7 @@ def test_a_target_lends_its_embedding_and_its_output_matrix(name: str, scale: fl
     state.companions.add(companion)
     [scores] = model.forward([Step(state, (HostTokens(np.array([3, 9, 4], np.int32)),), chain_parents(state, 3))])
     state.keep(range(3))
+    state.companions.settle()
     hidden = mx.stack([companion.rows[i][1] for i in range(3)])
     np.testing.assert_allclose(np.array(ends.score(hidden)), scores.rows(range(3)), atol=1e-4)
     model.close()

@@ -69,7 +69,7 @@ class MlxHeadState(ABC, Generic[C]):
     def __init__(self, head: Any, state: MlxState, companion: C) -> None:
         self.head = head
         self.state = state
-        self.companion = companion
+        self._companion = companion
         self._closed = False
 
     def check_open(self) -> None:
@@ -79,12 +79,18 @@ class MlxHeadState(ABC, Generic[C]):
         self.state.check_open()
 
     @property
+    def companion(self) -> C:
+        """What it made of all committed tokens."""
+        self.state.companions.settle()
+        return self._companion
+
+    @property
     def num_missing(self) -> int:
         """Of the committed tokens, how many at the beginning the head has not seen."""
-        return self.companion.num_missing
+        return self._companion.num_missing
 
     def close(self) -> None:
         """Forget the guesses, and feed no more."""
         if not self._closed:
             self._closed = True
-            self.state.companions.remove(self.companion)
+            self.state.companions.remove(self._companion)
