@@ -117,6 +117,32 @@ class Tolerance:
     shift: float
 
 
+class _Weighed:
+    """A row some of whose logits are others for the time of a `with`. They are written into the row itself, and what
+    stood there is put back: copying 152k logits would take longer than all else. A row that must not be written to is
+    copied."""
+
+    __slots__ = ("_before", "row")
+
+    def __init__(self, row: Logits) -> None:
+        self.row = row
+        self._before: list[tuple[TokenIds, Logits]] | None = [] if row.flags.writeable else None
+
+    def put(self, ids: TokenIds, values: Logits) -> None:
+        """Let these tokens [N] have these logits [N]."""
+        if self._before is None:
+            self.row, self._before = self.row.copy(), []
+        self._before.append((ids, self.row.take(ids)))
+        self.row[ids] = values
+
+    def __enter__(self) -> Logits:
+        return self.row
+
+    def __exit__(self, *_: object) -> None:
+        for ids, values in reversed(self._before or ()):
+            self.row[ids] = values
+
+
 class Sampler:
     """Makes the choices of one request. Pure: the same row and context give the same token.
 
@@ -136,25 +162,29 @@ class Sampler:
         self.is_plain = not (self.uses_counts or p.logit_bias or self._truncates or constraint is not None)
         self._bias_ids = np.fromiter(p.logit_bias.keys(), np.int32, len(p.logit_bias))
         self._biases = np.fromiter(p.logit_bias.values(), np.float32, len(p.logit_bias))
-        self._copy = np.empty(0, np.float32)
 
     def choose(self, row: Logits, context: Context) -> int:
         """The token of this row at position `len(context)`: argmax of log p + noise. Raises SettingError where
         grammar and logit bias leave nothing."""
-        row, few = self._adjusted(row, context)
-        if not len(row):
-            raise nothing_left()
-        if self.is_greedy:
-            best = int(row.argmax())
-            return best if few is None else int(few[best])
-        position_key = noise.key(self.seed, Purpose.TOKEN, len(context))
-        if few is None and not self._truncates:
-            return gumbel_argmax(row, self.params.temperature, position_key)
-        return self._noisy_best(row, few, position_key)
+        with self._weighed(row, context) as weighed:
+            row, few = self._allowed(weighed, context)
+            if not len(row):
+                raise nothing_left()
+            if self.is_greedy:
+                best = int(row.argmax())
+                return best if few is None else int(few[best])
+            position_key = noise.key(self.seed, Purpose.TOKEN, len(context))
+            if few is None and not self._truncates:
+                return gumbel_argmax(row, self.params.temperature, position_key)
+            return self._noisy_best(row, few, position_key)
 
     def decide(self, row: Logits, context: Context, tolerance: Tolerance) -> tuple[int, bool]:
         """(what `choose` says, would it say so for every row within the tolerance of this one?) Raises as `choose`."""
-        row, few = self._adjusted(row, context)
+        with self._weighed(row, context) as weighed:
+            return self._decided(weighed, context, tolerance)
+
+    def _decided(self, row: Logits, context: Context, tolerance: Tolerance) -> tuple[int, bool]:
+        row, few = self._allowed(row, context)
         if not len(row):
             raise nothing_left()
         p = self.params
@@ -180,37 +210,38 @@ class Sampler:
     def guesses(self, row: Logits, context: Context, k: int) -> tuple[TokenIds, Probabilities]:
         """([k'] ids, [k'] `chances`) of the at most k tokens that this row makes likeliest to be chosen at
         position `len(context)`, best first. The first is what `choose` would choose."""
-        row, few = self._adjusted(row, context)
-        if not len(row):
-            return np.zeros(0, np.int32), np.zeros(0)
-        position_key = None if self.is_greedy else noise.key(self.seed, Purpose.TOKEN, len(context))
-        ids, values = self._ranked(row, few, k, position_key)
-        return ids, chances(values, self.params.temperature)
+        with self._weighed(row, context) as weighed:
+            row, few = self._allowed(weighed, context)
+            if not len(row):
+                return np.zeros(0, np.int32), np.zeros(0)
+            position_key = None if self.is_greedy else noise.key(self.seed, Purpose.TOKEN, len(context))
+            ids, values = self._ranked(row, few, k, position_key)
+            return ids, chances(values, self.params.temperature)
 
     def law(self, row: Logits, context: Context) -> Law:
         """The distribution that this row and these settings define; empty where nothing is left."""
-        row, few = self._adjusted(row, context)
-        if not len(row):
-            return Law(np.zeros(0, np.int32), np.zeros(0))
-        if self.is_greedy:
-            best = np.array([row.argmax()], np.int32)
-            return Law(best if few is None else few[best], np.ones(1))
-        if self._truncates or few is not None:
-            ids, logits = self._candidates(row, few)
-        else:
-            ids = np.arange(len(row), dtype=np.int32)
-            logits = (row - row.max()) / np.float32(self.params.temperature)
-        weights = np.exp(logits.astype(np.float64))
-        return Law(ids, weights / weights.sum())
+        with self._weighed(row, context) as weighed:
+            row, few = self._allowed(weighed, context)
+            if not len(row):
+                return Law(np.zeros(0, np.int32), np.zeros(0))
+            if self.is_greedy:
+                best = np.array([row.argmax()], np.int32)
+                return Law(best if few is None else few[best], np.ones(1))
+            if self._truncates or few is not None:
+                ids, logits = self._candidates(row, few)
+            else:
+                ids = np.arange(len(row), dtype=np.int32)
+                logits = (row - row.max()) / np.float32(self.params.temperature)
+            weights = np.exp(logits.astype(np.float64))
+            return Law(ids, weights / weights.sum())
 
     def keys(self, positions: TokenIds) -> NoiseKeys:
         """[N, 2] noise keys of the tokens at these positions, for `Scores.winners`."""
         return noise.keys(self.seed, Purpose.TOKEN, positions)
 
-    def _adjusted(self, row: Logits, context: Context) -> tuple[Logits, TokenIds | None]:
-        """The row after bias, penalties and grammar; and the ids of its entries, ascending, where it was cut down to
-        few. Empty where nothing is left."""
-        row = self._weighed(row, context)
+    def _allowed(self, row: Logits, context: Context) -> tuple[Logits, TokenIds | None]:
+        """A weighed row after the grammar; and the ids of its entries, ascending, where it was cut down to few. Empty
+        where nothing is left."""
         if self.constraint is None:
             return row, None
         allowed = self.constraint.mask(context.output)[: len(row)]  # a draft model's row may be padded less
@@ -223,32 +254,28 @@ class Sampler:
             return np.zeros(0, np.float32), np.zeros(0, np.int32)
         return row, few
 
-    def _weighed(self, row: Logits, context: Context) -> Logits:
-        """The row after bias and penalties: itself where nothing changes, else a copy that stands until the next
-        row is adjusted (fresh memory for each would take longer than the rest)."""
-        if not self.uses_counts and not len(self._bias_ids):
-            return row
-        if self._copy.shape != row.shape:
-            self._copy = np.empty_like(row)
-        np.copyto(self._copy, row)
-        row = self._copy
+    def _weighed(self, row: Logits, context: Context) -> _Weighed:
+        """The row after bias and penalties, for the time of a `with`."""
+        weighed = _Weighed(row)
         if len(self._bias_ids):
             if int(self._bias_ids.max()) >= len(row):
                 raise SettingError(
                     "logit_bias names no token", got=int(self._bias_ids.max()), expected=f"below {len(row)}"
                 )
-            row[self._bias_ids] += self._biases
+            weighed.put(self._bias_ids, row.take(self._bias_ids) + self._biases)
         if self.uses_counts:
             p = self.params
             if p.repetition_penalty != 1.0:
                 seen, _ = context.counts.seen()
-                values = row.take(seen)
+                values = weighed.row.take(seen)
                 # positive logits are divided, negative ones multiplied: the lower result of the two, or the higher
                 choose = np.minimum if p.repetition_penalty > 1.0 else np.maximum
-                row[seen] = choose(values / p.repetition_penalty, values * p.repetition_penalty)
-            produced, counts = context.output_counts.seen()
-            row[produced] -= p.presence_penalty + p.frequency_penalty * counts.astype(np.float32)
-        return row
+                weighed.put(seen, choose(values / p.repetition_penalty, values * p.repetition_penalty))
+            if p.presence_penalty or p.frequency_penalty:
+                produced, counts = context.output_counts.seen()
+                penalties = p.presence_penalty + p.frequency_penalty * counts.astype(np.float32)
+                weighed.put(produced, weighed.row.take(produced) - penalties)
+        return weighed
 
     def _ranked(
         self, row: Logits, few: TokenIds | None, k: int, position_key: tuple[int, int] | None

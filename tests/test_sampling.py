@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,16 +13,24 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from localspec import noise
+from localspec.constraint import Constraint
 from localspec.context import Context
 from localspec.errors import SettingError, StaleScoresError
 from localspec.noise import Purpose
 from localspec.ranking import group_maxima, gumbel_argmax, top_ids
-from localspec.sampling import HostScores, Sampler, SamplingParams, log_softmax_at
-from localspec.types import Logits
+from localspec.sampling import HostScores, Sampler, SamplingParams, Tolerance, log_softmax_at
+from localspec.types import BoolMask, Logits, TokenIds
 
 
 def row_of(size: int, seed: int = 0, spread: float = 3.0) -> Logits:
     return (spread * np.random.default_rng(seed).standard_normal(size)).astype(np.float32)
+
+
+class AllAllowed:
+    """A grammar that forbids nothing."""
+
+    def mask(self, output: TokenIds) -> BoolMask:
+        return np.ones(2, np.bool_)
 
 
 def softmax(row: Logits) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -168,17 +176,34 @@ def test_tiny_temperatures_tend_to_greedy(settings: dict[str, Any], offset: floa
         assert sampler.law(row, Context([0])).probability(int(row.argmax())) == pytest.approx(1.0)
 
 
-def test_the_row_is_never_written_to() -> None:
-    row = row_of(50)
-    row.flags.writeable = False
+def test_the_row_is_what_it_was_afterwards() -> None:
+    """Penalties are written into it for the time of a choice; one that must not be written to gives the same."""
+    context = Context([1, 2, 2])
+    context.start_output()
+    context.extend([2, 4])
     for params in SETTINGS:
-        Sampler(params, 0).choose(row, Context([1, 2]))
-        Sampler(replace(params, temperature=0.0), 0).choose(row, Context([1, 2]))
+        for sampler in (Sampler(params, 0), Sampler(replace(params, temperature=0.0), 0)):
+            row, fixed = row_of(50), row_of(50)
+            fixed.flags.writeable = False
+            assert sampler.choose(row, context) == sampler.choose(fixed, context)
+            assert sampler.decide(row, context, Tolerance(0.1, 0.1)) == sampler.decide(
+                fixed, context, Tolerance(0.1, 0.1)
+            )
+            assert np.array_equal(sampler.law(row, context).probs, sampler.law(fixed, context).probs)
+            assert np.array_equal(sampler.guesses(row, context, 4)[0], sampler.guesses(fixed, context, 4)[0])
+            assert np.array_equal(row, fixed)
+    banned = Sampler(
+        SamplingParams(logit_bias={0: -np.inf, 1: -np.inf}, repetition_penalty=2.0), 0, cast(Constraint, AllAllowed())
+    )
+    row = row_of(2)
+    with pytest.raises(SettingError, match="nothing can be said"):
+        banned.choose(row, Context([1]))
+    assert np.array_equal(row, row_of(2))
 
 
 @pytest.mark.parametrize("params", SETTINGS)
 def test_answers_do_not_change_with_the_next_row(params: SamplingParams) -> None:
-    """Adjusted rows share one piece of memory."""
+    """Nothing of an answer is a view of a row that changes back."""
     rows, context, sampler = [row_of(5000, seed) for seed in (0, 1)], Context([1, 2, 3, 3, 5]), Sampler(params, 0)
     law, (ids, chances) = sampler.law(rows[0], context), sampler.guesses(rows[0], context, 4)
     answers = [np.asarray(answer) for answer in (law.ids, law.probs, ids, chances)]
