@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+_MOST_KNOWN = 4096  # places of a curve that are remembered
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Curve:
     widths: tuple[int, ...]
     contexts: tuple[int, ...]
     ms: tuple[tuple[float, ...], ...]
+    _known: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shape = (len(self.contexts), len(self.widths))
@@ -37,7 +39,17 @@ class Curve:
 
     def at(self, width: int, context: int) -> float:
         """Milliseconds of a pass of `width` tokens behind `context` committed ones."""
-        return _at(self, width, context >> 5 << 5)
+        place = (width, context >> 5 << 5)
+        found = self._known.get(place)
+        if found is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            found = self._known[place] = self._between(*place)
+        return found
+
+    def _between(self, width: int, context: int) -> float:
+        by_context = [_line(self.widths, row, width) for row in self.ms]
+        return _line(self.contexts, by_context, context)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -51,12 +63,6 @@ class Curve:
             tuple(int(c) for c in data["contexts"]),
             tuple(tuple(float(value) for value in row) for row in data["ms"]),
         )
-
-
-@lru_cache(maxsize=4096)
-def _at(curve: Curve, width: int, context: int) -> float:
-    by_context = [_line(curve.widths, row, width) for row in curve.ms]
-    return _line(curve.contexts, by_context, context)
 
 
 def _line(places: Sequence[int], values: Sequence[float], place: int) -> float:

@@ -12,6 +12,7 @@ from localspec.schedule.drafting import DraftTimes, times_of
 from localspec.schedule.guard import Guard
 from localspec.schedule.opinions import Dissent
 from localspec.schedule.plan import LiveCosts, Rate, about
+from localspec.schedule.rest import LookTime
 from localspec.schedule.router import Trials
 
 _SMOOTHING = 0.1
@@ -52,6 +53,8 @@ class Experience:
         self._records: dict[tuple[str, bool, int], Record] = {}
         self._times: dict[str, DraftTimes] = {}
         self._restart = 1.0  # plain rounds
+        self.look = LookTime()
+        """What deciding takes."""
         self.lately: Load | None = None
         """The last round that several lanes shared, or might have."""
 

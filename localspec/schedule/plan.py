@@ -32,6 +32,7 @@ _SHARE_OF_CHANGE = 1.0 / 3.0  # of what another width costs at first: it is paid
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
 _FAINT = 0.1  # a leaf with that share of the best one's chance is not worth thinking of
+_NEWS = 4  # passes in a row of one width, once that is known, after which prices are worked out again
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
 
 
@@ -141,6 +142,7 @@ class LiveCosts:
         self._learned: dict[int, _Learned] = {}
         self._last = (0, 0)  # lanes, width
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
+        self._unpriced = 0  # passes that the cached prices do not know
 
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width, behind what ran last."""
@@ -207,7 +209,10 @@ class LiveCosts:
         grown = self._grown(rows, context, learned)
         learned.general += step * (ms / grown / (learned.steady if in_a_row else 1.0) - learned.general)
         learned.follow(curve, rows, context, ms)
-        self._cache.clear()
+        self._unpriced += 1
+        if not in_a_row or learned.again[width].weight < _NEWS or self._unpriced >= _NEWS:
+            self._cache.clear()
+            self._unpriced = 0
 
     def observe_draft(self, expected_ms: float, ms: float, lanes: int = 1) -> None:
         """What drafting took, beside what the table says for its passes."""
@@ -216,7 +221,10 @@ class LiveCosts:
             learned.draft += 0.05 * (min(learned.draft * ms / expected_ms, 5.0) - learned.draft)
 
     def _of(self, load: int) -> _Learned:
-        return self._learned.setdefault(load, _Learned())
+        found = self._learned.get(load)
+        if found is None:
+            found = self._learned[load] = _Learned()
+        return found
 
     def _grown(self, rows: int, context: int, learned: _Learned) -> float:
         """What the table says, and how passes grow beyond it."""
@@ -284,14 +292,19 @@ class Valuation:
 
     def best(self, reach: Sequence[float]) -> Choice:
         """The best number of leading nodes. reach: [N] chances of whole paths, best first."""
-        base = self._ms[0]
+        nodes, value = self._best(reach)
+        return Choice(nodes, self._widths[nodes], value)
+
+    def _best(self, reach: Sequence[float]) -> tuple[int, float]:
+        """(how many, their value)."""
+        base, rate, costs = self._ms[0], self.rate, self._ms
         best, nodes, total = 0.0, 0, 0.0
         for count, chance in enumerate(reach[: self.max_nodes], start=1):
             total += chance
-            value = total - self.rate * (self._ms[count] - base)
+            value = total - rate * (costs[count] - base)
             if value > best:
                 best, nodes = value, count
-        return Choice(nodes, self._widths[nodes], best)
+        return nodes, best
 
     def best_together(self, reaches: Sequence[Sequence[float]], least: int = 0) -> Choice:
         """The best number of leading nodes in every lane, for a pass in which each is as wide as the widest.
@@ -339,7 +352,7 @@ class Valuation:
         """
         if not leaves:
             return 0
-        now = self.best(sorted(reach, reverse=True)).value
+        now = self._best(sorted(reach, reverse=True))[1]
         best, chosen = now, 0
         second = 0.4 * (1.0 - usual)
         hopeful = sum(leaf >= _FAINT * leaves[0] for leaf in leaves)
@@ -354,7 +367,7 @@ class Valuation:
                     grown += [leaf * second for leaf in level]
                 level = [leaf * usual for leaf in level]
                 grown += level
-                value = self.best(sorted(grown, reverse=True)).value - depth * price
+                value = self._best(sorted(grown, reverse=True))[1] - depth * price
                 if value > best:
                     best, chosen = value, width
                 if level[0] * usual < _FAINT:

@@ -33,6 +33,7 @@ from localspec.schedule.drafting import FREE, DraftPrices
 from localspec.schedule.experience import Experience, Record
 from localspec.schedule.opinions import Opinion, Opinions
 from localspec.schedule.plan import Valuation
+from localspec.schedule.rest import Rest
 from localspec.tree.grow import Grower, merge
 from localspec.tree.token_tree import TokenTree
 
@@ -44,6 +45,7 @@ _STALL = 4.0  # drafting that takes so many times what was expected is the machi
 _RESTART = 2  # rounds behind a guess that take longer where passes begin early
 LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
+_NO_TREE = Proposal("").tree()
 
 
 @dataclass(slots=True)
@@ -81,8 +83,13 @@ class Scheduled:
     def __init__(self, free: Sequence[Drafter], dear: Sequence[Drafter], experience: Experience) -> None:
         self.parts = (*free, *dear)
         self._free, self._dear = tuple(free), tuple(dear)
+        self._free_names = frozenset(part.name for part in free)
         self.experience = experience
         self._asked: list[_Asked] = []
+        self._rest = Rest()
+        self._plain: Proposal | None = None  # of the last round in which nothing was found
+        self._resting = False  # this round is one without a look
+        self._look_ms = 0.0  # what deciding took in this round
         self._greedy = True
         self._begins_early = False
         self._in_a_row = False  # the next pass of plain decoding has begun
@@ -106,6 +113,7 @@ class Scheduled:
         and with several lanes each when it is first asked, so that reading counts as what it costs."""
         self._context = context
         self._asked = []
+        self._rest.begin()
         self._read = {}
         self._in_a_row, self._since_guess = False, _RESTART
         self._load = self.experience.lately
@@ -134,6 +142,20 @@ class Scheduled:
 
     def propose(self, request: DraftRequest) -> Proposal:
         """The guesses that are worth verifying; where the round is shared, those that might be."""
+        plain = self._plain
+        self._resting = (
+            plain is not None and self._rest.is_on and request.load is None and plain.width <= request.max_nodes + 1
+        )
+        if self._resting and plain is not None:
+            return plain
+        started = perf_counter()
+        self._plain = None
+        proposal = self._look(request)
+        self._look_ms = (perf_counter() - started) * 1e3
+        return proposal
+
+    def _look(self, request: DraftRequest) -> Proposal:
+        """Ask those that might bring something."""
         self._expected = self._open = self._opinions = None
         self._greedy = request.sampler.is_greedy
         self._asked, self._load = [], request.load
@@ -171,7 +193,10 @@ class Scheduled:
         proposal = self._chosen(request, prices)
         if proposal.num_nodes:
             return proposal
-        return replace(proposal, because=parked[0] if parked else _NOTHING_WORTH)
+        proposal = replace(proposal, because=parked[0] if parked else _NOTHING_WORTH)
+        if request.sampler.constraint is None:  # what a grammar leaves no choice about is found for nothing
+            self._plain = replace(proposal, counts={})
+        return proposal
 
     def _ask_if_allowed(self, part: Drafter, request: DraftRequest, prices: Valuation, parked: list[str]) -> float:
         """What a drafter's guesses are worth; nothing where it is parked, and `parked` is told so."""
@@ -195,6 +220,21 @@ class Scheduled:
         """The outcome, for all; and what it teaches."""
         for part in self.parts:
             part.observe(outcome)
+        started = perf_counter()
+        if self._resting:
+            self._in_a_row = outcome.begun_early
+            self._rest.observe(outcome)
+            return
+        self._learn_from_rest()
+        self._learn(outcome)
+        self._look_ms += (perf_counter() - started) * 1e3
+        if self._load is None and self.experience.by_clock:
+            plain_ms = self.experience.plain_ms(len(self._context))
+            looked = all(one.name in self._free_names for one in self._asked)
+            self._rest.looked(self._plain is None, self._look_ms if looked else None, self.experience.look, plain_ms)
+
+    def _learn(self, outcome: Outcome) -> None:
+        """What a round teaches."""
         experience, asked, lanes = self.experience, self._asked, self._lanes
         context = len(self._context) - len(outcome.tokens)
         plain_ms = experience.plain_ms(context, lanes)
@@ -241,9 +281,26 @@ class Scheduled:
             share = extra / len(used) if one.used else 0.0
             # while one lane drafts, all wait
             record.guard.observe(brought / len(used) if one.used else 0.0, lanes * one.ms + share, plain_ms)
-        for part in self.parts:
-            if part.name not in names:
-                self._record(part.name).guard.idle(round_ms, plain_ms, lanes * self._entry_ms(part) / plain_ms)
+        self._idle([part for part in self.parts if part.name not in names], round_ms, plain_ms)
+
+    def _learn_from_rest(self) -> None:
+        """What the rounds without a look took, and that all drafters were idle."""
+        rest, experience = self._rest, self.experience
+        if not rest.rounds:
+            return
+        context = len(self._context)
+        experience.live.observe_verify(rest.width, context, rest.ms / rest.rounds)
+        round_ms = rest.ms + rest.rounds * experience.live.costs.overhead_ms
+        experience.observe(rest.tokens, round_ms, plain=True)
+        self._idle(self.parts, round_ms, experience.plain_ms(context))
+        rest.clear()
+
+    def _idle(self, parts: Sequence[Drafter], round_ms: float, plain_ms: float) -> None:
+        """Time went by without them. What trials may cost is for all together."""
+        guards = [(self._record(part.name).guard, self._entry_ms(part)) for part in parts]
+        share_ms = round_ms / max(sum(guard.parked for guard, _ in guards), 1)
+        for guard, entry_ms in guards:
+            guard.idle(share_ms, plain_ms, self._lanes * entry_ms / plain_ms)
 
     def _see_restart(self, plain: bool, longer_ms: float, plain_ms: float) -> None:
         """Behind a guess it takes plain decoding some rounds until its passes begin early again; what that costs."""
@@ -336,7 +393,9 @@ class Scheduled:
         if proposal.num_nodes:
             record.states_chances = proposal.log_q is not None
         tree, chances = None, []
-        if proposal.log_q is not None or (proposal.num_nodes == 0):
+        if not proposal.num_nodes:
+            tree = _NO_TREE
+        elif proposal.log_q is not None:
             tree = proposal.tree()
             depth = tree.depth.tolist()
             chances = [reliability.chance(value, depth[node]) for node, value in enumerate(proposal.log_q or ())]
@@ -403,7 +462,7 @@ class Scheduled:
     def _merged(
         self, guessing: Sequence[_Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
     ) -> Proposal:
-        free = {part.name for part in self._free}
+        free = self._free_names
         merged = merge([one.tree for one in guessing if one.tree is not None])
         said = [
             (one.name in free, Opinion(places, one.chances, self._record(one.name).dissent))
