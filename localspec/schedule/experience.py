@@ -19,6 +19,7 @@ _SMOOTHING = 0.1
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
 _EARLY_ROUNDS = 3  # until passes begin before the last token is read
+_LONGEST_RUN = 16
 _MOST_RESTART = 3.0  # plain rounds; a stall is not taken for it
 
 
@@ -29,7 +30,6 @@ class Record:
     reliability: Reliability
     guard: Guard = field(default_factory=Guard)
     usual_value: float = 1.0  # tokens a round that asking it is expected to bring, its own time paid
-    usual_edge: float = 0.8  # chance of a node's best child
     states_chances: bool = True
     trials: Trials = field(default_factory=Trials)
     dissent: Dissent = field(default_factory=Dissent)
@@ -53,6 +53,7 @@ class Experience:
         self._records: dict[tuple[str, bool, int], Record] = {}
         self._times: dict[str, DraftTimes] = {}
         self._restart = 1.0  # plain rounds
+        self._run = 1.0  # rounds with guesses behind each other
         self.look = LookTime()
         """What deciding takes."""
         self.lately: Load | None = None
@@ -92,6 +93,14 @@ class Experience:
         """What a guess costs besides its round, where passes of plain decoding begin early: the one that has begun is
         dropped, and the next ones wait again."""
         return self._restart * self.plain_ms(context) if self.by_clock else 0.0
+
+    def part_of_restart(self) -> float:
+        """Of that, what the first guess should be worth: others mostly follow, which cost it no more."""
+        return 1.0 / self._run
+
+    def observe_run(self, rounds: int) -> None:
+        """So many rounds behind each other had guesses, then one had none."""
+        self._run += _SMOOTHING * (min(rounds, _LONGEST_RUN) - self._run)
 
     def observe_restart(self, longer: float) -> None:
         """The first plain rounds behind a guess took so many plain rounds longer than in a row."""

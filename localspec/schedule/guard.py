@@ -7,8 +7,9 @@ pays comes back from a bad stretch before the drawdown reaches the limit, one th
 what finding out may cost. Then it is parked.
 
 A parked drafter is tried again on credit: a small share of all decoding time is put aside, and when it covers
-what a trial is expected to lose, one is made. Credit always grows, so nothing stays parked for ever, and the share
-bounds what trying costs. A few trials that gain together end the parking.
+what a trial takes, one is made. Credit always grows, so nothing stays parked for ever, and the share bounds what trying
+costs. The first trial of an answer, whose text may be another one, is made in advance; one that gained is followed up
+at once. A few that gain together end the parking.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections import deque
 _SHARE = 0.012  # of the decoding time goes into trials
 _LIMIT = 8.0  # tokens of drawdown
 _TRIALS = 4  # that must gain together
-_LEAST_LOSS = 0.1  # tokens that a trial is taken to cost at least
+_LEAST_PRICE = 0.1  # tokens that a trial is taken to cost at least
 _MOST_CREDIT = 3.0  # trials; without a bound a long parked stretch would buy a long losing one
 _SMOOTHING = 0.03
 
@@ -31,23 +32,31 @@ class Guard:
         """Tokens a round above plain decoding in the same time, over the last rounds."""
         self.parked = False
         self._drawdown = 0.0
-        self._loss = 0.5  # tokens that a trial loses, by the last ones
         self._credit = 0.0  # tokens
+        self._in_advance = False
         self._trials: deque[float] = deque(maxlen=_TRIALS)
 
-    def allows(self, entry: float = 0.0) -> bool:
-        """May the drafter work this round? entry: tokens that reading what it missed is worth."""
-        if not self.parked:
-            return True
-        price = max(self._loss, _LEAST_LOSS) + entry
-        if self._credit < price:
+    def begin(self) -> None:
+        """Another answer."""
+        self._in_advance = True
+
+    def allows(self, price: float) -> bool:
+        """May the drafter work this round? price: of a trial, in tokens."""
+        return not self.parked or self.pays(price)
+
+    def pays(self, price: float) -> bool:
+        """Is there credit for a trial? Then it is spent."""
+        price = max(price, _LEAST_PRICE)
+        promising = bool(self._trials) and self._trials[-1] > 0.0 and len(self._trials) < _TRIALS
+        if not promising and self._credit < (0.0 if self._in_advance else price):
             return False
+        self._in_advance = False
         self._credit -= price
         return True
 
-    def idle(self, round_ms: float, plain_ms: float, entry: float = 0.0) -> None:
+    def idle(self, round_ms: float, plain_ms: float, price: float) -> None:
         """A round went by without the drafter."""
-        most = _MOST_CREDIT * (max(self._loss, _LEAST_LOSS) + entry)
+        most = _MOST_CREDIT * max(price, _LEAST_PRICE)
         self._credit = min(self._credit + _SHARE * round_ms / plain_ms, most)
 
     def observe(self, brought: float, extra_ms: float, plain_ms: float) -> None:
@@ -60,7 +69,8 @@ class Guard:
                 self.parked = True
                 self._trials.clear()
             return
-        self._loss += 0.3 * (-gain - self._loss)
+        if self._trials and gain <= 0.0 and sum(self._trials) + gain <= 0.0:
+            self._trials.clear()  # a run of good ones begins anew
         self._trials.append(gain)
         if len(self._trials) == _TRIALS and sum(self._trials) > 0.0:
             self.parked = False

@@ -290,6 +290,10 @@ class Valuation:
         """Of the pass over so many nodes."""
         return self._widths[min(num_nodes, len(self._widths) - 1)]
 
+    def extra_ms(self, num_nodes: int) -> float:
+        """What a round that verifies so many takes longer than one that verifies none."""
+        return self._ms[min(num_nodes, len(self._ms) - 1)] - self._ms[0]
+
     def best(self, reach: Sequence[float]) -> Choice:
         """The best number of leading nodes. reach: [N] chances of whole paths, best first."""
         nodes, value = self._best(reach)

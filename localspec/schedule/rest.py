@@ -3,7 +3,8 @@
 Deciding takes the host a few tenths of a millisecond. Beside a pass of 30 ms that is nothing; beside one of 5 ms that a
 GPU runs while the host builds the next, it alone would make `auto` slower than plain decoding by a tenth. So behind
 some looks that found nothing the next rounds are plain without a look, as many as bring its cost down to a small share
-of decoding. What follows is found a few tokens later, and what is found is looked for in every round again.
+of decoding. What follows is found a few tokens later, and what is found is looked for in every round again. A look in
+which a drafter that runs a model was asked is none of these: that is done where it is expected to pay.
 """
 
 from __future__ import annotations

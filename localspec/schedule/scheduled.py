@@ -34,6 +34,7 @@ from localspec.schedule.experience import Experience, Record
 from localspec.schedule.opinions import Opinion, Opinions
 from localspec.schedule.plan import Valuation
 from localspec.schedule.rest import Rest
+from localspec.schedule.shadow import Shadow
 from localspec.tree.grow import Grower, merge
 from localspec.tree.token_tree import TokenTree
 
@@ -41,6 +42,9 @@ _SMOOTHING = 0.1
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _LEAST_OWN = 0.4  # of a pass's time is its own, whatever drafting may be hidden in it
 _LEAST_BACK = 0.5  # of what asking takes
+_LONGEST_TRIAL = 8  # tokens of a chain that is tried
+_SHARE_OF_TRIAL = 0.5  # of a plain round, for its guesses
+_NEWS = 0.2  # that a trial is, beside what was known
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
 _RESTART = 2  # rounds behind a guess that take longer where passes begin early
 LOOKING = "a plain round now and then shows what plain decoding takes"
@@ -90,10 +94,14 @@ class Scheduled:
         self._plain: Proposal | None = None  # of the last round in which nothing was found
         self._resting = False  # this round is one without a look
         self._look_ms = 0.0  # what deciding took in this round
+        self._shadow: Shadow | None = None
+        self._tried_ms = 0.0  # what its guesses took, in this round
+        self._is_new = True  # no round of this answer yet
         self._greedy = True
         self._begins_early = False
         self._in_a_row = False  # the next pass of plain decoding has begun
         self._restart_ms = 0.0  # what dropping it costs, in this round
+        self._run = 0  # rounds with guesses behind each other
         self._since_guess = _RESTART  # plain rounds, where passes begin early
         self._restarting = 0.0  # plain rounds that these took longer than in a row
         self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
@@ -114,6 +122,7 @@ class Scheduled:
         self._context = context
         self._asked = []
         self._rest.begin()
+        self._shadow, self._is_new = None, True
         self._read = {}
         self._in_a_row, self._since_guess = False, _RESTART
         self._load = self.experience.lately
@@ -158,15 +167,18 @@ class Scheduled:
         """Ask those that might bring something."""
         self._expected = self._open = self._opinions = None
         self._greedy = request.sampler.is_greedy
-        self._asked, self._load = [], request.load
+        self._asked, self._load, self._tried_ms = [], request.load, 0.0
         experience = self.experience
         context = len(request.context)
         rate = experience.rate(context, self._lanes)
         self._restart_ms = experience.restart_ms(context) if self._in_a_row and request.begins_early else 0.0
-        prices = Valuation(
-            experience.live, rate, context, request.max_nodes, self._lanes, self._drafting, self._restart_ms
-        )
+        barrier_ms = experience.part_of_restart() * self._restart_ms
+        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, self._drafting, barrier_ms)
         self._begins_early = request.begins_early
+        if self._is_new:
+            self._is_new = False
+            for part in self.parts:
+                self._record(part.name).guard.begin()
         if self._load is not None and self._load.plain:
             return Proposal(self.name, because=self._load.because)
         if not request.max_nodes or not request.max_depth:
@@ -181,7 +193,7 @@ class Scheduled:
         at_hand = 0.0  # of dear drafters
         for part, on_trial in self._in_order(best, rate):
             record = self._record(part.name)
-            if not (on_trial or (self._is_worth_asking(part, rate) and self._may_beat(record, best, at_hand, trees))):
+            if not (on_trial or record.guard.parked or self._may_beat(record, best, at_hand, trees)):
                 continue
             value = self._ask_if_allowed(part, request, prices, parked)
             if self._asked and self._asked[-1].name == part.name:
@@ -199,12 +211,61 @@ class Scheduled:
         return proposal
 
     def _ask_if_allowed(self, part: Drafter, request: DraftRequest, prices: Valuation, parked: list[str]) -> float:
-        """What a drafter's guesses are worth; nothing where it is parked, and `parked` is told so."""
+        """What a drafter's guesses are worth; nothing where it is parked, and `parked` is told so. One that is expected
+        to lose is tried now and then."""
         record = self._record(part.name)
-        if not record.guard.allows(self._entry_ms(part) * prices.rate):
+        if record.guard.parked:
             parked.append(record.guard.because(part.name))
+        if request.load is not None:  # a shared round is over before anything could be followed
+            allowed = record.guard.allows(self._trial_price(part, record, prices) + prices.rate * prices.extra_ms(1))
+            return self._ask(part, record, request, prices).value(prices) if allowed else 0.0
+        if record.guard.parked or not self._is_worth_asking(part, record, prices.rate):
+            if self._shadow is None and record.guard.pays(self._trial_price(part, record, prices)):
+                self._try(part, record, request, prices)
             return 0.0
         return self._ask(part, record, request, prices).value(prices)
+
+    def _trial_price(self, part: Drafter, record: Record, prices: Valuation) -> float:
+        """Tokens that asking it once takes."""
+        ms = record.trials.ms if record.trials.num else self._draft_prices(part).start
+        return prices.rate * (ms + self._entry_ms(part))
+
+    def _try(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> None:
+        """Ask it for guesses that nobody verifies."""
+        asked = self._ask(part, record, request, prices, exactly=self._enough_to_learn(part, prices))
+        self._asked.remove(asked)
+        self._tried_ms = asked.ms
+        record.trials.observe(asked.ms)
+        if asked.tree is None:
+            paying = self._ahead(record.reliability, prices, self._draft_prices(part), asked.proposal.num_nodes)
+            kept = list(range(max(paying, 1)))
+        else:
+            order = sorted(range(len(asked.reach)), key=asked.reach.__getitem__, reverse=True)
+            kept = order[: prices.best([asked.reach[node] for node in order]).nodes]
+        self._shadow = Shadow(part.name, asked.proposal, kept, asked.ms + prices.extra_ms(len(kept)))
+
+    def _enough_to_learn(self, part: Drafter, prices: Valuation) -> int:
+        """Length of a chain that is tried: as much as takes little beside a plain round."""
+        drafting, plain_ms = self._draft_prices(part), self.experience.plain_ms(len(self._context))
+        most = min(_LONGEST_TRIAL, prices.max_nodes)
+        # of a head of one pass more guesses take hardly more
+        little_ms = max(_SHARE_OF_TRIAL * plain_ms, 1.2 * drafting.start)
+        return sum(drafting.chain(count) <= little_ms for count in range(1, most + 1))
+
+    def _follow(self, outcome: Outcome) -> None:
+        """What became of guesses that nobody verified."""
+        shadow = self._shadow
+        if shadow is None or (accepted := shadow.follow(outcome.tokens)) is None:
+            return
+        self._shadow, record = None, self._record(shadow.name)
+        plain_ms = self.experience.plain_ms(len(self._context))
+        gain = accepted - shadow.extra_ms / plain_ms
+        record.reliability.observe(shadow.tree, shadow.tokens)
+        record.usual_value += _NEWS * (gain - record.usual_value)
+        if record.guard.parked:
+            record.guard.observe(float(accepted), shadow.extra_ms, plain_ms)
+            if not record.guard.parked:
+                record.usual_value = max(record.usual_value, 0.0)
 
     def _in_order(self, best: float, rate: float) -> list[tuple[Drafter, bool]]:
         """The dear drafters, the likeliest to pay first, and whether one of them is only on trial: which it is before
@@ -221,6 +282,7 @@ class Scheduled:
         for part in self.parts:
             part.observe(outcome)
         started = perf_counter()
+        self._follow(outcome)
         if self._resting:
             self._in_a_row = outcome.begun_early
             self._rest.observe(outcome)
@@ -230,8 +292,10 @@ class Scheduled:
         self._look_ms += (perf_counter() - started) * 1e3
         if self._load is None and self.experience.by_clock:
             plain_ms = self.experience.plain_ms(len(self._context))
-            looked = all(one.name in self._free_names for one in self._asked)
-            self._rest.looked(self._plain is None, self._look_ms if looked else None, self.experience.look, plain_ms)
+            # one that runs a model says of each place anew what it is worth
+            ran = not all(one.name in self._free_names for one in self._asked)
+            look_ms = None if ran or self._tried_ms else self._look_ms
+            self._rest.looked(self._plain is None or ran, look_ms, self.experience.look, plain_ms)
 
     def _learn(self, outcome: Outcome) -> None:
         """What a round teaches."""
@@ -252,7 +316,7 @@ class Scheduled:
         elif verify_ms > 0.0 and usual:
             verify_ms = max(verify_ms - sum(one.hidden_ms for one in asked), _LEAST_OWN * verify_ms)
             experience.live.observe_verify(width, context, verify_ms)
-        draft_ms = sum(one.ms for one in asked)
+        draft_ms = sum(one.ms for one in asked) + self._tried_ms
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         if self._load is None:
             experience.observe(len(outcome.tokens), round_ms, plain=plain and usual)
@@ -297,16 +361,20 @@ class Scheduled:
 
     def _idle(self, parts: Sequence[Drafter], round_ms: float, plain_ms: float) -> None:
         """Time went by without them. What trials may cost is for all together."""
-        guards = [(self._record(part.name).guard, self._entry_ms(part)) for part in parts]
-        share_ms = round_ms / max(sum(guard.parked for guard, _ in guards), 1)
-        for guard, entry_ms in guards:
-            guard.idle(share_ms, plain_ms, self._lanes * entry_ms / plain_ms)
+        records = [(part, self._record(part.name)) for part in parts]
+        share_ms = round_ms / max(sum(record.guard.parked for _, record in records), 1)
+        for part, record in records:
+            record.guard.idle(share_ms, plain_ms, self._lanes * (record.trials.ms + self._entry_ms(part)) / plain_ms)
 
     def _see_restart(self, plain: bool, longer_ms: float, plain_ms: float) -> None:
         """Behind a guess it takes plain decoding some rounds until its passes begin early again; what that costs."""
         if not plain:
             self._since_guess, self._restarting = 0, 0.0
+            self._run += 1
         elif self._since_guess < _RESTART:
+            if self._run:
+                self.experience.observe_run(self._run)
+                self._run = 0
             self._since_guess += 1
             self._restarting += longer_ms / plain_ms
             if self._since_guess == _RESTART:
@@ -341,14 +409,9 @@ class Scheduled:
     def _record(self, name: str) -> Record:
         return self.experience.record(name, self._greedy, self._lanes)
 
-    def _is_worth_asking(self, part: Drafter, rate: float) -> bool:
-        """Does a drafter that takes time bring back at least half of that? Else it is only asked on credit."""
-        record = self._record(part.name)
-        if record.usual_value >= -_LEAST_BACK * rate * record.trials.ms or record.guard.parked:
-            return True
-        others = (self._record(other.name).usual_value for other in self._dear if other is not part)
-        # of several the best one is tried here, others where they are put in order
-        return record.usual_value >= max(others, default=record.usual_value) and record.trials.is_due(rate)
+    def _is_worth_asking(self, part: Drafter, record: Record, rate: float) -> bool:
+        """Does a drafter that takes time bring back at least half of that?"""
+        return part in self._free or record.usual_value >= -_LEAST_BACK * rate * record.trials.ms
 
     def _may_beat(self, record: Record, best: float, at_hand: float, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters
@@ -360,12 +423,16 @@ class Scheduled:
         record.usual_value += _FORGETTING * (1.0 - record.usual_value)
         return False
 
-    def _ask(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> _Asked:
+    def _ask(
+        self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation, *, exactly: int = 0
+    ) -> _Asked:
+        """Its guesses, as many as pay; `exactly`: so many in any case, and none is waited for to decide that."""
         reliability = record.reliability
         drafting = self._draft_prices(part)
-        budget = _Plan(prices, drafting, record) if part in self._dear else None
-        most = prices.max_nodes
-        if not record.states_chances:
+        dear = part in self._dear
+        budget = _Plan(prices, drafting, record) if dear and not exactly else None
+        most = exactly or prices.max_nodes
+        if not (record.states_chances or exactly):
             most = max(1, self._ahead(reliability, prices, drafting, min(most, request.max_depth)))
         if part.name not in self._read:
             self._begin(part)
@@ -379,15 +446,15 @@ class Scheduled:
             ms = drafted_ms
         self._read[part.name] = len(self._context)
         expected_ms, hidden_ms = 0.0 if budget is None else budget.expected_ms, 0.0
-        unread = budget is not None and proposal.num_nodes > 0 and proposal.log_q is None  # not planned pass by pass
-        if unread:
+        unread = dear and proposal.num_nodes > 0 and proposal.log_q is None  # not planned pass by pass
+        if unread or (dear and exactly):
             expected_ms = drafting.chain(proposal.num_nodes)
         if not self.experience.by_clock:
             ms = expected_ms
         elif unread and not all(isinstance(segment, HostTokens) for segment in proposal.tokens):
             hidden_ms = max(expected_ms - drafted_ms, 0.0)
             ms += hidden_ms
-        elif budget is not None:
+        elif dear:
             self.experience.times(part.name).observe(expected_ms, drafted_ms, self._drafting)
             ms = min(ms, _STALL * expected_ms + (entry_ms if self._lanes > 1 else 0.0))
         if proposal.num_nodes:
@@ -428,7 +495,7 @@ class Scheduled:
         """Rejection: the first drafter that may work draws as much as the past says pays."""
         for part in (*(dear for dear, _ in self._in_order(0.0, prices.rate)), *self._free):
             record = self._record(part.name)
-            if not record.guard.allows(self._entry_ms(part) * prices.rate):
+            if not record.guard.allows(self._trial_price(part, record, prices) + prices.rate * prices.extra_ms(1)):
                 continue
             if part.name not in self._read:
                 self._begin(part)
@@ -530,17 +597,14 @@ class _Plan:
     def expand(self, grower: Grower, nodes: Sequence[int]) -> list[int]:
         """The best of the newest nodes, as many as pay for a pass."""
         reach, record = self._reach, self._record
-        previous = -2
         for node in range(len(reach), len(grower)):
             parent = grower.parent(node)
             chance = record.reliability.chance(grower.log_q(node), grower.depth(node))
-            if parent != previous:  # the best child of its parent
-                record.usual_edge += 0.02 * (chance - record.usual_edge)
-                previous = parent
             reach.append(chance * (reach[parent] if parent >= 0 else 1.0))
         ranked = sorted(nodes, key=lambda node: -reach[node])
         leaves = [reach[node] for node in ranked]
-        count = self._prices.worth_expanding(reach, leaves, record.usual_edge, self._drafting.extend)
+        deeper = 1 + max((grower.depth(node) for node in nodes), default=0)
+        count = self._prices.worth_expanding(reach, leaves, record.reliability.chance_at(deeper), self._drafting.extend)
         if count:
             self.expected_ms += self._drafting.extend(count)
         return sorted(ranked[:count])

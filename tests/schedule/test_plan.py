@@ -253,17 +253,18 @@ Gains = Callable[[np.random.Generator], tuple[float, float]]
 PLAIN_MS = 10.0
 
 
-def play(guard: Guard, rounds: int, gains: Gains, rng: np.random.Generator) -> tuple[int, float]:
-    """(rounds it worked in, tokens won or lost). gains: function of the generator to (accepted, extra ms)."""
+def play(guard: Guard, rounds: int, gains: Gains, rng: np.random.Generator, price: float = 0.5) -> tuple[int, float]:
+    """(rounds it worked in, tokens won or lost). gains: function of the generator to (accepted, extra ms).  price: of a
+    trial, in tokens."""
     worked, total = 0, 0.0
     for _ in range(rounds):
-        if guard.allows():
+        if guard.allows(price):
             accepted, extra = gains(rng)
             guard.observe(accepted, extra, PLAIN_MS)
             total += accepted - extra / PLAIN_MS
             worked += 1
         else:
-            guard.idle(PLAIN_MS, PLAIN_MS)
+            guard.idle(PLAIN_MS, PLAIN_MS, price)
     return worked, total
 
 
@@ -271,7 +272,7 @@ def play(guard: Guard, rounds: int, gains: Gains, rng: np.random.Generator) -> t
 def test_a_drafter_that_loses_costs_little(loss: float) -> None:
     """Finding out costs the limit, trying again about 1.2% of the time, whatever a trial loses."""
     guard = Guard()
-    _, total = play(guard, 4000, lambda rng: (0.0, 10.0 * loss), np.random.default_rng(1))
+    _, total = play(guard, 4000, lambda rng: (0.0, 10.0 * loss), np.random.default_rng(1), loss)
     assert guard.parked
     assert total > -(8.0 + 2.0 * loss) - 0.015 * 4000
 
@@ -304,12 +305,45 @@ def test_credit_is_bounded_and_pays_for_reading_too() -> None:
     guard = Guard()
     play(guard, 200, lambda rng: (0.0, 10.0), np.random.default_rng(3))
     for _ in range(100_000):
-        guard.idle(10.0, 10.0)
+        guard.idle(10.0, 10.0, 1.0)
     trials = 0
-    while guard.allows():
+    while guard.allows(1.0):
         trials += 1
     assert 1 <= trials <= 4
-    assert not guard.allows(entry=50.0)
+    assert not guard.allows(50.0)
     for _ in range(100_000):
-        guard.idle(10.0, 10.0, entry=50.0)
-    assert guard.allows(entry=50.0)
+        guard.idle(10.0, 10.0, 50.0)
+    assert guard.allows(50.0)
+
+
+def test_the_first_trial_of_an_answer_is_made_in_advance_and_paid_for_later() -> None:
+    guard = Guard()
+    play(guard, 200, lambda rng: (0.0, 10.0), np.random.default_rng(3))
+    assert guard.parked
+    while guard.allows(1.0):
+        pass
+    assert not guard.allows(1.0)
+    guard.idle(10.0, 10.0, 1.0)
+    guard.begin()
+    assert guard.allows(1.0)
+    guard.begin()
+    assert not guard.allows(1.0)  # not before the last one is paid for
+    rounds = 0
+    while not guard.allows(1.0):
+        guard.idle(10.0, 10.0, 1.0)
+        rounds += 1
+        guard.begin()
+    assert 60 <= rounds <= 100  # 1.2% of them
+
+
+def test_a_trial_that_gained_is_followed_up_at_once() -> None:
+    guard = Guard()
+    play(guard, 200, lambda rng: (0.0, 10.0), np.random.default_rng(3))
+    for _ in range(100):
+        guard.idle(10.0, 10.0, 1.0)
+    trials = 0
+    while guard.parked:
+        assert guard.allows(1.0)
+        guard.observe(3.0, 12.0, PLAIN_MS)
+        trials += 1
+    assert trials in (3, 4)

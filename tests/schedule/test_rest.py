@@ -109,6 +109,22 @@ def test_rounds_without_a_look_are_learned_from() -> None:
     assert parked.asked > before
 
 
+def test_a_look_that_runs_a_model_is_not_counted() -> None:
+    """Its drafter says of each place anew what it is worth; it was asked because that is expected to pay."""
+    drafter = Seldom()
+    experience = Experience(Costs(Curve((1, 2), (0,), ((10.0, 12.0),)), None, 0.0), ReferenceModel(48).capabilities)
+    experience.look = Known(50.0)
+    scheduled, context = Scheduled([], [drafter], experience), Context(PROMPT)
+    scheduled.begin(context)
+    request = DraftRequest(context=context, max_nodes=8, max_depth=8, sampler=GREEDY, stop_tokens=frozenset())
+    for drafter.round in range(30):
+        experience.record(drafter.name, True).usual_value = 1.0
+        tree = scheduled.propose(request).tree()
+        context.append(9)
+        scheduled.observe(Outcome(tree, (), (9,), 1 + len(tree), 10.0))
+    assert drafter.rounds == list(range(3, 30))
+
+
 def test_shared_rounds_and_grammars_are_looked_at_every_time() -> None:
     drafter = Seldom()
     played(drafter, 50.0, 40, load=Load(lanes=2))
