@@ -22,6 +22,8 @@ from .streams import SLACK, joined
 from .tokenizer import LlamaTokenizer
 from .weights import Weights
 
+_MOST_SCORED = 64  # tokens of a pass all of whose rows are computed though some are wanted; wider ones read prompts
+
 
 class LlamaModel:
     """`LanguageModel` over llama.cpp. Owns the weights and all contexts."""
@@ -34,6 +36,9 @@ class LlamaModel:
         self._closed = False
         self._generation = [0]
         self._min_outputs = capabilities.width_class.min_width
+        # a GPU's kernels change with the rows of the last layer, too, and what was built for a pass can be used
+        # again only for one that scores as many
+        self._scores_all = int(dict(info.options).get("gpu_layers", 0)) > 0
 
     def open(self) -> State:
         """A new, empty sequence. Raises BackendError when all are in use."""
@@ -128,6 +133,9 @@ class LlamaModel:
         """[N, V] scored rows of one decode."""
         outputs = part.outputs
         count = int(np.count_nonzero(outputs))
+        wanted = None
+        if self._scores_all and 0 < count < len(outputs) <= _MOST_SCORED:
+            wanted, outputs, count = outputs.nonzero()[0], np.ones_like(outputs), len(outputs)
         extra = self._widen(outputs) if count == 1 else None
         native.forget_errors()
         code = context.decode(part.tokens, part.positions, part.ids, outputs)
@@ -139,6 +147,9 @@ class LlamaModel:
             )
         if part.features is not None:
             context.read_taps(part.features)
+        if wanted is not None:
+            prefix = int(wanted[-1]) + 1 == len(wanted)  # padding stands behind: no need to copy
+            return context.logits(count)[: len(wanted)] if prefix else context.logits(count)[wanted]
         if extra is None:
             return context.logits(count)
         return context.logits(2)[1 - extra : 2 - extra]

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from localspec.errors import BackendError
-from tests.backends.llamacpp_backend import BACKEND, module
+from localspec.testing.gguf_architectures import write_architecture
+from tests.backends.llamacpp_backend import BACKEND, SMALL, module, step
 
 _SOURCE = """
 #include <locale>
@@ -97,3 +100,36 @@ def test_an_interrupt_within_the_log_is_not_lost() -> None:
     """Python drops what is raised in a callback from C. In a process of its own: pytest takes what is dropped, too."""
     done = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "interrupted", done.stderr
+
+
+@pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.cpp: pip install llama-cpp-python")
+def test_a_gpu_scores_all_rows_of_a_narrow_pass_and_gives_those_that_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the last layer's bits change with the number of rows, so padding is scored, too. Rows are the same here."""
+    model: Any = BACKEND.load(write_architecture(tmp_path / "m.gguf", "llama"), SMALL)
+    scored: list[int] = []
+    logits = module("native").Context.logits
+
+    def counted(context: Any, count: int) -> Any:
+        scored.append(count)
+        return logits(context, count)
+
+    monkeypatch.setattr(module("native").Context, "logits", counted)
+    found = []
+    for on_gpu in (False, True):
+        model._scores_all = on_gpu
+        state = model.open()
+        rows = []
+        for ids, wanted in (([5, 6, 7, 8], (0, 1)), ([9, 3, 4], (0, 2)), ([2], None), ([7, 7, 2], None), ([6, 4], ())):
+            [scores] = model.forward([step(state, ids, wanted)])
+            assert scores.num_rows == len(ids if wanted is None else wanted)
+            rows.append(scores.rows(range(scores.num_rows)).copy() if scores.num_rows else None)
+            state.keep(range(len(ids)))
+        found.append(rows)
+        state.close()
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one, other)
+    assert scored[:5] == [2, 2, 1, 3, 0]
+    assert scored[5:] == [4, 3, 1, 3, 0]
+    model.close()
