@@ -16,13 +16,17 @@ from localspec.tree.token_tree import TokenTree
 _CHANCES = (0.01, 0.03, 0.08, 0.16, 0.28, 0.42, 0.56, 0.7, 0.82, 0.91, 0.965, 0.99)
 """Where the correction is tabulated: chances as drafters state them."""
 _LOGS = tuple(math.log(chance) for chance in _CHANCES)
-_TRUST = 6.0  # observations that a drafter's own word is worth
+_TRUST = 15.0  # observations that a drafter's own word is worth
 _MEMORY = 300.0  # observations per table entry, then older ones count half
 _OPTIMISM = 0.8  # assumed chance of an edge of a drafter that estimates none
 _UNSCORED_MEMORY = 60.0
 _DEEPEST = 12  # depths beyond share a correction
+_UNSEEN = 0.97  # of what is known of a depth, each time that nothing was guessed there
 _DEPTH_TRUST = 12.0  # expected acceptances before a depth's own correction outweighs none
 _DEPTH_MEMORY = 150.0
+_LEAD_MEMORY = 0.995  # an edge
+_LEAST = 1e-3  # chance that anything has, or does not
+_MOST_LEAD = 20.0  # in natural logarithms of a chance
 
 
 class Reliability:
@@ -31,7 +35,9 @@ class Reliability:
 
     Deep guesses follow from shallower ones that came true, so a drafter may be right to another degree there than
     its word says everywhere (one that never saw the guesses between, say). Each depth's correction is a factor, learned
-    behind those above it. Source of calibrating depth after depth: DSpark's sequential temperature scaling.
+    behind those above it; it is used as long as it has foretold what came better than the table alone, for a drafter
+    that reads its own guesses is only made less certain by it. Source of calibrating depth after depth: DSpark's
+    sequential temperature scaling.
     """
 
     def __init__(self) -> None:
@@ -42,12 +48,13 @@ class Reliability:
         self._depth_true: list[float] = []
         self._expected = [0.0] * (_DEEPEST + 1)
         self._came = [0.0] * (_DEEPEST + 1)
+        self._lead = 0.0  # of the depths' corrections over none, by what came
 
     def chance(self, log_q: float, depth: int | None = None) -> float:
         """Chance that an edge with this logarithm of a chance comes true if its parent does; at a depth (0: child of
         the anchor), where that is known."""
         everywhere = self._tabulated(log_q)
-        return everywhere if depth is None else min(everywhere * self._factor(depth), 1.0)
+        return everywhere if depth is None or self._lead <= 0.0 else min(everywhere * self._factor(depth), 1.0)
 
     def _factor(self, depth: int) -> float:
         """By how much guesses at a depth come true more often than the table says."""
@@ -78,9 +85,11 @@ class Reliability:
         for depth, token in enumerate(tokens):
             children = [node for node, parent in enumerate(parents) if parent == above]
             if not children:
+                self._forget(depth)
                 return
             right = [node for node in children if guessed[node] == token]
             if log_q is not None:
+                self._compare(depth, [(log_q[node], node in right) for node in children])
                 self._count_edges(depth, [log_q[node] for node in children], bool(right))
                 for node in children:
                     self._count(log_q[node], node in right)
@@ -88,6 +97,16 @@ class Reliability:
             if not right:
                 return
             above = right[0]
+
+    def _compare(self, depth: int, edges: Sequence[tuple[float, bool]]) -> None:
+        """Which foretold better what became of all children of a node: the table, or the table and the depth?"""
+        factor = self._factor(depth)
+        for log_q, came_true in edges:
+            table = self._tabulated(log_q)
+            depths = min(max(table * factor, _LEAST), 1.0 - _LEAST)
+            table = min(max(table, _LEAST), 1.0 - _LEAST)
+            news = math.log(depths / table) if came_true else math.log((1.0 - depths) / (1.0 - table))
+            self._lead = max(-_MOST_LEAD, min(_LEAD_MEMORY * (self._lead + news), _MOST_LEAD))
 
     def _count_edges(self, depth: int, log_q: Sequence[float], came_true: bool) -> None:
         """All children of one node: what the table expects of them together, and whether one came true."""
@@ -113,6 +132,13 @@ class Reliability:
                 self._seen[entry] /= 2.0
                 self._true[entry] /= 2.0
             self._table[entry] = (self._true[entry] + _TRUST * _CHANCES[entry]) / (self._seen[entry] + _TRUST)
+
+    def _forget(self, depth: int) -> None:
+        """Nothing was guessed from here on. A few bad rounds would otherwise shut a depth out for good: what is never
+        guessed is never found to come true."""
+        for place in range(depth, len(self._depth_seen)):
+            self._depth_seen[place] *= _UNSEEN
+            self._depth_true[place] *= _UNSEEN
 
     def _count_depth(self, depth: int, came_true: bool) -> None:
         while len(self._depth_seen) <= depth:

@@ -7,12 +7,18 @@ per level. It works for one lane at a time, and never has to catch up, since the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from localspec.schedule.cost import HeadCosts
-from localspec.schedule.plan import LiveCosts, about
+from localspec.schedule.cost import Costs, Curve, HeadCosts
+from localspec.schedule.plan import about
+
+_MEMORY = 0.98  # a round
+_TRUST_START, _TRUST_RATIO = 0.5, 4.0  # rounds before what they say of either counts more than the table
+_LEAST_RATIO, _MOST_RATIO = 0.2, 5.0
+_STALL = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +57,65 @@ class DraftTimes(Protocol):
         ...
 
 
+class _Fit:
+    """start + ratio * (what the table says of a round's passes) milliseconds, by least squares over the last rounds.
+
+    The table's passes were measured by themselves. Around them a round has work of its own, which does not grow with
+    its passes: taken for a part of each, it made the second guess look twice as dear as it is, and where seconds are
+    never made nothing would show the error. So where all rounds have one pass most of what is missing is given to the
+    start. Sums are of the last rounds' ones, table times and times.
+    """
+
+    def __init__(self) -> None:
+        self.start, self.ratio = 0.0, 1.0
+        self._ones = self._table = self._squares = self._ms = self._products = 0.0
+        self._least = math.inf
+
+    def add(self, expected_ms: float, ms: float) -> None:
+        """A round was expected to take so long, and took so long. A stall counts as a few rounds at most."""
+        table = max(expected_ms - self.start, 0.0) / self.ratio
+        if table <= 0.0:
+            return
+        ms = min(ms, _STALL * expected_ms)
+        self._least = min(self._least, table)
+        self._ones = _MEMORY * self._ones + 1.0
+        self._table = _MEMORY * self._table + table
+        self._squares = _MEMORY * self._squares + table**2
+        self._ms = _MEMORY * self._ms + ms
+        self._products = _MEMORY * self._products + table * ms
+        doubt = _TRUST_RATIO * self._least**2
+        ones, squares, products = self._ones + _TRUST_START, self._squares + doubt, self._products + doubt
+        start = (squares * self._ms - self._table * products) / (ones * squares - self._table**2)
+        self.start = max(start, 0.0)
+        self.ratio = min(max((products - self._table * self.start) / squares, _LEAST_RATIO), _MOST_RATIO)
+
+
 class ModelTimes:
-    """Of the draft model."""
+    """Of the draft model. table: of its passes, by width; none costs nothing."""
 
     is_shared = True
 
-    def __init__(self, live: LiveCosts) -> None:
-        self._live = live
+    def __init__(self, table: Curve | None) -> None:
+        self._table = table
+        self._fits: dict[int, _Fit] = {}  # by load
 
     def prices(self, context: int, drafting: int) -> DraftPrices:
         """A lane's part of passes that all share."""
+        fit = self._fits.setdefault(about(drafting), _Fit())
 
         def extend(width: int) -> float:
-            return self._live.draft_ms(width, context, drafting) / drafting
+            return 0.0 if self._table is None else fit.ratio * self._table.at(width * drafting, context) / drafting
 
-        return DraftPrices(extend(1), extend)
+        return DraftPrices(fit.start + extend(1), extend)
 
     def missed_ms(self, count: int, context: int) -> float:
         """As part of the first pass."""
-        return self._live.draft_ms(1 + count, context) - self._live.draft_ms(1, context)
+        extend = self.prices(context, 1).extend
+        return extend(1 + count) - extend(1)
 
     def observe(self, expected_ms: float, ms: float, drafting: int) -> None:
         """Corrects the table."""
-        self._live.observe_draft(expected_ms, ms, drafting)
+        self._fits.setdefault(about(drafting), _Fit()).add(expected_ms, ms)
 
 
 class HeadTimes:
@@ -83,16 +125,16 @@ class HeadTimes:
 
     def __init__(self, costs: HeadCosts) -> None:
         self._costs = costs
-        self._ratio: dict[int, float] = {}  # to the table, by load
+        self._fits: dict[int, _Fit] = {}  # by load
 
     def prices(self, context: int, drafting: int) -> DraftPrices:
         """Its own passes."""
-        ratio = self._ratio.get(about(drafting), 1.0)
+        fit = self._fits.setdefault(about(drafting), _Fit())
 
         def extend(width: int) -> float:
-            return ratio * self._costs.extend.at(width, context)
+            return fit.ratio * self._costs.extend.at(width, context)
 
-        return DraftPrices(ratio * self._costs.start.at(1, context), extend)
+        return DraftPrices(fit.start + fit.ratio * self._costs.start.at(1, context), extend)
 
     def missed_ms(self, count: int, context: int) -> float:
         """It was fed all along."""
@@ -100,12 +142,10 @@ class HeadTimes:
 
     def observe(self, expected_ms: float, ms: float, drafting: int) -> None:
         """Corrects the table."""
-        if expected_ms > 0.0:
-            ratio = self._ratio.get(about(drafting), 1.0)
-            self._ratio[about(drafting)] = ratio + 0.05 * (min(ratio * ms / expected_ms, 5.0) - ratio)
+        self._fits.setdefault(about(drafting), _Fit()).add(expected_ms, ms)
 
 
-def times_of(name: str, live: LiveCosts) -> DraftTimes:
+def times_of(name: str, known: Costs) -> DraftTimes:
     """Of the drafter with that name: a head of which something is known, or the draft model."""
-    costs = live.costs.heads.get(name)
-    return ModelTimes(live) if costs is None else HeadTimes(costs)
+    costs = known.heads.get(name)
+    return ModelTimes(known.draft) if costs is None else HeadTimes(costs)

@@ -70,7 +70,7 @@ class Experience:
     def times(self, name: str) -> DraftTimes:
         """What it takes to ask the dear drafter with that name."""
         if name not in self._times:
-            self._times[name] = times_of(name, self.live)
+            self._times[name] = times_of(name, self.live.costs)
         return self._times[name]
 
     def rate(self, context: int, lanes: int = 1) -> float:

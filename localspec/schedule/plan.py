@@ -82,15 +82,14 @@ class _Trend:
 @dataclass(slots=True)
 class _Learned:
     """With about so many lanes: passes by width, behind one of another width and behind one of the same; all of them;
-    how often any was seen; what a pass in a row takes over a first one; drafting's ratio; and how passes, by their
-    rows, grow with the context where the table does not know."""
+    how often any was seen; what a pass in a row takes over a first one; and how passes, by their rows,
+    grow with the context where the table does not know."""
 
     first: dict[int, _Seen] = field(default_factory=dict)
     again: dict[int, _Seen] = field(default_factory=dict)
     general: float = 1.0  # of what the table and the growth say together
     count: int = 0
     steady: float = 1.0
-    draft: float = 1.0
     trends: dict[int, _Trend] = field(default_factory=dict)
     slope: float = 0.0  # milliseconds a row and cell of context
 
@@ -154,12 +153,6 @@ class LiveCosts:
         alone = self._expected(self.min_width, context, lanes)[1]
         return min(alone, self.by_nodes(context, lanes)[0][0])
 
-    def draft_ms(self, width: int, context: int, lanes: int = 1) -> float:
-        """A pass of the draft model, of which each of `lanes` has `width` tokens; 0 without one."""
-        if self.costs.draft is None:
-            return 0.0
-        return self.costs.draft.at(width * lanes, context) * self._of(about(lanes)).draft
-
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""
         bucket = context >> 5
@@ -214,12 +207,6 @@ class LiveCosts:
             self._cache.clear()
             self._unpriced = 0
 
-    def observe_draft(self, expected_ms: float, ms: float, lanes: int = 1) -> None:
-        """What drafting took, beside what the table says for its passes."""
-        if expected_ms > 0.0:
-            learned = self._of(about(lanes))
-            learned.draft += 0.05 * (min(learned.draft * ms / expected_ms, 5.0) - learned.draft)
-
     def _of(self, load: int) -> _Learned:
         found = self._learned.get(load)
         if found is None:
@@ -264,7 +251,7 @@ class Valuation:
     """One round's prices: `rate` tokens per millisecond, and the pass's cost by number of nodes.
 
     lanes: so many share the pass, each with as many nodes; a lane then pays its part. `rate` counts all their tokens.
-    drafting: of them, so many share the passes of the draft model.  restart_ms: what verifying anything costs besides.
+    restart_ms: what verifying anything costs besides.
     """
 
     def __init__(
@@ -274,17 +261,14 @@ class Valuation:
         context: int,
         max_nodes: int,
         lanes: int = 1,
-        drafting: int = 1,
         restart_ms: float = 0.0,
     ) -> None:
-        self._drafting = drafting
         whole, self._widths = live.by_nodes(context, lanes)
         self._ms = whole if lanes == 1 else [ms / lanes for ms in whole]
         if restart_ms > 0.0:
             self._ms = [self._ms[0], *(ms + restart_ms for ms in self._ms[1:])]
         self.rate = rate
         self.max_nodes = min(max_nodes, len(self._ms) - 1)
-        self._live, self._context = live, context
 
     def width(self, num_nodes: int) -> int:
         """Of the pass over so many nodes."""
@@ -332,27 +316,18 @@ class Valuation:
         """The value of verifying exactly these nodes."""
         return sum(reach) - self.rate * (self._ms[len(reach)] - self._ms[0])
 
-    def draft_ms(self, width: int) -> float:
-        """Milliseconds of a pass of the draft model, or a lane's part of it."""
-        return self._live.draft_ms(width, self._context, self._drafting) / self._drafting
-
-    def draft_price(self, width: int) -> float:
-        """Tokens that its time is worth."""
-        return self.rate * self.draft_ms(width)
-
     def worth_expanding(
         self,
         reach: Sequence[float],
         leaves: Sequence[float],
         usual: float,
-        extend_ms: Callable[[int], float] | None = None,
+        extend_ms: Callable[[int], float],
     ) -> int:
         """How many of the best leaves should get children: 0 if drafting should end.
 
         reach: chances of all nodes so far.  leaves: those of the nodes that could be expanded, best first.
         usual: chance of the best child of a node where nothing else is known. Looks a few levels ahead, as a single
-        one may not reach the next step of the staircase.  extend_ms: of the drafter's pass over so many leaves
-        [default: the draft model's].
+        one may not reach the next step of the staircase.  extend_ms: of the drafter's pass over so many leaves.
         """
         if not leaves:
             return 0
@@ -363,7 +338,7 @@ class Valuation:
         for width in sorted({1, 2, 4, 8, hopeful}):
             if width > hopeful:
                 break
-            price = self.draft_price(width) if extend_ms is None else self.rate * extend_ms(width)
+            price = self.rate * extend_ms(width)
             grown = list(reach)
             level = list(leaves[:width])
             for depth in range(1, _GLIMPSE + 1):

@@ -173,7 +173,7 @@ class Scheduled:
         rate = experience.rate(context, self._lanes)
         self._restart_ms = experience.restart_ms(context) if self._in_a_row and request.begins_early else 0.0
         barrier_ms = experience.part_of_restart() * self._restart_ms
-        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, self._drafting, barrier_ms)
+        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, barrier_ms)
         self._begins_early = request.begins_early
         if self._is_new:
             self._is_new = False

@@ -23,9 +23,8 @@ STAIRS = Curve(
 )
 
 
-def live(curve: Curve = STAIRS, draft_ms: float = 1.0, low: int = 2, high: int | None = None) -> LiveCosts:
-    draft = Curve((1, 2), (0,), ((draft_ms, draft_ms),))
-    return LiveCosts(Costs(curve, draft, 0.0), WidthClass(low, high), 16, optimism=1.0)
+def live(curve: Curve = STAIRS, low: int = 2, high: int | None = None) -> LiveCosts:
+    return LiveCosts(Costs(curve, None, 0.0), WidthClass(low, high), 16, optimism=1.0)
 
 
 # ---------------------------------------------------------------- costs
@@ -192,11 +191,12 @@ def test_a_second_step_of_the_stairs_is_seen_from_before_the_first() -> None:
     sure = [0.9**depth for depth in range(1, 8)]
     assert prices.best(sure[:4]).nodes == 3
     assert prices.best(sure).nodes == 7
-    assert prices.worth_expanding(sure[:4], sure[3:4], 0.9) == 1
-    cheap = Valuation(live(draft_ms=0.1), 1.0 / 6.0, 0, 15)
-    assert cheap.worth_expanding([0.1], [0.1], 0.5) == 1  # still inside the step that is paid anyway
-    assert Valuation(live(draft_ms=5.0), 0.2, 0, 15).worth_expanding([0.1], [0.1], 0.5) == 0
-    assert prices.worth_expanding([0.5], [], 0.9) == 0
+    assert prices.worth_expanding(sure[:4], sure[3:4], 0.9, lambda width: 1.0) == 1
+    assert (
+        prices.worth_expanding([0.1], [0.1], 0.5, lambda width: 0.1) == 1
+    )  # still inside the step that is paid anyway
+    assert prices.worth_expanding([0.1], [0.1], 0.5, lambda width: 5.0) == 0
+    assert prices.worth_expanding([0.5], [], 0.9, lambda width: 1.0) == 0
 
 
 def test_the_rate_is_tokens_over_time_and_forgets() -> None:
@@ -237,6 +237,34 @@ def test_only_edges_below_what_was_emitted_are_counted() -> None:
     assert sum(reliability._true) == pytest.approx(1.0)
     reliability.observe(tree, [5])  # the emission ended here: what follows is not known
     assert sum(reliability._seen) == pytest.approx(5.0)
+
+
+def test_a_depth_that_is_not_guessed_any_more_is_hoped_for_again() -> None:
+    reliability = Reliability()
+    deep = TokenTree.from_parents(np.array([5, 6]), np.array([-1, 0]), [math.log(0.9)] * 2)
+    for _ in range(30):
+        reliability.observe(deep, [5, 1])
+    low = reliability.chance_at(1)
+    short = TokenTree.from_parents(np.array([5]), np.array([-1]), [math.log(0.9)])
+    for _ in range(100):
+        reliability.observe(short, [5, 1])
+    assert low < 0.1 and reliability.chance_at(1) > 0.4
+    assert reliability.chance_at(0) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_drafter_that_is_right_at_every_depth_is_not_corrected_by_depth() -> None:
+    """Each depth's factor is learned from few cases; where nothing is to be corrected it would only add noise."""
+    errors = []
+    for seed in range(20):
+        rng, reliability = np.random.default_rng(seed), Reliability()
+        for _ in range(150):
+            chances = rng.choice([0.3, 0.6, 0.9], 3)
+            tree = TokenTree.from_parents(np.arange(3), np.arange(-1, 2), np.log(chances).tolist())
+            right = int(np.argmin(np.append(rng.random(3) < chances, False)))
+            reliability.observe(tree, [*range(right), 9])
+        factors = [reliability.chance(math.log(0.6), depth) / reliability.chance(math.log(0.6)) for depth in range(3)]
+        errors.append(max(abs(factor - 1.0) for factor in factors))
+    assert np.median(errors) < 0.03
 
 
 @given(st.lists(st.floats(-8.0, 0.0), min_size=2, max_size=2))

@@ -16,7 +16,6 @@ from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Prop
 from localspec.sampling import SamplingParams
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs, Curve, HeadCosts
-from localspec.schedule.drafting import HeadTimes
 from localspec.schedule.experience import Experience
 from localspec.schedule.heads import assumed_heads, measure_heads
 from localspec.schedule.router import Trials
@@ -163,15 +162,6 @@ def test_a_trial_waits_for_what_it_costs() -> None:
     waited = [trials.is_due(0.1) for _ in range(400)]  # 0.2 tokens each, a hundredth put aside a round
     assert 15 <= sum(waited) <= 21
     assert not any(waited[:19])
-
-
-def test_a_heads_times_follow_what_it_takes_and_it_never_has_to_catch_up() -> None:
-    times = HeadTimes(HeadCosts(flat(2.0), flat(0.5)))
-    assert times.prices(0, 1).chain(3) == pytest.approx(3.0)
-    for _ in range(200):
-        times.observe(times.prices(0, 1).chain(3), 6.0, 1)
-    assert times.prices(0, 1).chain(3) == pytest.approx(6.0, rel=0.05)
-    assert times.missed_ms(500, 0) == 0.0 and not times.is_shared
 
 
 def test_guesses_deep_in_the_tree_are_corrected_by_their_depth() -> None:

@@ -89,11 +89,3 @@ def test_a_shared_budget_learns_once_per_round() -> None:
         shared.observe([outcome] * 4, 20.0)
     assert own.rate(0, 4) == pytest.approx(4 / 20.0, rel=0.2)
     assert own.plain_ms(0, 4) == pytest.approx(20.0, rel=0.2)
-
-
-def test_a_lane_pays_its_part_of_drafting() -> None:
-    costs = Costs(FLAT_THEN_STEEP, Curve((1, 16), (0,), ((1.0, 2.0),)), 0.0)
-    live = LiveCosts(costs, ReferenceModel().capabilities.width_class, 64, optimism=1.0)
-    alone = Valuation(live, 1.0, 0, 8, lanes=16)
-    gathered = Valuation(live, 1.0, 0, 8, lanes=16, drafting=16)
-    assert alone.draft_ms(1) == 1.0 and gathered.draft_ms(1) == pytest.approx(2.0 / 16)
