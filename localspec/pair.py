@@ -144,9 +144,9 @@ class Pair:
         form = "tree" if branches else "chain"
         # the plan cuts what is not worth verifying; what is reached less often than that never is
         lookup = f"{Suffix.name}:num=24,shape={form},min_prob=0.1,min_reach=0.1"
-        free = [make_drafter(lookup, None, history=self.history), Forced()]
+        free = [make_drafter(lookup, None, history=self.history)]
         trees = capabilities.trees and capabilities.exact_trees
-        return Scheduled(free, self._dear(trees, experience.live.costs), experience)
+        return Scheduled(free, self._dear(trees, experience.live.costs), experience, forced=Forced())
 
     def _dear(self, trees: bool, costs: Costs) -> list[Drafter]:
         """The drafters that run a network, in the widest form that the schedule may cut down. trees: can the target

@@ -18,7 +18,7 @@ is the suite that any implementation must pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -616,6 +616,8 @@ class Proposal:
     width: verify in a pass of at least that many tokens (some are quicker than narrower ones); the engine pads.
     reach: [N] chance that the whole path to a node is accepted, where it is left open which nodes are verified.
     because: why nothing is proposed, for people.
+    meanwhile: what the drafter put off until the target's pass is under way; on a device that is time in which the host
+    would only wait. Called once, unless the round ends in an error.
     """
 
     source: str
@@ -628,6 +630,7 @@ class Proposal:
     width: int = 0
     reach: tuple[float, ...] | None = None
     because: str = ""
+    meanwhile: Callable[[], None] | None = None
 
     @property
     def num_nodes(self) -> int:

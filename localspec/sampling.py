@@ -8,7 +8,7 @@ Temperature 0 takes the best token after bias, penalties and grammar; the other 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -414,14 +414,21 @@ class HostTop:
 class HostScores:
     """`Scores` over logits [N, V] in host memory. Shared by every backend whose logits lie there.
 
+    logits: or what fetches them, once, when they are first read: a pass on a device may still run until then, with
+    num_rows for how many there will be.
     `generation` is a one-element list that the model increments per forward: the buffer behind
     `logits` is its, and is overwritten then.
     """
 
-    __slots__ = ("_born", "_generation", "_logits")
+    __slots__ = ("_born", "_fetch", "_generation", "_logits", "num_rows")
 
-    def __init__(self, logits: Logits, generation: list[int] | None = None) -> None:
-        self._logits = logits
+    def __init__(
+        self, logits: Logits | Callable[[], Logits], generation: list[int] | None = None, *, num_rows: int | None = None
+    ) -> None:
+        self._logits = None if callable(logits) else logits
+        self._fetch = logits if callable(logits) else None
+        self.num_rows = len(logits) if num_rows is None else num_rows  # type: ignore[arg-type]
+        """N."""
         self._generation = generation if generation is not None else [0]
         self._born = self._generation[0]
 
@@ -431,12 +438,10 @@ class HostScores:
                 "scores were read after the model's next forward pass",
                 fix="Read what is needed before calling forward again.",
             )
+        if self._logits is None:
+            assert self._fetch is not None
+            self._logits = self._fetch()
         return self._logits
-
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return len(self._logits)
 
     def argmax(self) -> HostTokens:
         """[N] best token of each row."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
+from typing import TypeVar
 
 from numpy import int8, int64
 from numpy.typing import NDArray
@@ -48,8 +49,18 @@ class Pass:
 MAX_IDS = 256
 """Sequence ids that llama.cpp has (LLAMA_MAX_SEQ)."""
 
-Decode = Callable[[Pass], Logits]
-"""Runs a pass in the state's own context; [N, V] its scored rows."""
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """[count, V] scored rows of a pass, which may still run: `fetch` waits for it."""
+
+    count: int
+    fetch: Callable[[], Logits]
+
+
+T = TypeVar("T")
+Decode = Callable[[Pass], T]
+"""Runs a pass in the state's own context, and answers whatever the caller wants of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +176,8 @@ class State(ABC):
         """Decide how new nodes [T] will lie in the cache. Raises ValueError, BackendError."""
 
     @abstractmethod
-    def run(self, decode: Decode) -> Logits:
-        """Run what was planned; [N, V] the scored rows."""
+    def run(self, decode: Decode[T]) -> T:
+        """Run what was planned; what `decode` answers for the pass with the scored rows."""
 
     @abstractmethod
     def commit(self) -> None:

@@ -15,7 +15,7 @@ from localspec.sampling import HostScores
 from localspec.types import Logits, TokenIds
 
 from . import native
-from .memory import Memory, Pass, State
+from .memory import Memory, Pass, Rows, State
 from .native import Context
 from .state import LlamaState
 from .streams import SLACK, joined
@@ -70,7 +70,7 @@ class LlamaModel:
             raise
         for state in states:
             state.commit()
-        return [HostScores(part, self._generation) for part in rows]
+        return [HostScores(part.fetch, self._generation, num_rows=part.count) for part in rows]
 
     def _own(self, step: Step) -> State:
         """The step's state, checked. Raises ContextFullError, ValueError."""
@@ -90,7 +90,7 @@ class LlamaModel:
 
     # ------------------------------------------------------------ one pass
 
-    def _in_one_pass(self, states: Sequence[State]) -> list[Logits]:
+    def _in_one_pass(self, states: Sequence[State]) -> list[Rows]:
         """Per state [N, V] its scored rows, of a pass in which each is as wide as the widest."""
         streams = [state for state in states if isinstance(state, LlamaState)]
         context, count = streams[0].cache.context, len(streams)
@@ -104,7 +104,7 @@ class LlamaModel:
         for start, end in pairwise(cuts):
             chosen = columns[:, start:end].reshape(-1)
             part = whole.part(chosen)
-            found = self._decode(context, part)
+            found = self._decode(context, part).fetch()
             if whole.features is not None and part.features is not None:
                 whole.features[chosen] = part.features
             if rows is None:
@@ -116,21 +116,20 @@ class LlamaModel:
             if state.recording is not None and whole.features is not None:
                 state.recording.fill(whole.features[place])
         assert rows is not None
-        return [rows[number[place[0]] + 1 - whole.outputs[place[0]] : number[place[-1]] + 1] for place in places]
+        return [
+            _ready(rows[number[place[0]] + 1 - whole.outputs[place[0]] : number[place[-1]] + 1]) for place in places
+        ]
 
-    def _in_one_context(self, context: Context, whole: Pass) -> Logits:
+    def _in_one_context(self, context: Context, whole: Pass) -> Rows:
         """[N, V] scored rows of a pass, cut into as many decodes as it takes."""
         cuts = _cuts(whole.outputs, context.longest, self.capabilities.max_width)
-        parts: list[Logits] = []
-        for start, end in cuts:
-            part = self._decode(context, whole.part(slice(start, end)))
-            parts.append(part.copy() if len(cuts) > 1 else part)
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.zeros((0, self.vocab_size), np.float32)
+        if len(cuts) == 1:
+            return self._decode(context, whole.part(slice(*cuts[0])))
+        parts = [self._decode(context, whole.part(slice(start, end))).fetch().copy() for start, end in cuts]
+        return _ready(np.concatenate([np.zeros((0, self.vocab_size), np.float32), *parts]))
 
-    def _decode(self, context: Context, part: Pass) -> Logits:
-        """[N, V] scored rows of one decode."""
+    def _decode(self, context: Context, part: Pass) -> Rows:
+        """[N, V] scored rows of one decode. On a device it may still run: llama.cpp waits when its output is read."""
         outputs = part.outputs
         count = int(np.count_nonzero(outputs))
         wanted = None
@@ -149,10 +148,11 @@ class LlamaModel:
             context.read_taps(part.features)
         if wanted is not None:
             prefix = int(wanted[-1]) + 1 == len(wanted)  # padding stands behind: no need to copy
-            return context.logits(count)[: len(wanted)] if prefix else context.logits(count)[wanted]
+            chosen = slice(len(wanted)) if prefix else wanted
+            return Rows(len(wanted), lambda: context.logits(count)[chosen])
         if extra is None:
-            return context.logits(count)
-        return context.logits(2)[1 - extra : 2 - extra]
+            return Rows(count, lambda: context.logits(count))
+        return Rows(1, lambda: context.logits(2)[1 - extra : 2 - extra])
 
     def _widen(self, outputs: NDArray[np.int8]) -> int | None:
         """Score a second token where only one is wanted; 1 if it comes after that one, 0 if before.
@@ -173,6 +173,11 @@ class LlamaModel:
         self._generation[0] += 1
         self.memory.close()
         self.weights.close()
+
+
+def _ready(logits: Logits) -> Rows:
+    """Rows that have been read."""
+    return Rows(len(logits), lambda: logits)
 
 
 def _gathered(step: Step) -> tuple[TokenIds, NDArray[np.int8]]:

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from localspec.replay import History, Mark
 from localspec.tree.mask import check_path
-from localspec.types import Logits, NodeIndices, TokenIds
+from localspec.types import NodeIndices, TokenIds
 
 from .companion import SavedCompanion, reopened
-from .memory import Cache, Decode, Memory, Pass, Piece, State
+from .memory import Cache, Decode, Memory, Pass, Piece, State, T
 
 NUM_SNAPSHOTS = 3
 """Older snapshots that are kept beside the newest, for going back further."""
@@ -111,8 +111,8 @@ class RecurrentState(State):
             node = self._parents[node]
         return path[::-1]
 
-    def run(self, decode: Decode) -> Logits:
-        """What waits, what lies between, what is new; [N, V] the scored rows."""
+    def run(self, decode: Decode[T]) -> T:
+        """What waits, what lies between, what is new; the answer is of the pass with the last."""
         plan = self._plan
         assert plan is not None
         if plan.goes_back:

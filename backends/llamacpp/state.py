@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from localspec.errors import BackendError
 from localspec.tree.mask import check_path
-from localspec.types import Logits, NodeIndices, Positions, TokenIds
+from localspec.types import NodeIndices, Positions, TokenIds
 
 from .companion import SavedCompanion, reopened
-from .memory import Cache, Decode, Memory, Pass, Piece, State
+from .memory import Cache, Decode, Memory, Pass, Piece, State, T
 
 
 @dataclass(slots=True)
@@ -127,8 +127,8 @@ class LlamaState(State):
         plan.borrowed.append(line)
         return line
 
-    def run(self, decode: Decode) -> Logits:
-        """One pass; [N, V] its scored rows."""
+    def run(self, decode: Decode[T]) -> T:
+        """One pass."""
         return decode(self.planned())
 
     def planned(self) -> Pass:

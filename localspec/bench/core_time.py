@@ -54,13 +54,8 @@ class TableScores(HostScores):
     """Rows of a table without copying them: that would be most of what is measured."""
 
     def __init__(self, table: Logits, places: NodeIndices) -> None:
-        super().__init__(table)
-        self._table, self._places = table, places
-
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return len(self._places)
+        super().__init__(table, num_rows=len(places))
+        self._places = places
 
     def rows(self, indices: Sequence[int]) -> Logits:
         """[len(indices), V]; a view where one row is asked."""

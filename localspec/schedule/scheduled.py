@@ -8,7 +8,7 @@ rejection it must not look at what was drawn, so there it only says beforehand h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from operator import itemgetter, mul
 from time import perf_counter
@@ -18,96 +18,70 @@ import numpy as np
 from localspec.constraint import obey
 from localspec.context import Context
 from localspec.protocols import (
-    Budget,
     Drafter,
     DraftRequest,
     HostTokens,
-    Load,
     Outcome,
     Proposal,
     SavedDraft,
     SequenceState,
 )
 from localspec.schedule.acceptance import Reliability
+from localspec.schedule.asking import NO_TREE, Asked, Plan, counted, products
 from localspec.schedule.drafting import FREE, DraftPrices
 from localspec.schedule.experience import Experience, Record
+from localspec.schedule.learning import Decision, Learning
 from localspec.schedule.opinions import Opinion, Opinions
 from localspec.schedule.plan import Valuation
 from localspec.schedule.rest import Rest
 from localspec.schedule.shadow import Shadow
-from localspec.tree.grow import Grower, merge
+from localspec.tree.grow import merge
 from localspec.tree.token_tree import TokenTree
 
 _SMOOTHING = 0.1
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
-_LEAST_OWN = 0.4  # of a pass's time is its own, whatever drafting may be hidden in it
 _LEAST_BACK = 0.5  # of what asking takes
 _LONGEST_TRIAL = 8  # tokens of a chain that is tried
 _SHARE_OF_TRIAL = 0.5  # of a plain round, for its guesses
 _NEWS = 0.2  # that a trial is, beside what was known
 _STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
-_RESTART = 2  # rounds behind a guess that take longer where passes begin early
 LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
-_NO_TREE = Proposal("").tree()
-
-
-@dataclass(slots=True)
-class _Asked:
-    """One drafter's part in the round. tree: what it guessed, None while that is on the device.  chances: [N] of each
-    edge, corrected.  reach: [N] of each whole path.  hidden_ms: of its work, what the device had yet to do when it was
-    asked, so that the target's pass seemed to take it.  on_trial: others were expected to bring more."""
-
-    name: str
-    proposal: Proposal
-    tree: TokenTree | None
-    chances: list[float]
-    reach: list[float]
-    ms: float
-    used: bool = False
-    hidden_ms: float = 0.0
-    on_trial: bool = False
-
-    def value(self, prices: Valuation) -> float:
-        """What verifying the best of it is worth; all of it, where it cannot be cut any more."""
-        if self.tree is None:
-            return prices.total(self.reach)
-        return prices.best(sorted(self.reach, reverse=True)).value
 
 
 class Scheduled:
     """Asks `free` drafters every round and `dear` ones (which run a model) when they are expected to pay.
 
-    experience: shared by the sessions of a pair. Names of drafters must differ.
+    experience: shared by the sessions of a pair.  forced: a free one that speaks only where a grammar does. Names of
+    drafters must differ.
     """
 
     name = "auto"
     needs_trees = False
 
-    def __init__(self, free: Sequence[Drafter], dear: Sequence[Drafter], experience: Experience) -> None:
-        self.parts = (*free, *dear)
-        self._free, self._dear = tuple(free), tuple(dear)
-        self._free_names = frozenset(part.name for part in free)
+    def __init__(
+        self,
+        free: Sequence[Drafter],
+        dear: Sequence[Drafter],
+        experience: Experience,
+        *,
+        forced: Drafter | None = None,
+    ) -> None:
+        self._lookups, self._dear = tuple(free), tuple(dear)
+        self._free = self._lookups if forced is None else (*self._lookups, forced)
+        self.parts = (*self._free, *self._dear)
+        self._free_names = frozenset(part.name for part in self._free)
         self.experience = experience
-        self._asked: list[_Asked] = []
+        self._decision = Decision()  # of this round
+        self._unlearned: tuple[Decision, Outcome] | None = None  # until the next pass is under way
+        self._learning = Learning(experience, self.parts, self._entry_ms)
         self._rest = Rest()
         self._plain: Proposal | None = None  # of the last round in which nothing was found
         self._resting = False  # this round is one without a look
         self._look_ms = 0.0  # what deciding took in this round
         self._shadow: Shadow | None = None
-        self._tried_ms = 0.0  # what its guesses took, in this round
         self._is_new = True  # no round of this answer yet
-        self._greedy = True
-        self._begins_early = False
         self._in_a_row = False  # the next pass of plain decoding has begun
-        self._restart_ms = 0.0  # what dropping it costs, in this round
-        self._run = 0  # rounds with guesses behind each other
-        self._since_guess = _RESTART  # plain rounds, where passes begin early
-        self._restarting = 0.0  # plain rounds that these took longer than in a row
-        self._expected: float | None = None  # accepted tokens of the last proposal, if it was read
-        self._opinions: Opinions | None = None  # where several guessed
-        self._load: Load | None = None
-        self._open: tuple[list[float], list[_Asked]] | None = None  # reach and owner of nodes that others choose from
         self._context = Context()
         self._read: dict[str, int] = {}  # how much of the context each drafter has seen
 
@@ -119,15 +93,16 @@ class Scheduled:
     def begin(self, context: Context) -> None:
         """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again,
         and with several lanes each when it is first asked, so that reading counts as what it costs."""
+        self._catch_up()
         self._context = context
-        self._asked = []
         self._rest.begin()
         self._shadow, self._is_new = None, True
         self._read = {}
-        self._in_a_row, self._since_guess = False, _RESTART
-        self._load = self.experience.lately
+        self._in_a_row = False
+        self._learning.begin()
+        self._decision = Decision(greedy=self._decision.greedy, load=self.experience.lately)
         for part in self.parts:
-            if part in self._free or (self._lanes == 1 and not self._record(part.name).guard.parked):
+            if part in self._free or (self._decision.lanes == 1 and not self._record(part.name).guard.parked):
                 self._begin(part)
 
     def _begin(self, part: Drafter) -> None:
@@ -141,14 +116,6 @@ class Scheduled:
         missed = len(self._context) - self._read.get(part.name, 0)
         return self.experience.times(part.name).missed_ms(missed, len(self._context))
 
-    @property
-    def _lanes(self) -> int:
-        return 1 if self._load is None else self._load.lanes
-
-    @property
-    def _drafting(self) -> int:
-        return 1 if self._load is None else self._load.drafting
-
     def propose(self, request: DraftRequest) -> Proposal:
         """The guesses that are worth verifying; where the round is shared, those that might be."""
         plain = self._plain
@@ -160,44 +127,44 @@ class Scheduled:
         started = perf_counter()
         self._plain = None
         proposal = self._look(request)
+        if self._unlearned is not None:
+            proposal = replace(proposal, meanwhile=self._catch_up)
         self._look_ms = (perf_counter() - started) * 1e3
         return proposal
 
     def _look(self, request: DraftRequest) -> Proposal:
         """Ask those that might bring something."""
-        self._expected = self._open = self._opinions = None
-        self._greedy = request.sampler.is_greedy
-        self._asked, self._load, self._tried_ms = [], request.load, 0.0
-        experience = self.experience
-        context = len(request.context)
-        rate = experience.rate(context, self._lanes)
-        self._restart_ms = experience.restart_ms(context) if self._in_a_row and request.begins_early else 0.0
-        barrier_ms = experience.part_of_restart() * self._restart_ms
-        prices = Valuation(experience.live, rate, context, request.max_nodes, self._lanes, barrier_ms)
-        self._begins_early = request.begins_early
+        experience, load, context = self.experience, request.load, len(request.context)
+        decision = self._decision = Decision(context, request.sampler.is_greedy, load, request.begins_early)
+        rate = experience.rate(context, decision.lanes)
+        if self._in_a_row and request.begins_early:
+            decision.restart_ms = experience.restart_ms(context)
+        barrier_ms = experience.part_of_restart() * decision.restart_ms
+        prices = Valuation(experience.live, rate, context, request.max_nodes, decision.lanes, barrier_ms)
         if self._is_new:
             self._is_new = False
             for part in self.parts:
                 self._record(part.name).guard.begin()
-        if self._load is not None and self._load.plain:
-            return Proposal(self.name, because=self._load.because)
+        if load is not None and load.plain:
+            return Proposal(self.name, because=load.because)
         if not request.max_nodes or not request.max_depth:
             return Proposal(self.name)
-        if self._load is None and experience.wants_plain(begins_early=request.begins_early):
+        if load is None and experience.wants_plain(begins_early=request.begins_early):
             return Proposal(self.name, width=self._plain_width(prices, request), because=LOOKING)
         if request.needs_law:
             return self._drawn(request, prices)
         parked: list[str] = []
         trees = request.trees
-        best = max((self._ask_if_allowed(part, request, prices, parked) for part in self._free), default=0.0)
+        free = self._lookups if request.sampler.constraint is None else self._free
+        best = max((self._ask_if_allowed(part, request, prices, parked) for part in free), default=0.0)
         at_hand = 0.0  # of dear drafters
         for part, on_trial in self._in_order(best, rate):
             record = self._record(part.name)
             if not (on_trial or record.guard.parked or self._may_beat(record, best, at_hand, trees)):
                 continue
             value = self._ask_if_allowed(part, request, prices, parked)
-            if self._asked and self._asked[-1].name == part.name:
-                asked = self._asked[-1]
+            if decision.asked and decision.asked[-1].name == part.name:
+                asked = decision.asked[-1]
                 asked.on_trial = on_trial
                 record.usual_value += _SMOOTHING * (value - rate * asked.ms - record.usual_value)
                 record.trials.observe(asked.ms)
@@ -233,8 +200,8 @@ class Scheduled:
     def _try(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> None:
         """Ask it for guesses that nobody verifies."""
         asked = self._ask(part, record, request, prices, exactly=self._enough_to_learn(part, prices))
-        self._asked.remove(asked)
-        self._tried_ms = asked.ms
+        self._decision.asked.remove(asked)
+        self._decision.tried_ms = asked.ms
         record.trials.observe(asked.ms)
         if asked.tree is None:
             paying = self._ahead(record.reliability, prices, self._draft_prices(part), asked.proposal.num_nodes)
@@ -278,117 +245,38 @@ class Scheduled:
         return [(part, True) for part in due] + [(part, False) for part in order if part not in due]
 
     def observe(self, outcome: Outcome) -> None:
-        """The outcome, for all; and what it teaches."""
+        """The outcome, for all; and what it teaches, where guesses were verified only once the next pass runs."""
+        self._catch_up()
         for part in self.parts:
             part.observe(outcome)
         started = perf_counter()
         self._follow(outcome)
+        plain, decision = not len(outcome.tree), self._decision
+        self._in_a_row = outcome.begun_early and plain
         if self._resting:
-            self._in_a_row = outcome.begun_early
             self._rest.observe(outcome)
             return
-        self._learn_from_rest()
-        self._learn(outcome)
+        if plain or decision.load is not None:  # the next round may ask when the last plain one was
+            self._learn(decision, outcome)
+        else:
+            self._unlearned = decision, outcome
         self._look_ms += (perf_counter() - started) * 1e3
-        if self._load is None and self.experience.by_clock:
+        if decision.load is None and self.experience.by_clock:
             plain_ms = self.experience.plain_ms(len(self._context))
             # one that runs a model says of each place anew what it is worth
-            ran = not all(one.name in self._free_names for one in self._asked)
-            look_ms = None if ran or self._tried_ms else self._look_ms
+            ran = not all(one.name in self._free_names for one in decision.asked)
+            look_ms = None if ran or decision.tried_ms else self._look_ms
             self._rest.looked(self._plain is None or ran, look_ms, self.experience.look, plain_ms)
 
-    def _learn(self, outcome: Outcome) -> None:
-        """What a round teaches."""
-        experience, asked, lanes = self.experience, self._asked, self._lanes
-        context = len(self._context) - len(outcome.tokens)
-        plain_ms = experience.plain_ms(context, lanes)
-        width = outcome.width if self._load is None else max(len(outcome.tree) + 1, experience.live.min_width)
-        verify_ms = outcome.verify_ms
-        plain = not len(outcome.tree)
-        usual = outcome.begun_early or not (plain and self._begins_early)  # plain decoding is quicker in a row
-        self._in_a_row = outcome.begun_early and plain
-        if self._begins_early:
-            self._see_restart(plain, verify_ms - plain_ms, plain_ms)
-        if lanes > 1:
-            width = outcome.width // lanes
-        if not experience.by_clock or self._load is not None:
-            verify_ms = experience.live.verify_ms(width, context, lanes)
-        elif verify_ms > 0.0 and usual:
-            verify_ms = max(verify_ms - sum(one.hidden_ms for one in asked), _LEAST_OWN * verify_ms)
-            experience.live.observe_verify(width, context, verify_ms)
-        draft_ms = sum(one.ms for one in asked) + self._tried_ms
-        round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
-        if self._load is None:
-            experience.observe(len(outcome.tokens), round_ms, plain=plain and usual)
-        self._see_what_was_kept(outcome)
-        if self._opinions is not None:
-            self._opinions.observe(outcome.tokens)
-        used = [one for one in asked if one.used]
-        # by the corrected table, not by this round's clock: one stall would outweigh many rounds
-        extra = experience.live.verify_ms(width, context, lanes) + experience.live.costs.overhead_ms - plain_ms
-        if not plain:
-            extra += self._restart_ms
-        names = {one.name for one in asked}
-        brought = float(len(outcome.path))
-        if self._expected is not None:  # half of what was expected is noise as good as gone
-            brought = 0.5 * (brought + self._expected)
-        for one in asked:
-            record = self._record(one.name)
-            if one.proposal.laws is not None:  # nothing was known of its worth before
-                own = len(outcome.path) - one.ms / plain_ms
-                record.usual_value += _SMOOTHING * (own - record.usual_value)
-                record.trials.observe(one.ms)
-            tree = one.tree if one.tree is not None else outcome.tree
-            record.reliability.observe(tree, outcome.tokens)
-            if one.on_trial and not one.used:
-                continue  # it was asked to see what it says, not because that would pay
-            share = extra / len(used) if one.used else 0.0
-            # while one lane drafts, all wait
-            record.guard.observe(brought / len(used) if one.used else 0.0, lanes * one.ms + share, plain_ms)
-        self._idle([part for part in self.parts if part.name not in names], round_ms, plain_ms)
+    def _learn(self, decision: Decision, outcome: Outcome) -> None:
+        self._learning.learn_from_rest(self._rest, decision)
+        self._learning.learn(decision, outcome)
 
-    def _learn_from_rest(self) -> None:
-        """What the rounds without a look took, and that all drafters were idle."""
-        rest, experience = self._rest, self.experience
-        if not rest.rounds:
-            return
-        context = len(self._context)
-        experience.live.observe_verify(rest.width, context, rest.ms / rest.rounds)
-        round_ms = rest.ms + rest.rounds * experience.live.costs.overhead_ms
-        experience.observe(rest.tokens, round_ms, plain=True)
-        self._idle(self.parts, round_ms, experience.plain_ms(context))
-        rest.clear()
-
-    def _idle(self, parts: Sequence[Drafter], round_ms: float, plain_ms: float) -> None:
-        """Time went by without them. What trials may cost is for all together."""
-        records = [(part, self._record(part.name)) for part in parts]
-        share_ms = round_ms / max(sum(record.guard.parked for _, record in records), 1)
-        for part, record in records:
-            record.guard.idle(share_ms, plain_ms, self._lanes * (record.trials.ms + self._entry_ms(part)) / plain_ms)
-
-    def _see_restart(self, plain: bool, longer_ms: float, plain_ms: float) -> None:
-        """Behind a guess it takes plain decoding some rounds until its passes begin early again; what that costs."""
-        if not plain:
-            self._since_guess, self._restarting = 0, 0.0
-            self._run += 1
-        elif self._since_guess < _RESTART:
-            if self._run:
-                self.experience.observe_run(self._run)
-                self._run = 0
-            self._since_guess += 1
-            self._restarting += longer_ms / plain_ms
-            if self._since_guess == _RESTART:
-                self.experience.observe_restart(self._restarting)
-
-    def _see_what_was_kept(self, outcome: Outcome) -> None:
-        """Of what was left open: what others chose, whose it was, and what was expected of it."""
-        if self._open is None:
-            return
-        reach, owners = self._open
-        kept = range(len(reach)) if outcome.kept is None else outcome.kept
-        self._expected = sum(reach[node] for node in kept)
-        for node in kept:
-            owners[node].used = True
+    def _catch_up(self) -> None:
+        """Learn what was put off."""
+        if self._unlearned is not None:
+            self._learn(*self._unlearned)
+            self._unlearned = None
 
     def save(self) -> tuple[SavedDraft, ...]:
         """What those have that were asked; the others hold an earlier context."""
@@ -401,13 +289,14 @@ class Scheduled:
 
     def close(self) -> None:
         """Close all."""
+        self._catch_up()
         for part in self.parts:
             part.close()
 
     # ------------------------------------------------------------ inside
 
     def _record(self, name: str) -> Record:
-        return self.experience.record(name, self._greedy, self._lanes)
+        return self.experience.record(name, self._decision.greedy, self._decision.lanes)
 
     def _is_worth_asking(self, part: Drafter, record: Record, rate: float) -> bool:
         """Does a drafter that takes time bring back at least half of that?"""
@@ -425,12 +314,12 @@ class Scheduled:
 
     def _ask(
         self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation, *, exactly: int = 0
-    ) -> _Asked:
+    ) -> Asked:
         """Its guesses, as many as pay; `exactly`: so many in any case, and none is waited for to decide that."""
         reliability = record.reliability
         drafting = self._draft_prices(part)
         dear = part in self._dear
-        budget = _Plan(prices, drafting, record) if dear and not exactly else None
+        budget = Plan(prices, drafting, record) if dear and not exactly else None
         most = exactly or prices.max_nodes
         if not (record.states_chances or exactly):
             most = max(1, self._ahead(reliability, prices, drafting, min(most, request.max_depth)))
@@ -440,9 +329,9 @@ class Scheduled:
         started = perf_counter()
         proposal = obey(part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget)), request)
         # all that draft side by side take this long together
-        ms = (perf_counter() - started) * 1e3 / (self._drafting if self._is_shared(part) else 1)
+        ms = (perf_counter() - started) * 1e3 / (self._decision.drafting if self._is_shared(part) else 1)
         drafted_ms = max(ms - entry_ms, 0.0)
-        if self._lanes == 1:  # else all wait while one reads
+        if self._decision.lanes == 1:  # else all wait while one reads
             ms = drafted_ms
         self._read[part.name] = len(self._context)
         expected_ms, hidden_ms = 0.0 if budget is None else budget.expected_ms, 0.0
@@ -455,20 +344,20 @@ class Scheduled:
             hidden_ms = max(expected_ms - drafted_ms, 0.0)
             ms += hidden_ms
         elif dear:
-            self.experience.times(part.name).observe(expected_ms, drafted_ms, self._drafting)
-            ms = min(ms, _STALL * expected_ms + (entry_ms if self._lanes > 1 else 0.0))
+            self.experience.times(part.name).observe(expected_ms, drafted_ms, self._decision.drafting)
+            ms = min(ms, _STALL * expected_ms + (entry_ms if self._decision.lanes > 1 else 0.0))
         if proposal.num_nodes:
             record.states_chances = proposal.log_q is not None
         tree, chances = None, []
         if not proposal.num_nodes:
-            tree = _NO_TREE
+            tree = NO_TREE
         elif proposal.log_q is not None:
             tree = proposal.tree()
             depth = tree.depth.tolist()
             chances = [reliability.chance(value, depth[node]) for node, value in enumerate(proposal.log_q or ())]
-        reach = self._chain_reach(reliability, proposal.num_nodes) if tree is None else _products(tree, chances)
-        asked = _Asked(part.name, proposal, tree, chances, reach, ms, hidden_ms=hidden_ms)
-        self._asked.append(asked)
+        reach = self._chain_reach(reliability, proposal.num_nodes) if tree is None else products(tree, chances)
+        asked = Asked(part.name, proposal, tree, chances, reach, ms, hidden_ms=hidden_ms)
+        self._decision.asked.append(asked)
         return asked
 
     def _is_shared(self, part: Drafter) -> bool:
@@ -478,7 +367,7 @@ class Scheduled:
         """What it takes to ask it this round."""
         if part in self._free:
             return FREE
-        return self.experience.times(part.name).prices(len(self._context), self._drafting)
+        return self.experience.times(part.name).prices(len(self._context), self._decision.drafting)
 
     def _ahead(self, reliability: Reliability, prices: Valuation, drafting: DraftPrices, most: int) -> int:
         """Length of a chain that must be decided before it is guessed."""
@@ -505,15 +394,15 @@ class Scheduled:
             started = perf_counter()
             proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes)))
             ms = (perf_counter() - started) * 1e3
-            self._asked.append(_Asked(part.name, proposal, None, [], [], ms, used=proposal.num_nodes > 0))
+            self._decision.asked.append(Asked(part.name, proposal, None, [], [], ms, used=proposal.num_nodes > 0))
             if proposal.num_nodes:
                 return proposal
         return Proposal(self.name, because=_NOTHING_WORTH)
 
     def _chosen(self, request: DraftRequest, prices: Valuation) -> Proposal:
         """What is worth verifying of everything that was guessed."""
-        guessing = [one for one in self._asked if one.proposal.num_nodes]
-        counts = _counts(self._asked)
+        guessing = [one for one in self._decision.asked if one.proposal.num_nodes]
+        counts = counted(self._decision.asked)
         if not guessing:
             return Proposal(self.name, counts=counts, width=self._plain_width(prices, request))
         if len(guessing) > 1 and request.trees and all(one.tree is not None for one in guessing):
@@ -521,13 +410,13 @@ class Scheduled:
         chosen = max(guessing, key=lambda one: one.value(prices))
         if chosen.tree is None:  # still on the device, and no longer than pays
             chosen.used = True
-            self._expected = sum(chosen.reach)
+            self._decision.expected = sum(chosen.reach)
             width = min(prices.width(chosen.proposal.num_nodes), request.max_nodes + 1)
             return replace(chosen.proposal, counts=counts, width=max(width, chosen.proposal.width))
         return self._cut(chosen.tree, chosen.reach, [chosen] * len(chosen.tree), prices, request, counts)
 
     def _merged(
-        self, guessing: Sequence[_Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
+        self, guessing: Sequence[Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
     ) -> Proposal:
         free = self._free_names
         merged = merge([one.tree for one in guessing if one.tree is not None])
@@ -536,8 +425,9 @@ class Scheduled:
             for one, places in zip(guessing, merged.places, strict=True)
         ]
         # who runs a network read more than who looks up
-        self._opinions = Opinions(merged.tree, [opinion for _, opinion in sorted(said, key=itemgetter(0))])
-        reach = _products(merged.tree, self._opinions.chances)
+        opinions = Opinions(merged.tree, [opinion for _, opinion in sorted(said, key=itemgetter(0))])
+        self._decision.opinions = opinions
+        reach = products(merged.tree, opinions.chances)
         owners = [guessing[index] for index in merged.origin]
         return self._cut(merged.tree, reach, owners, prices, request, counts)
 
@@ -545,15 +435,15 @@ class Scheduled:
         self,
         tree: TokenTree,
         reach: list[float],
-        owners: Sequence[_Asked],
+        owners: Sequence[Asked],
         prices: Valuation,
         request: DraftRequest,
         counts: Mapping[str, int],
     ) -> Proposal:
         """The best nodes, as many as pay; all of them where others choose, for whom they are marked. A child never
         reaches further than its parent, so parents are kept."""
-        if self._load is not None:
-            self._open = reach, list(owners)
+        if self._decision.load is not None:
+            self._decision.open = reach, list(owners)
             log_q = None if tree.log_q is None else tuple(tree.log_q.tolist())
             sources = tuple(owner.proposal.source for owner in owners)
             tokens = (HostTokens(tree.token),)
@@ -563,7 +453,7 @@ class Scheduled:
         order = sorted(range(len(reach)), key=reach.__getitem__, reverse=True)
         choice = prices.best([reach[node] for node in order])
         kept = sorted(order[: choice.nodes])
-        self._expected = sum(reach[node] for node in kept)
+        self._decision.expected = sum(reach[node] for node in kept)
         width = min(choice.width, request.max_nodes + 1)
         if not kept:
             return Proposal(self.name, counts=counts, width=width)
@@ -584,46 +474,3 @@ class Scheduled:
 
     def _plain_width(self, prices: Valuation, request: DraftRequest) -> int:
         return min(prices.best(()).width, request.max_nodes + 1)
-
-
-class _Plan:
-    """The budget of one drafter in one round."""
-
-    def __init__(self, prices: Valuation, drafting: DraftPrices, record: Record) -> None:
-        self._prices, self._drafting, self._record = prices, drafting, record
-        self._reach: list[float] = []
-        self.expected_ms = drafting.start
-
-    def expand(self, grower: Grower, nodes: Sequence[int]) -> list[int]:
-        """The best of the newest nodes, as many as pay for a pass."""
-        reach, record = self._reach, self._record
-        for node in range(len(reach), len(grower)):
-            parent = grower.parent(node)
-            chance = record.reliability.chance(grower.log_q(node), grower.depth(node))
-            reach.append(chance * (reach[parent] if parent >= 0 else 1.0))
-        ranked = sorted(nodes, key=lambda node: -reach[node])
-        leaves = [reach[node] for node in ranked]
-        deeper = 1 + max((grower.depth(node) for node in nodes), default=0)
-        count = self._prices.worth_expanding(reach, leaves, record.reliability.chance_at(deeper), self._drafting.extend)
-        if count:
-            self.expected_ms += self._drafting.extend(count)
-        return sorted(ranked[:count])
-
-
-def _products(tree: TokenTree, chances: Sequence[float]) -> list[float]:
-    """[N] chance of the whole path to each node."""
-    reach: list[float] = []
-    for parent, chance in zip(tree.parent.tolist(), chances, strict=True):
-        reach.append(chance * (reach[parent] if parent >= 0 else 1.0))
-    return reach
-
-
-def _counts(asked: Sequence[_Asked]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for one in asked:
-        for name, number in one.proposal.counts.items():
-            counts[name] = counts.get(name, 0) + number
-    return counts
-
-
-_: type[Budget] = _Plan

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localspec.errors import BackendError
+from localspec.errors import BackendError, StaleScoresError
 from localspec.testing.gguf_architectures import write_architecture
 from tests.backends.llamacpp_backend import BACKEND, SMALL, module, step
 
@@ -130,6 +130,24 @@ def test_a_gpu_scores_all_rows_of_a_narrow_pass_and_gives_those_that_are_wanted(
         state.close()
     for one, other in zip(*found, strict=True):
         assert np.array_equal(one, other)
-    assert scored[:5] == [2, 2, 1, 3, 0]
-    assert scored[5:] == [4, 3, 1, 3, 0]
+    assert scored == [2, 2, 1, 3, 4, 3, 1, 3]  # what nobody reads is not fetched
+    model.close()
+
+
+def test_rows_are_fetched_when_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetching waits for the device; until then the host has time for other things."""
+    model: Any = BACKEND.load(write_architecture(tmp_path / "m.gguf", "llama"), SMALL)
+    fetched: list[int] = []
+    logits = module("native").Context.logits
+    monkeypatch.setattr(
+        module("native").Context, "logits", lambda context, count: fetched.append(count) or logits(context, count)
+    )
+    state = model.open()
+    [scores] = model.forward([step(state, [5, 6, 7], None)])
+    assert scores.num_rows == 3 and not fetched
+    first = scores.rows((0,)).copy()
+    assert np.array_equal(first, scores.rows(range(3))[:1]) and fetched == [3]
+    [_] = model.forward([step(state, [8], None)])
+    with pytest.raises(StaleScoresError):
+        scores.rows((1,))
     model.close()

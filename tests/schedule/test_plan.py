@@ -194,7 +194,7 @@ def test_a_second_step_of_the_stairs_is_seen_from_before_the_first() -> None:
     assert prices.worth_expanding(sure[:4], sure[3:4], 0.9, lambda width: 1.0) == 1
     assert (
         prices.worth_expanding([0.1], [0.1], 0.5, lambda width: 0.1) == 1
-    )  # still inside the step that is paid anyway
+    )  # the step is paid anyway
     assert prices.worth_expanding([0.1], [0.1], 0.5, lambda width: 5.0) == 0
     assert prices.worth_expanding([0.5], [], 0.9, lambda width: 1.0) == 0
 

@@ -1,0 +1,98 @@
+"""What is put off until the target's pass runs is done then, and done whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from localspec.drafters import make_drafter
+from localspec.engine.session import Session
+from localspec.protocols import Scores, Step
+from localspec.sampling import HostScores, SamplingParams
+from localspec.schedule.cost import Costs, Curve
+from localspec.schedule.experience import Experience
+from localspec.schedule.learning import Learning
+from localspec.schedule.scheduled import Scheduled
+from localspec.testing.reference import ReferenceModel
+
+PROMPT = [5, 9, 3, 7, 5, 9, 3]
+COSTS = Costs(Curve((1, 64), (0,), ((10.0, 12.0),)), Curve((1, 16), (0,), ((0.1, 0.1),)), 0.1)
+
+
+class Waiting(ReferenceModel):
+    """Its rows are there when they are read, as a device's are. log: what happened, in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log: list[str] = []
+
+    def forward(self, steps: Sequence[Step]) -> list[Scores]:
+        self.log.append("launched")
+        found: list[Scores] = []
+        for one in super().forward(steps):
+            rows = one.rows(range(one.num_rows))
+
+            def fetch(rows: Any = rows) -> Any:
+                self.log.append("read")
+                return rows
+
+            found.append(HostScores(fetch, num_rows=len(rows)))
+        return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_learning_waits_for_the_next_pass_and_none_is_lost(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    target, draft = Waiting(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
+    learned: list[int] = []
+    learn = Learning.learn
+
+    def logged(self: Learning, decision: Any, outcome: Any) -> None:
+        target.log.append(f"learned {len(outcome.tree)}")
+        learned.append(len(outcome.tokens))
+        learn(self, decision, outcome)
+
+    monkeypatch.setattr(Learning, "learn", logged)
+    experience = Experience(COSTS, target.capabilities, by_clock=False)
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=60, ignore_eos=True)
+    with Session(target, Scheduled([], [make_drafter("draft_model:num=8", draft)], experience)) as session:
+        stats = session.generate(PROMPT, params).stats
+        rounds = target.log.copy()
+        session.reset()
+        session.generate(PROMPT, params)
+    assert sum(learned) == 120, "every round of both answers, the last ones too"
+    late = [
+        (before, after)
+        for before, now, after in zip(rounds, rounds[1:], rounds[2:], strict=False)
+        if now.startswith("learned") and now != "learned 0"
+    ]
+    assert len(late) > 5 and all(pair == ("launched", "read") for pair in late[:-1])
+    assert stats.num_accepted > 10
+
+
+def test_a_round_that_fails_loses_nothing_that_was_put_off() -> None:
+    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
+    experience = Experience(COSTS, target.capabilities, by_clock=False)
+    scheduled = Scheduled([], [make_drafter("draft_model:num=8", draft)], experience)
+    forward, fails = target.forward, False
+
+    def broken(steps: Sequence[Step]) -> list[Scores]:
+        if fails and steps[0].num_tokens > 1:
+            raise RuntimeError("no pass")
+        return forward(steps)
+
+    target.forward = broken  # type: ignore[method-assign]
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    with Session(target, scheduled) as session:
+        plain = session.generate(PROMPT, params)
+        assert scheduled._unlearned is not None  # of the last round: no pass came behind it
+        session.reset()
+        fails = True
+        with pytest.raises(RuntimeError, match="no pass"):
+            session.generate(PROMPT, params)
+        fails = False
+        session.reset()
+        assert np.array_equal(session.generate(PROMPT, params).tokens, plain.tokens)
+    assert scheduled._unlearned is None
