@@ -631,6 +631,23 @@ class Proposal:
     reach: tuple[float, ...] | None = None
     because: str = ""
     meanwhile: Callable[[], None] | None = None
+    _tree: TokenTree | None = field(default=None, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of_tree(
+        cls,
+        source: str,
+        tree: TokenTree,
+        *,
+        sources: tuple[str, ...] | None = None,
+        counts: Mapping[str, int] | None = None,
+        width: int = 0,
+    ) -> Proposal:
+        """A tree that is on the host: nobody has to build it again."""
+        log_q = None if tree.log_q is None else tuple(tree.log_q.tolist())
+        made = cls(source, (HostTokens(tree.token),), tree.parent, None, log_q, sources, counts or {}, width)
+        object.__setattr__(made, "_tree", tree)
+        return made
 
     @property
     def num_nodes(self) -> int:
@@ -639,7 +656,13 @@ class Proposal:
 
     def depth(self) -> NodeIndices:
         """[N] depth of each node; children of the anchor have depth 0."""
-        return depths(self.parents)
+        return depths(self.parents) if self._tree is None else self._tree.depth
+
+    def later(self, work: Callable[[], None]) -> Proposal:
+        """The same with something put off (`meanwhile`)."""
+        made = replace(self, meanwhile=work)
+        object.__setattr__(made, "_tree", self._tree)
+        return made
 
     def only(self, nodes: Sequence[int]) -> Proposal:
         """These nodes alone, ascending, parents included. The tokens are fetched to the host."""
@@ -657,9 +680,12 @@ class Proposal:
 
     def tree(self) -> TokenTree:
         """The tokens fetched to the host, as a tree. May wait for the device."""
-        parts = [segment.numpy() for segment in self.tokens]
-        ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        return TokenTree.from_parents(ids, self.parents, self.log_q)
+        if self._tree is None:
+            parts = [segment.numpy() for segment in self.tokens]
+            ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+            object.__setattr__(self, "_tree", TokenTree.from_parents(ids, self.parents, self.log_q))
+        assert self._tree is not None
+        return self._tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,9 +185,7 @@ class Guesser:
                 tokens = HostTokens(np.array([grower.token(node) for node in nodes], np.int32))
                 scores = self._cache.extend(tokens, [fed[grower.parent(node)] for node in nodes])
                 fed.update({node: len(fed) - 1 + index for index, node in enumerate(nodes)})
-        tree = grower.finish().tree
-        assert tree.log_q is not None
-        return Proposal(self.name, (HostTokens(tree.token),), tree.parent, log_q=tuple(tree.log_q.tolist()))
+        return Proposal.of_tree(self.name, grower.finish().tree)
 
     def _scored(
         self, request: DraftRequest, scores: Scores, paths: Sequence[list[int]]

@@ -19,7 +19,7 @@ from localspec.drafters.shape import Shape
 from localspec.drafters.suffix_automaton import Place, SuffixAutomaton
 from localspec.errors import SettingError
 from localspec.history import Entry, Found, History, SuffixArray
-from localspec.protocols import DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
+from localspec.protocols import DraftRequest, Outcome, Proposal, SavedDraft, SequenceState
 from localspec.tree.grow import Grower
 from localspec.types import TokenIds
 
@@ -123,9 +123,7 @@ class Suffix:
             for node in nodes:
                 self._offer(grower, node, runs, most)
             nodes = [node for node in grower.frontier() if grower.token(node) not in request.stop_tokens]
-        tree = grower.finish().tree
-        assert tree.log_q is not None
-        return Proposal(self.name, (HostTokens(tree.token),), tree.parent, log_q=tuple(tree.log_q.tolist()))
+        return Proposal.of_tree(self.name, grower.finish().tree) if len(grower) else Proposal(self.name, log_q=())
 
     def observe(self, outcome: Outcome) -> None:
         """The automaton catches up when the next proposal is asked for."""

@@ -53,7 +53,8 @@ class Rest:
         return self._left > 0
 
     def looked(self, found: bool, ms: float | None, look: LookTime, plain_ms: float) -> None:
-        """A look found something worth its time, or nothing. ms: what it took, None where that is not typical."""
+        """A look found something worth its time, or nothing. ms: what it took, None where that is not typical.
+        plain_ms: of a plain round, where nothing was found."""
         if ms is not None:
             look.observe(ms)
         self._fruitless = 0 if found else self._fruitless + 1

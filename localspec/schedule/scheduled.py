@@ -128,7 +128,7 @@ class Scheduled:
         self._plain = None
         proposal = self._look(request)
         if self._unlearned is not None:
-            proposal = replace(proposal, meanwhile=self._catch_up)
+            proposal = proposal.later(self._catch_up)
         self._look_ms = (perf_counter() - started) * 1e3
         return proposal
 
@@ -262,11 +262,12 @@ class Scheduled:
             self._unlearned = decision, outcome
         self._look_ms += (perf_counter() - started) * 1e3
         if decision.load is None and self.experience.by_clock:
-            plain_ms = self.experience.plain_ms(len(self._context))
             # one that runs a model says of each place anew what it is worth
             ran = not all(one.name in self._free_names for one in decision.asked)
+            found = self._plain is None or ran
             look_ms = None if ran or decision.tried_ms else self._look_ms
-            self._rest.looked(self._plain is None or ran, look_ms, self.experience.look, plain_ms)
+            plain_ms = 0.0 if found else self.experience.plain_ms(len(self._context))
+            self._rest.looked(found, look_ms, self.experience.look, plain_ms)
 
     def _learn(self, decision: Decision, outcome: Outcome) -> None:
         self._learning.learn_from_rest(self._rest, decision)
@@ -457,20 +458,10 @@ class Scheduled:
         width = min(choice.width, request.max_nodes + 1)
         if not kept:
             return Proposal(self.name, counts=counts, width=width)
-        place = {node: index for index, node in enumerate(kept)}
-        parents = np.array([place.get(int(tree.parent[node]), -1) for node in kept], np.int32)
         for node in kept:
             owners[node].used = True
-        log_q = None if tree.log_q is None else tuple(tree.log_q[kept].tolist())
-        return Proposal(
-            self.name,
-            (HostTokens(tree.token[kept]),),
-            parents,
-            log_q=log_q,
-            sources=tuple(owners[node].proposal.source for node in kept),
-            counts=counts,
-            width=width,
-        )
+        sources = tuple(owners[node].proposal.source for node in kept)
+        return Proposal.of_tree(self.name, tree.only(kept), sources=sources, counts=counts, width=width)
 
     def _plain_width(self, prices: Valuation, request: DraftRequest) -> int:
         return min(prices.best(()).width, request.max_nodes + 1)

@@ -38,6 +38,16 @@ class TokenTree:
                 array.flags.writeable = False
         return cls(token, parent, depth, quantities)
 
+    def only(self, nodes: Sequence[int]) -> TokenTree:
+        """These nodes alone, ascending, parents included."""
+        if len(nodes) == len(self):
+            return self
+        place = {node: index for index, node in enumerate(nodes)}
+        above, chosen = self.parent.tolist(), list(nodes)
+        parents = np.array([place.get(above[node], -1) for node in chosen], np.int32)
+        log_q = None if self.log_q is None else self.log_q[chosen]
+        return TokenTree(self.token[chosen], parents, self.depth[chosen], log_q)
+
     def __len__(self) -> int:
         return len(self.token)
 
