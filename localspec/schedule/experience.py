@@ -10,7 +10,7 @@ from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
 from localspec.schedule.drafting import DraftTimes, times_of
 from localspec.schedule.guard import Guard
-from localspec.schedule.opinions import Dissent
+from localspec.schedule.opinions import Dissent, Hindsight
 from localspec.schedule.plan import LiveCosts, Rate, about
 from localspec.schedule.rest import LookTime
 from localspec.schedule.router import Trials
@@ -30,9 +30,11 @@ class Record:
     reliability: Reliability
     guard: Guard = field(default_factory=Guard)
     usual_value: float = 1.0  # tokens a round that asking it is expected to bring, its own time paid
+    beside: list[float] = field(default_factory=lambda: [1.0, 1.0])  # the same where lookup promises little, or much
     states_chances: bool = True
     trials: Trials = field(default_factory=Trials)
     dissent: Dissent = field(default_factory=Dissent)
+    hindsight: Hindsight = field(default_factory=Hindsight)
 
 
 class Experience:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from localspec.tree.token_tree import TokenTree
 
 _TRUST = 1.0  # expected acceptances before what was seen outweighs the rule
+_TRUST_CHOSEN, _MEMORY_CHOSEN = 3.0, 14.0  # likewise
+_FADING = 0.98
 _MEMORY = 30.0  # expected acceptances, then older ones count half
 
 
@@ -36,6 +38,37 @@ class Dissent:
         if self.expected > _MEMORY:
             self.expected /= 2.0
             self.came /= 2.0
+
+
+@dataclass(slots=True)
+class Hindsight:
+    """What came of lookup's guesses where they were chosen, over what was expected of them there, lately.
+
+    They are chosen, and nobody else is asked, where they promise much, so often where they promise too much; and what
+    was learned of lookup on code is too much for prose. How reliable it is in general is learned slowly, from all that
+    it says; this follows the text, and fades while nothing is chosen.
+    """
+
+    expected: float = 0.0
+    came: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        """What the chances of its paths are multiplied by."""
+        return min((self.came + _TRUST_CHOSEN) / (self.expected + _TRUST_CHOSEN), 1.0)
+
+    def observe(self, expected: float, came: int) -> None:
+        """A round in which only it was chosen. expected: accepted tokens, before the factor."""
+        self.expected += expected
+        self.came += came
+        if self.expected > _MEMORY_CHOSEN:
+            self.expected /= 2.0
+            self.came /= 2.0
+
+    def fade(self) -> None:
+        """A round in which it was not chosen."""
+        self.expected *= _FADING
+        self.came *= _FADING
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from localspec.tree.grow import merge
 from localspec.tree.token_tree import TokenTree
 
 _SMOOTHING = 0.1
+_MUCH = 0.5  # tokens that lookup promises
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _LEAST_BACK = 0.5  # of what asking takes
 _LONGEST_TRIAL = 8  # tokens of a chain that is tried
@@ -166,7 +167,10 @@ class Scheduled:
             if decision.asked and decision.asked[-1].name == part.name:
                 asked = decision.asked[-1]
                 asked.on_trial = on_trial
-                record.usual_value += _SMOOTHING * (value - rate * asked.ms - record.usual_value)
+                own = value - rate * asked.ms
+                record.usual_value += _SMOOTHING * (own - record.usual_value)
+                if best > 0.0:
+                    record.beside[best > _MUCH] += _SMOOTHING * (own - record.beside[best > _MUCH])
                 record.trials.observe(asked.ms)
             at_hand = max(at_hand, value)
         proposal = self._chosen(request, prices)
@@ -306,12 +310,19 @@ class Scheduled:
     def _may_beat(self, record: Record, best: float, at_hand: float, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters
         have guessed? In a tree all would count, in a chain only the best; of two that take time the second seldom
-        guesses what the first did not. Where nothing was guessed the guard alone decides."""
-        enough = max(0.5 * best if trees else best, at_hand)
-        if enough <= 0.0 or record.guard.parked or record.usual_value > enough:
+        guesses what the first did not. Where nothing was guessed the guard alone decides. Where lookup guesses well the
+        text is easy, and so it is for the others: what counts is what they bring there, not what they bring elsewhere.
+        """
+        if record.guard.parked:
             return True
-        record.usual_value += _FORGETTING * (1.0 - record.usual_value)
-        return False
+        much = best > _MUCH
+        if best > 0.0 and record.beside[much] <= (0.5 * best if trees else best):
+            record.beside[much] += _FORGETTING * (1.0 - record.beside[much])
+            return False
+        if at_hand > 0.0 and record.usual_value <= at_hand:
+            record.usual_value += _FORGETTING * (1.0 - record.usual_value)
+            return False
+        return True
 
     def _ask(
         self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation, *, exactly: int = 0
@@ -357,7 +368,9 @@ class Scheduled:
             depth = tree.depth.tolist()
             chances = [reliability.chance(value, depth[node]) for node, value in enumerate(proposal.log_q or ())]
         reach = self._chain_reach(reliability, proposal.num_nodes) if tree is None else products(tree, chances)
-        asked = Asked(part.name, proposal, tree, chances, reach, ms, hidden_ms=hidden_ms)
+        factor = 1.0 if dear else record.hindsight.factor
+        reach = [factor * chance for chance in reach]
+        asked = Asked(part.name, proposal, tree, chances, reach, ms, hidden_ms=hidden_ms, factor=factor)
         self._decision.asked.append(asked)
         return asked
 

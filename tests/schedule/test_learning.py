@@ -96,3 +96,20 @@ def test_a_round_that_fails_loses_nothing_that_was_put_off() -> None:
         session.reset()
         assert np.array_equal(session.generate(PROMPT, params).tokens, plain.tokens)
     assert scheduled._unlearned is None
+
+
+def test_a_dear_drafter_is_judged_by_what_it_brings_where_lookup_guesses_too() -> None:
+    """It brings nothing elsewhere. Beside lookup's guesses it brings two tokens, so it is asked there, and only there
+    would it not be if that were known of it."""
+    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
+    experience = Experience(COSTS, target.capabilities, by_clock=False)
+    scheduled = Scheduled([], [make_drafter("draft_model:num=8", draft)], experience)
+    record = experience.record("draft_model", True)
+    record.usual_value, record.beside = 0.1, [2.0, 0.2]
+    assert scheduled._may_beat(record, 0.3, 0.0, trees=False), "2.0 beside a little from lookup"
+    assert not scheduled._may_beat(record, 1.0, 0.0, trees=False), "0.2 beside much"
+    assert not scheduled._may_beat(record, 0.3, 0.5, trees=False), "another dear one has 0.5 at hand"
+    assert scheduled._may_beat(record, 0.0, 0.0, trees=False)
+    for _ in range(400):
+        scheduled._may_beat(record, 1.0, 0.0, trees=False)
+    assert record.beside[1] > 0.8, "what is left out is hoped for again"

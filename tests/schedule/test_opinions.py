@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from localspec.schedule.opinions import Dissent, Opinion, Opinions
+from localspec.schedule.opinions import Dissent, Hindsight, Opinion, Opinions
 from localspec.tree.grow import merge
 from localspec.tree.token_tree import TokenTree
 
@@ -60,3 +60,18 @@ def test_only_places_on_the_path_teach() -> None:
     assert dissent.expected == 0.0  # of the first place all named the same, and nothing was seen of the second
     opinions.observe([1, 5])
     assert dissent.came == 1 and dissent.expected == pytest.approx(0.1 * 0.3)
+
+
+def test_what_lookup_promised_too_much_is_taken_back_while_that_lasts() -> None:
+    hindsight = Hindsight()
+    assert hindsight.factor == 1.0
+    for _ in range(20):  # it promised twice what came
+        hindsight.observe(1.0, 1)
+        hindsight.observe(1.0, 0)
+    assert hindsight.factor == pytest.approx(0.55, abs=0.12)
+    for _ in range(200):
+        hindsight.fade()
+    assert hindsight.factor > 0.95, "what is not chosen any more gets another chance"
+    for _ in range(20):
+        hindsight.observe(0.5, 3)
+    assert hindsight.factor == 1.0

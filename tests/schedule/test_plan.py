@@ -192,9 +192,7 @@ def test_a_second_step_of_the_stairs_is_seen_from_before_the_first() -> None:
     assert prices.best(sure[:4]).nodes == 3
     assert prices.best(sure).nodes == 7
     assert prices.worth_expanding(sure[:4], sure[3:4], 0.9, lambda width: 1.0) == 1
-    assert (
-        prices.worth_expanding([0.1], [0.1], 0.5, lambda width: 0.1) == 1
-    )  # the step is paid anyway
+    assert prices.worth_expanding([0.1], [0.1], 0.5, lambda width: 0.1) == 1  # the step is paid anyway
     assert prices.worth_expanding([0.1], [0.1], 0.5, lambda width: 5.0) == 0
     assert prices.worth_expanding([0.5], [], 0.9, lambda width: 1.0) == 0
 
