@@ -45,7 +45,7 @@ _LEAST_BACK = 0.5  # of what asking takes
 _LONGEST_TRIAL = 8  # tokens of a chain that is tried
 _SHARE_OF_TRIAL = 0.5  # of a plain round, for its guesses
 _NEWS = 0.2  # that a trial is, beside what was known
-_STALL = 4.0  # drafting that takes so many times what was expected is the machine's fault
+_STALL, _BUILDING = 2.0, 1.25  # drafting that takes so many times what was expected is not the drafter's fault
 LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
 
@@ -353,11 +353,12 @@ class Scheduled:
         if not self.experience.by_clock:
             ms = expected_ms
         elif unread and not all(isinstance(segment, HostTokens) for segment in proposal.tokens):
+            # what was measured was waited for pass by pass: more is work that is done once, building a graph, say
             hidden_ms = max(expected_ms - drafted_ms, 0.0)
-            ms += hidden_ms
+            ms = ms - drafted_ms + max(expected_ms, min(drafted_ms, _BUILDING * expected_ms))
         elif dear:
             self.experience.times(part.name).observe(expected_ms, drafted_ms, self._decision.drafting)
-            ms = min(ms, _STALL * expected_ms + (entry_ms if self._decision.lanes > 1 else 0.0))
+            ms = ms - drafted_ms + min(drafted_ms, _STALL * expected_ms)
         if proposal.num_nodes:
             record.states_chances = proposal.log_q is not None
         tree, chances = None, []

@@ -139,9 +139,12 @@ def test_rows_are_fetched_when_they_are_read(tmp_path: Path, monkeypatch: pytest
     model: Any = BACKEND.load(write_architecture(tmp_path / "m.gguf", "llama"), SMALL)
     fetched: list[int] = []
     logits = module("native").Context.logits
-    monkeypatch.setattr(
-        module("native").Context, "logits", lambda context, count: fetched.append(count) or logits(context, count)
-    )
+
+    def counted(context: Any, count: int) -> Any:
+        fetched.append(count)
+        return logits(context, count)
+
+    monkeypatch.setattr(module("native").Context, "logits", counted)
     state = model.open()
     [scores] = model.forward([step(state, [5, 6, 7], None)])
     assert scores.num_rows == 3 and not fetched

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from time import sleep
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from localspec.drafters import make_drafter
 from localspec.engine.session import Session
-from localspec.protocols import Scores, Step
+from localspec.protocols import Drafter, Scores, Step
 from localspec.sampling import HostScores, SamplingParams
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.experience import Experience
@@ -113,3 +114,37 @@ def test_a_dear_drafter_is_judged_by_what_it_brings_where_lookup_guesses_too() -
     for _ in range(400):
         scheduled._may_beat(record, 1.0, 0.0, trees=False)
     assert record.beside[1] > 0.8, "what is left out is hoped for again"
+
+
+class Building:
+    """The draft model, whose first pass takes far longer than all later ones: a device builds its graphs."""
+
+    name = "draft_model"
+    needs_trees = False
+
+    def __init__(self, draft: ReferenceModel) -> None:
+        self._inner: Any = make_drafter("draft_model:num=4", draft)
+        self._calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def propose(self, request: Any) -> Any:
+        self._calls += 1
+        if self._calls == 1:
+            sleep(0.05)
+        return self._inner.propose(request)
+
+
+def test_what_is_done_once_counts_as_a_little_more_than_usual() -> None:
+    """Some first passes of 50 ms would otherwise park a drafter of 0.8 ms before it showed what it is worth."""
+    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
+    costs = Costs(Curve((1, 64), (0,), ((10.0, 10.5),)), Curve((1, 16), (0,), ((0.2, 0.2),)), 0.1)
+    experience = Experience(costs, target.capabilities)
+    scheduled = Scheduled([], [cast(Drafter, Building(draft))], experience)
+    for _ in range(3):  # else the first rounds are plain
+        experience.observe(1, 10.0, plain=True)
+    with Session(target, scheduled) as session:
+        session.generate(PROMPT, SamplingParams(max_tokens=2, ignore_eos=True))
+    [asked] = scheduled._decision.asked
+    assert 0.0 < asked.ms <= 2.0 * experience.times("draft_model").prices(0, 1).chain(4)

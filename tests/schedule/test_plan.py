@@ -257,7 +257,8 @@ def test_a_drafter_that_is_right_at_every_depth_is_not_corrected_by_depth() -> N
         rng, reliability = np.random.default_rng(seed), Reliability()
         for _ in range(150):
             chances = rng.choice([0.3, 0.6, 0.9], 3)
-            tree = TokenTree.from_parents(np.arange(3), np.arange(-1, 2), np.log(chances).tolist())
+            tokens, parents = np.arange(3, dtype=np.int32), np.arange(-1, 2, dtype=np.int32)
+            tree = TokenTree.from_parents(tokens, parents, np.log(chances).tolist())
             right = int(np.argmin(np.append(rng.random(3) < chances, False)))
             reliability.observe(tree, [*range(right), 9])
         factors = [reliability.chance(math.log(0.6), depth) / reliability.chance(math.log(0.6)) for depth in range(3)]
