@@ -18,7 +18,7 @@ is the suite that any implementation must pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -658,8 +658,10 @@ class Proposal:
         """[N] depth of each node; children of the anchor have depth 0."""
         return depths(self.parents) if self._tree is None else self._tree.depth
 
-    def later(self, work: Callable[[], None]) -> Proposal:
-        """The same with something put off (`meanwhile`)."""
+    def later(self, work: Callable[[], None] | None) -> Proposal:
+        """The same with something put off (`meanwhile`), or nothing."""
+        if work is self.meanwhile:
+            return self
         made = replace(self, meanwhile=work)
         object.__setattr__(made, "_tree", self._tree)
         return made
@@ -686,6 +688,19 @@ class Proposal:
             object.__setattr__(self, "_tree", TokenTree.from_parents(ids, self.parents, self.log_q))
         assert self._tree is not None
         return self._tree
+
+
+def in_turn(works: Iterable[Callable[[], None] | None]) -> Callable[[], None] | None:
+    """What several drafters put off (`Proposal.meanwhile`), as one; None where nobody did."""
+    given = [work for work in works if work is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+
+    def run() -> None:
+        for work in given:
+            work()
+
+    return run
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from localspec.context import Context
 from localspec.errors import SettingError
-from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
+from localspec.protocols import Drafter, DraftRequest, Outcome, Proposal, SavedDraft, SequenceState, in_turn
 from localspec.tree.grow import merge, prune
 from localspec.tree.token_tree import TokenTree
 
@@ -56,22 +56,15 @@ class Combined:
         for proposal in proposals:
             counts.update(proposal.counts)
         guessing = [proposal for proposal in proposals if proposal.num_nodes]
+        later = in_turn(proposal.meanwhile for proposal in proposals)
         if not guessing:
-            return Proposal(self.name, counts=counts)
+            return Proposal(self.name, counts=counts, meanwhile=later)
         if len(guessing) == 1 or not request.trees or request.needs_law:
-            return replace(guessing[0], counts=counts)
+            return replace(guessing[0], counts=counts, meanwhile=later)
         merged = merge([_scored(proposal.tree()) for proposal in guessing])
         tree, kept = prune(merged.tree, request.max_nodes)
         sources = tuple(guessing[merged.origin[node]].source for node in kept)
-        assert tree.log_q is not None
-        return Proposal(
-            self.name,
-            (HostTokens(tree.token),),
-            tree.parent,
-            log_q=tuple(tree.log_q.tolist()),
-            sources=sources,
-            counts=counts,
-        )
+        return Proposal.of_tree(self.name, tree, sources=sources, counts=counts).later(later)
 
     def observe(self, outcome: Outcome) -> None:
         """The outcome, for all."""

@@ -25,6 +25,7 @@ from localspec.protocols import (
     Proposal,
     SavedDraft,
     SequenceState,
+    in_turn,
 )
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.asking import NO_TREE, Asked, Plan, counted, products
@@ -128,8 +129,8 @@ class Scheduled:
         started = perf_counter()
         self._plain = None
         proposal = self._look(request)
-        if self._unlearned is not None:
-            proposal = proposal.later(self._catch_up)
+        own = None if self._unlearned is None else self._catch_up
+        proposal = proposal.later(in_turn((own, *(one.proposal.meanwhile for one in self._decision.asked))))
         self._look_ms = (perf_counter() - started) * 1e3
         return proposal
 
@@ -205,6 +206,8 @@ class Scheduled:
         """Ask it for guesses that nobody verifies."""
         asked = self._ask(part, record, request, prices, exactly=self._enough_to_learn(part, prices))
         self._decision.asked.remove(asked)
+        if asked.proposal.meanwhile is not None:  # nobody verifies it
+            asked.proposal.meanwhile()
         self._decision.tried_ms = asked.ms
         record.trials.observe(asked.ms)
         if asked.tree is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import sleep
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from localspec.drafters import make_drafter
+from localspec.drafters.combined import Combined
 from localspec.engine.session import Session
 from localspec.protocols import Drafter, Scores, Step
 from localspec.sampling import HostScores, SamplingParams
@@ -148,3 +150,35 @@ def test_what_is_done_once_counts_as_a_little_more_than_usual() -> None:
         session.generate(PROMPT, SamplingParams(max_tokens=2, ignore_eos=True))
     [asked] = scheduled._decision.asked
     assert 0.0 < asked.ms <= 2.0 * experience.times("draft_model").prices(0, 1).chain(4)
+
+
+class PutsOff:
+    """Lookup that puts something off in every round."""
+
+    needs_trees = False
+
+    def __init__(self, name: str) -> None:
+        self._inner: Any = make_drafter("ngram", None)
+        self.name, self.asked, self.done = name, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _do(self) -> None:
+        self.done += 1
+
+    def propose(self, request: Any) -> Any:
+        self.asked += 1
+        return replace(self._inner.propose(request), meanwhile=self._do)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_what_each_of_several_drafters_puts_off_is_done(scheduled: bool) -> None:
+    target, parts = ReferenceModel(48, seed=5, sharpness=3.0), (PutsOff("one"), PutsOff("other"))
+    drafters = cast(tuple[Drafter, Drafter], parts)
+    experience = Experience(COSTS, target.capabilities, by_clock=False)
+    drafter: Drafter = Scheduled(drafters, [], experience) if scheduled else Combined(drafters)
+    with Session(target, drafter) as session:
+        session.generate(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True))
+    for part in parts:
+        assert part.asked > 5 and part.done == part.asked
