@@ -427,7 +427,11 @@ class HostScores:
     ) -> None:
         self._logits = None if callable(logits) else logits
         self._fetch = logits if callable(logits) else None
-        self.num_rows = len(logits) if num_rows is None else num_rows  # type: ignore[arg-type]
+        if num_rows is None:
+            if callable(logits):
+                raise ValueError("rows that are yet to be fetched need their number: num_rows")
+            num_rows = len(logits)
+        self.num_rows = num_rows
         """N."""
         self._generation = generation if generation is not None else [0]
         self._born = self._generation[0]

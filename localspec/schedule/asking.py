@@ -20,7 +20,7 @@ class Asked:
     """One drafter's part in the round. tree: what it guessed, None while that is on the device.  chances: [N] of each
     edge, corrected.  reach: [N] of each whole path.  hidden_ms: of its work, what the device had yet to do when it was
     asked, so that the target's pass seemed to take it.  on_trial: others were expected to bring more.
-    factor: what reach was multiplied by, in hindsight."""
+    factor: what reach was multiplied by, in hindsight; None for a drafter that is not judged so."""
 
     name: str
     proposal: Proposal
@@ -31,7 +31,7 @@ class Asked:
     used: bool = False
     hidden_ms: float = 0.0
     on_trial: bool = False
-    factor: float = 1.0
+    factor: float | None = None
 
     def value(self, prices: Valuation) -> float:
         """What verifying the best of it is worth; all of it, where it cannot be cut any more."""

@@ -115,10 +115,10 @@ class Learning:
             if one.on_trial and not one.used:
                 continue  # it was asked to see what it says, not because that would pay
             share = extra_ms / num_used if one.used else 0.0
-            if one.used and num_used == 1 and decision.expected is not None:
-                record.hindsight.observe(decision.expected / one.factor, len(outcome.path))
-            elif not one.used:
+            if one.factor is not None and not one.used:
                 record.hindsight.fade()
+            elif one.factor is not None and decision.expected is not None and decision.opinions is None:
+                record.hindsight.observe(decision.expected / one.factor, len(outcome.path))
             # while one lane drafts, all wait
             record.guard.observe(brought / num_used if one.used else 0.0, decision.lanes * one.ms + share, plain_ms)
 

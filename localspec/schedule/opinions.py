@@ -13,62 +13,62 @@ from dataclasses import dataclass
 
 from localspec.tree.token_tree import TokenTree
 
-_TRUST = 1.0  # expected acceptances before what was seen outweighs the rule
-_TRUST_CHOSEN, _MEMORY_CHOSEN = 3.0, 14.0  # likewise
-_FADING = 0.98
-_MEMORY = 30.0  # expected acceptances, then older ones count half
+_FADING = 0.98  # of a tally, in a round in which nothing could be seen
 
 
-@dataclass(slots=True)
-class Dissent:
-    """How often what a drafter adds to the guesses of those trusted more comes true, over what was left open for it."""
+class _Tally:
+    """Accepted tokens, or places: what was expected and what came, older ones counting less.
 
-    expected: float = 0.0
-    came: float = 0.0
+    trust: what must have been expected before what came outweighs the expectation.  memory: beyond it all counts half.
+    """
+
+    def __init__(self, trust: float, memory: float) -> None:
+        self._trust, self._memory = trust, memory
+        self.expected = self.came = 0.0
 
     @property
     def factor(self) -> float:
-        """What its share of the rest is multiplied by."""
-        return (self.came + _TRUST) / (self.expected + _TRUST)
+        """What came over what was expected."""
+        return (self.came + self._trust) / (self.expected + self._trust)
 
-    def observe(self, expected: float, came_true: bool) -> None:
-        """One place where it differed. expected: the shares, before the factor, of all that it added there."""
+    def observe(self, expected: float, came: float) -> None:
+        """Once more. expected: before the factor."""
         self.expected += expected
-        self.came += came_true
-        if self.expected > _MEMORY:
+        self.came += came
+        if self.expected > self._memory:
             self.expected /= 2.0
             self.came /= 2.0
 
+    def fade(self) -> None:
+        """A round in which nothing could be seen."""
+        self.expected *= _FADING
+        self.came *= _FADING
 
-@dataclass(slots=True)
-class Hindsight:
-    """What came of lookup's guesses where they were chosen, over what was expected of them there, lately.
+
+class Dissent(_Tally):
+    """How often what a drafter adds to the guesses of those trusted more comes true, over what was left open for it:
+    what its share of the rest is multiplied by. One place where it differed is observed at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0, 30.0)
+
+
+class Hindsight(_Tally):
+    """What came of lookup's guesses where they were chosen, over what was expected of them there, lately: what the
+    chances of its paths are multiplied by, never more than 1.
 
     They are chosen, and nobody else is asked, where they promise much, so often where they promise too much; and what
     was learned of lookup on code is too much for prose. How reliable it is in general is learned slowly, from all that
     it says; this follows the text, and fades while nothing is chosen.
     """
 
-    expected: float = 0.0
-    came: float = 0.0
+    def __init__(self) -> None:
+        super().__init__(3.0, 14.0)
 
     @property
     def factor(self) -> float:
-        """What the chances of its paths are multiplied by."""
-        return min((self.came + _TRUST_CHOSEN) / (self.expected + _TRUST_CHOSEN), 1.0)
-
-    def observe(self, expected: float, came: int) -> None:
-        """A round in which only it was chosen. expected: accepted tokens, before the factor."""
-        self.expected += expected
-        self.came += came
-        if self.expected > _MEMORY_CHOSEN:
-            self.expected /= 2.0
-            self.came /= 2.0
-
-    def fade(self) -> None:
-        """A round in which it was not chosen."""
-        self.expected *= _FADING
-        self.came *= _FADING
+        """As of any tally, at most 1."""
+        return min(super().factor, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

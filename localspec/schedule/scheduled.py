@@ -372,8 +372,9 @@ class Scheduled:
             depth = tree.depth.tolist()
             chances = [reliability.chance(value, depth[node]) for node, value in enumerate(proposal.log_q or ())]
         reach = self._chain_reach(reliability, proposal.num_nodes) if tree is None else products(tree, chances)
-        factor = 1.0 if dear else record.hindsight.factor
-        reach = [factor * chance for chance in reach]
+        factor = None if dear else record.hindsight.factor
+        if factor is not None:
+            reach = [factor * chance for chance in reach]
         asked = Asked(part.name, proposal, tree, chances, reach, ms, hidden_ms=hidden_ms, factor=factor)
         self._decision.asked.append(asked)
         return asked

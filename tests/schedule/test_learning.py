@@ -102,8 +102,7 @@ def test_a_round_that_fails_loses_nothing_that_was_put_off() -> None:
 
 
 def test_a_dear_drafter_is_judged_by_what_it_brings_where_lookup_guesses_too() -> None:
-    """It brings nothing elsewhere. Beside lookup's guesses it brings two tokens, so it is asked there, and only there
-    would it not be if that were known of it."""
+    """Elsewhere it brings next to nothing: what counts is what it brings beside a promise of that size."""
     target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
     experience = Experience(COSTS, target.capabilities, by_clock=False)
     scheduled = Scheduled([], [make_drafter("draft_model:num=8", draft)], experience)
