@@ -146,7 +146,8 @@ class Pair:
         lookup = f"{Suffix.name}:num=24,shape={form},min_prob=0.1,min_reach=0.1"
         free = [make_drafter(lookup, None, history=self.history)]
         trees = capabilities.trees and capabilities.exact_trees
-        return Scheduled(free, self._dear(trees, experience.live.costs), experience, forced=Forced())
+        ahead = {DraftModel.name} if self.draft is not None and self.draft.capabilities.runs_ahead else ()
+        return Scheduled(free, self._dear(trees, experience.live.costs), experience, forced=Forced(), ahead=ahead)
 
     def _dear(self, trees: bool, costs: Costs) -> list[Drafter]:
         """The drafters that run a network, in the widest form that the schedule may cut down. trees: can the target

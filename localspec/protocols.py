@@ -160,7 +160,8 @@ class Capabilities:
     width_steps: the widths that a plan should keep to, where each other one is dear at first use (kernels are built for
     it); empty: any.
     host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice
-    beats deciding all rows at once.  batches: the steps of one forward run as one pass, in which each takes as many
+    beats deciding all rows at once.  runs_ahead: a forward returns while a device still works, and reading its scores
+    waits for it.  batches: the steps of one forward run as one pass, in which each takes as many
     places as the widest, and at least `width_class.min_width`; otherwise one after another.
     limits: why trees, their exactness or free rewinding are missing.
     """
@@ -176,6 +177,7 @@ class Capabilities:
     batches: bool = False
     limits: tuple[str, ...] = ()
     width_steps: tuple[int, ...] = ()
+    runs_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -590,6 +592,8 @@ class DraftRequest:
     without guesses are cheaper in a row.
     load: where the round is shared. A drafter that decides what is worth verifying then leaves the last word to those
     who see all lanes: it proposes what it would like, with `Proposal.reach`.
+    meanwhile: what the asker has yet to do before it looks at the proposal. A drafter whose first pass runs on a device
+    calls it when that is under way; others leave it.
     """
 
     context: Context
@@ -602,6 +606,7 @@ class DraftRequest:
     budget: Budget | None = None
     begins_early: bool = False
     load: Load | None = None
+    meanwhile: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

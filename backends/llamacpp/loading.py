@@ -316,6 +316,7 @@ def _with_context(
         num_sequences=settings.num_sequences,
         width_class=_GPU_CLASS if on_gpu else _CPU_CLASS if _is_even(path) else _MIXED_CLASS,
         host_scores=True,
+        runs_ahead=on_gpu,
     )
     info = ModelInfo(
         name=weights.text("general.name") or path.stem,

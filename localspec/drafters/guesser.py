@@ -137,6 +137,8 @@ class Guesser:
         if num < 1 or not branching:
             return Proposal(self.name)
         scores = self._cache.start()
+        if request.meanwhile is not None:
+            request.meanwhile()
         if request.needs_law and not request.sampler.is_greedy:
             return self._draw(request, scores, num, branching)
         asked = self._worth_reading and request.budget is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 from localspec.protocols import Budget, Proposal
 from localspec.schedule.drafting import DraftPrices
@@ -62,6 +63,22 @@ class Plan:
         if count:
             self.expected_ms += self._drafting.extend(count)
         return sorted(ranked[:count])
+
+
+class Beside:
+    """Work that is done once, by whoever finds the time first. ms: what it took."""
+
+    def __init__(self, work: Callable[[], None] | None) -> None:
+        self._work = work
+        self.ms = 0.0
+
+    def __call__(self) -> None:
+        """Do it, if nobody has."""
+        if self._work is not None:
+            work, self._work = self._work, None
+            started = perf_counter()
+            work()
+            self.ms = (perf_counter() - started) * 1e3
 
 
 def products(tree: TokenTree, chances: Sequence[float]) -> list[float]:

@@ -54,6 +54,12 @@ class Guard:
         self._credit -= price
         return True
 
+    def spent(self, price: float, real: float) -> None:
+        """A trial that was taken to cost `price` tokens cost so many. What is done once for all trials (a kernel is
+        built) must not forbid the next ones for ever: no more is owed than finding out may cost."""
+        more = max(real, _LEAST_PRICE) - max(price, _LEAST_PRICE)
+        self._credit = max(self._credit - more, min(self._credit, -_LIMIT))
+
     def idle(self, round_ms: float, plain_ms: float, price: float) -> None:
         """A round went by without the drafter."""
         most = _MOST_CREDIT * max(price, _LEAST_PRICE)

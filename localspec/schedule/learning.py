@@ -24,15 +24,16 @@ RESTART = 2
 @dataclass(slots=True)
 class Decision:
     """One round's choice and what it was made from. context: tokens.  restart_ms: what dropping the plain pass that had
-    begun would cost.  begins_early: could it?  tried_ms: what guesses took that nobody verifies.  expected: accepted
-    tokens, where that was known.  open: reach and owner of the nodes that others choose from.  opinions: where several
-    guessed."""
+    begun would cost.  begins_early: could it?  lookup: what its guesses are worth, in tokens.  tried_ms: what guesses
+    took that nobody verifies.  expected: accepted tokens, where that was known.  open: reach and owner of the nodes
+    that others choose from.  opinions: where several guessed."""
 
     context: int = 0
     greedy: bool = True
     load: Load | None = None
     begins_early: bool = False
     restart_ms: float = 0.0
+    lookup: float = 0.0
     asked: list[Asked] = field(default_factory=list)
     tried_ms: float = 0.0
     expected: float | None = None
@@ -74,8 +75,8 @@ class Learning:
             width = max(len(outcome.tree) + 1, experience.live.min_width)
         verify_ms = outcome.verify_ms
         plain = not len(outcome.tree)
-        # plain decoding is quicker in a row
-        usual = outcome.begun_early or not (plain and decision.begins_early)
+        # plain decoding is quicker in a row; and what a trial left to the device the pass waits for
+        usual = not decision.tried_ms and (outcome.begun_early or not (plain and decision.begins_early))
         if decision.begins_early:
             self._see_restart(plain, verify_ms - plain_ms, plain_ms)
         if not experience.by_clock or shared:

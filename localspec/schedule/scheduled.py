@@ -7,7 +7,7 @@ rejection it must not look at what was drawn, so there it only says beforehand h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from operator import itemgetter, mul
@@ -28,7 +28,7 @@ from localspec.protocols import (
     in_turn,
 )
 from localspec.schedule.acceptance import Reliability
-from localspec.schedule.asking import NO_TREE, Asked, Plan, counted, products
+from localspec.schedule.asking import NO_TREE, Asked, Beside, Plan, counted, products
 from localspec.schedule.drafting import FREE, DraftPrices
 from localspec.schedule.experience import Experience, Record
 from localspec.schedule.learning import Decision, Learning
@@ -55,7 +55,7 @@ class Scheduled:
     """Asks `free` drafters every round and `dear` ones (which run a model) when they are expected to pay.
 
     experience: shared by the sessions of a pair.  forced: a free one that speaks only where a grammar does. Names of
-    drafters must differ.
+    drafters must differ.  ahead: those whose first pass runs on a device while others look things up.
     """
 
     name = "auto"
@@ -68,8 +68,10 @@ class Scheduled:
         experience: Experience,
         *,
         forced: Drafter | None = None,
+        ahead: Collection[str] = (),
     ) -> None:
         self._lookups, self._dear = tuple(free), tuple(dear)
+        self._ahead_names = frozenset(ahead)
         self._free = self._lookups if forced is None else (*self._lookups, forced)
         self.parts = (*self._free, *self._dear)
         self._free_names = frozenset(part.name for part in self._free)
@@ -136,7 +138,7 @@ class Scheduled:
 
     def _look(self, request: DraftRequest) -> Proposal:
         """Ask those that might bring something."""
-        experience, load, context = self.experience, request.load, len(request.context)
+        experience, load, context, last = self.experience, request.load, len(request.context), self._decision
         decision = self._decision = Decision(context, request.sampler.is_greedy, load, request.begins_early)
         rate = experience.rate(context, decision.lanes)
         if self._in_a_row and request.begins_early:
@@ -156,24 +158,24 @@ class Scheduled:
         if request.needs_law:
             return self._drawn(request, prices)
         parked: list[str] = []
-        trees = request.trees
         free = self._lookups if request.sampler.constraint is None else self._free
-        best = max((self._ask_if_allowed(part, request, prices, parked) for part in free), default=0.0)
-        at_hand = 0.0  # of dear drafters
-        for part, on_trial in self._in_order(best, rate):
+
+        def look_up() -> None:
+            values = (self._ask_if_allowed(part, request, prices, parked) for part in free)
+            decision.lookup = max(values, default=0.0)
+
+        sure = self._sure(last, rate) if load is None else None
+        if sure is None:
+            look_up()
+            at_hand = 0.0  # of dear drafters
+        else:
+            at_hand = self._hear(sure, request, prices, parked, meanwhile=look_up)
+        for part, on_trial in self._in_order(decision.lookup, rate):
             record = self._record(part.name)
-            if not (on_trial or record.guard.parked or self._may_beat(record, best, at_hand, trees)):
-                continue
-            value = self._ask_if_allowed(part, request, prices, parked)
-            if decision.asked and decision.asked[-1].name == part.name:
-                asked = decision.asked[-1]
-                asked.on_trial = on_trial
-                own = value - rate * asked.ms
-                record.usual_value += _SMOOTHING * (own - record.usual_value)
-                if best > 0.0:
-                    record.beside[best > _MUCH] += _SMOOTHING * (own - record.beside[best > _MUCH])
-                record.trials.observe(asked.ms)
-            at_hand = max(at_hand, value)
+            if part is not sure and (
+                on_trial or record.guard.parked or self._may_beat(record, decision.lookup, at_hand, request.trees)
+            ):
+                at_hand = max(at_hand, self._hear(part, request, prices, parked, on_trial=on_trial))
         proposal = self._chosen(request, prices)
         if proposal.num_nodes:
             return proposal
@@ -182,7 +184,50 @@ class Scheduled:
             self._plain = replace(proposal, counts={})
         return proposal
 
-    def _ask_if_allowed(self, part: Drafter, request: DraftRequest, prices: Valuation, parked: list[str]) -> float:
+    def _sure(self, last: Decision, rate: float) -> Drafter | None:
+        """The dear drafter that will be asked whatever lookup says, as in the last round, and that runs on a device:
+        there looking up takes no time while its first pass runs."""
+        if last.lookup > _MUCH:
+            return None
+        asked = {one.name for one in last.asked if one.name in self._ahead_names and not one.on_trial}
+        for part in self._dear:
+            record = self._record(part.name)
+            if part.name in asked and not record.guard.parked and self._is_worth_asking(part, record, rate):
+                return part
+        return None
+
+    def _hear(
+        self,
+        part: Drafter,
+        request: DraftRequest,
+        prices: Valuation,
+        parked: list[str],
+        *,
+        on_trial: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> float:
+        """What a dear drafter's guesses are worth, which its record is told."""
+        decision, record = self._decision, self._record(part.name)
+        value = self._ask_if_allowed(part, request, prices, parked, meanwhile)
+        if decision.asked and decision.asked[-1].name == part.name:
+            asked = decision.asked[-1]
+            asked.on_trial = on_trial
+            own = value - prices.rate * asked.ms
+            record.usual_value += _SMOOTHING * (own - record.usual_value)
+            if decision.lookup > 0.0:
+                much = decision.lookup > _MUCH
+                record.beside[much] += _SMOOTHING * (own - record.beside[much])
+            record.trials.observe(asked.ms)
+        return value
+
+    def _ask_if_allowed(
+        self,
+        part: Drafter,
+        request: DraftRequest,
+        prices: Valuation,
+        parked: list[str],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> float:
         """What a drafter's guesses are worth; nothing where it is parked, and `parked` is told so. One that is expected
         to lose is tried now and then."""
         record = self._record(part.name)
@@ -192,24 +237,28 @@ class Scheduled:
             allowed = record.guard.allows(self._trial_price(part, record, prices) + prices.rate * prices.extra_ms(1))
             return self._ask(part, record, request, prices).value(prices) if allowed else 0.0
         if record.guard.parked or not self._is_worth_asking(part, record, prices.rate):
-            if self._shadow is None and record.guard.pays(self._trial_price(part, record, prices)):
-                self._try(part, record, request, prices)
+            price = self._trial_price(part, record, prices)
+            if self._shadow is None and record.guard.pays(price):
+                record.guard.spent(price, prices.rate * self._try(part, record, request, prices))
             return 0.0
-        return self._ask(part, record, request, prices).value(prices)
+        return self._ask(part, record, request, prices, meanwhile=meanwhile).value(prices)
 
     def _trial_price(self, part: Drafter, record: Record, prices: Valuation) -> float:
         """Tokens that asking it once takes."""
         ms = record.trials.ms if record.trials.num else self._draft_prices(part).start
         return prices.rate * (ms + self._entry_ms(part))
 
-    def _try(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> None:
-        """Ask it for guesses that nobody verifies."""
+    def _try(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> float:
+        """Ask it for guesses that nobody verifies; milliseconds that this really took, reading and building included,
+        which what it is worth is not judged by."""
+        entry_ms, started = self._entry_ms(part), perf_counter()
         asked = self._ask(part, record, request, prices, exactly=self._enough_to_learn(part, prices))
         self._decision.asked.remove(asked)
         if asked.proposal.meanwhile is not None:  # nobody verifies it
             asked.proposal.meanwhile()
         self._decision.tried_ms = asked.ms
-        record.trials.observe(asked.ms)
+        real_ms = (perf_counter() - started) * 1e3 if self.experience.by_clock else asked.ms
+        record.trials.observe(max(real_ms - entry_ms, 0.0))
         if asked.tree is None:
             paying = self._ahead(record.reliability, prices, self._draft_prices(part), asked.proposal.num_nodes)
             kept = list(range(max(paying, 1)))
@@ -217,6 +266,7 @@ class Scheduled:
             order = sorted(range(len(asked.reach)), key=asked.reach.__getitem__, reverse=True)
             kept = order[: prices.best([asked.reach[node] for node in order]).nodes]
         self._shadow = Shadow(part.name, asked.proposal, kept, asked.ms + prices.extra_ms(len(kept)))
+        return real_ms
 
     def _enough_to_learn(self, part: Drafter, prices: Valuation) -> int:
         """Length of a chain that is tried: as much as takes little beside a plain round."""
@@ -328,9 +378,17 @@ class Scheduled:
         return True
 
     def _ask(
-        self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation, *, exactly: int = 0
+        self,
+        part: Drafter,
+        record: Record,
+        request: DraftRequest,
+        prices: Valuation,
+        *,
+        exactly: int = 0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Asked:
-        """Its guesses, as many as pay; `exactly`: so many in any case, and none is waited for to decide that."""
+        """Its guesses, as many as pay; `exactly`: so many in any case, and none is waited for to decide that.
+        meanwhile: what is to be done by then, and does not count as its work."""
         reliability = record.reliability
         drafting = self._draft_prices(part)
         dear = part in self._dear
@@ -341,10 +399,14 @@ class Scheduled:
         if part.name not in self._read:
             self._begin(part)
         entry_ms = self._entry_ms(part)
+        beside = Beside(meanwhile)
+        asked_for = replace(request, max_nodes=min(most, request.max_nodes), budget=budget, meanwhile=beside)
         started = perf_counter()
-        proposal = obey(part.propose(replace(request, max_nodes=min(most, request.max_nodes), budget=budget)), request)
-        # all that draft side by side take this long together
-        ms = (perf_counter() - started) * 1e3 / (self._decision.drafting if self._is_shared(part) else 1)
+        proposal = obey(part.propose(asked_for), request)
+        ms = (perf_counter() - started) * 1e3 - beside.ms
+        beside()
+        if self._is_shared(part):  # all that draft side by side take this long together
+            ms /= self._decision.drafting
         drafted_ms = max(ms - entry_ms, 0.0)
         if self._decision.lanes == 1:  # else all wait while one reads
             ms = drafted_ms

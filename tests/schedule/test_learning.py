@@ -10,14 +10,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from localspec.context import Context
 from localspec.drafters import make_drafter
 from localspec.drafters.combined import Combined
 from localspec.engine.session import Session
-from localspec.protocols import Drafter, Scores, Step
-from localspec.sampling import HostScores, SamplingParams
+from localspec.protocols import Drafter, DraftRequest, Scores, Step
+from localspec.sampling import HostScores, Sampler, SamplingParams
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.experience import Experience
 from localspec.schedule.learning import Learning
+from localspec.schedule.plan import Valuation
 from localspec.schedule.scheduled import Scheduled
 from localspec.testing.reference import ReferenceModel
 
@@ -181,3 +183,62 @@ def test_what_each_of_several_drafters_puts_off_is_done(scheduled: bool) -> None
         session.generate(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True))
     for part in parts:
         assert part.asked > 5 and part.done == part.asked
+
+
+class LooksUp:
+    """Lookup that says when it was asked."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._inner: Any = make_drafter("ngram:min=1", None)
+        self.name, self.log = "ngram", log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def propose(self, request: Any) -> Any:
+        self.log.append("looked up")
+        return self._inner.propose(request)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_while_a_drafters_first_pass_runs_others_look_things_up(temperature: float) -> None:
+    texts, orders = [], []
+    for ahead in ((), ("draft_model",)):
+        target, draft = ReferenceModel(48, seed=5, sharpness=3.0), Waiting(48, seed=5, sharpness=3.0)
+        lookup, drafter = cast(Drafter, LooksUp(draft.log)), make_drafter("draft_model:num=8", draft)
+        experience = Experience(COSTS, target.capabilities, by_clock=False)
+        with Session(target, Scheduled([lookup], [drafter], experience, ahead=ahead)) as session:
+            params = SamplingParams(temperature=temperature, seed=3, max_tokens=120, ignore_eos=True)
+            texts.append(session.generate(PROMPT, params).tokens)
+        places = [place for place, what in enumerate(draft.log) if what == "looked up"]
+        orders.append([tuple(draft.log[place - 1 : place + 2]) for place in places[2:]])
+    assert texts[0] == texts[1]
+    hidden = ("launched", "looked up", "read")
+    assert hidden not in orders[0] and orders[1].count(hidden) > 4
+
+
+def test_what_was_done_meanwhile_is_not_a_drafters_own_time() -> None:
+    """And it is done, whether the drafter calls for it or not."""
+    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
+    done: list[float] = []
+    for name in ("draft_model:num=2", "ngram:min=1"):
+        drafter = make_drafter(name, draft)
+        experience = Experience(COSTS, target.capabilities)
+        scheduled = Scheduled([], [drafter], experience)
+        scheduled.begin(Context(np.array(PROMPT * 4, np.int32)))
+        request = DraftRequest(
+            context=scheduled._context,
+            max_nodes=4,
+            max_depth=4,
+            sampler=Sampler(SamplingParams(), 0),
+            stop_tokens=frozenset(),
+        )
+        prices = Valuation(experience.live, 0.1, 28, 4)
+
+        def work() -> None:
+            sleep(0.05)
+            done.append(1.0)
+
+        asked = scheduled._ask(drafter, experience.record(drafter.name, True), request, prices, meanwhile=work)
+        assert asked.proposal.num_nodes and asked.ms < 50.0
+    assert len(done) == 2
