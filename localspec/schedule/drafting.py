@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from localspec.schedule.cost import Costs, Curve, HeadCosts
+from localspec.schedule.haste import Haste
 from localspec.schedule.plan import about
 
 _MEMORY = 0.98  # a round
 _TRUST_START, _TRUST_RATIO = 0.5, 4.0  # rounds before what they say of either counts more than the table
 _LEAST_RATIO, _MOST_RATIO = 0.2, 5.0
-_STALL = 3.0
+_STALL = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class DraftTimes(Protocol):
 
 
 class _Fit:
-    """start + ratio * (what the table says of a round's passes) milliseconds, by least squares over the last rounds.
+    """start + ratio * (what the table says of a round's passes) milliseconds, by least squares over the last rounds;
+    both times what the machine is slower just now.
 
     The table's passes were measured by themselves. Around them a round has work of its own, which does not grow with
     its passes: taken for a part of each, it made the second guess look twice as dear as it is, and where seconds are
@@ -67,16 +69,27 @@ class _Fit:
     """
 
     def __init__(self) -> None:
-        self.start, self.ratio = 0.0, 1.0
+        self._start, self._ratio = 0.0, 1.0
+        self._haste = Haste()
         self._ones = self._table = self._squares = self._ms = self._products = 0.0
         self._least = math.inf
+
+    @property
+    def start(self) -> float:
+        """Milliseconds around a round's passes."""
+        return self._start * self._haste.factor
+
+    @property
+    def ratio(self) -> float:
+        """Of a pass to the table's."""
+        return self._ratio * self._haste.factor
 
     def add(self, expected_ms: float, ms: float) -> None:
         """A round was expected to take so long, and took so long. A stall counts as a few rounds at most."""
         table = max(expected_ms - self.start, 0.0) / self.ratio
         if table <= 0.0:
             return
-        ms = min(ms, _STALL * expected_ms)
+        ms = self._haste.observe(expected_ms, min(ms, _STALL * expected_ms))
         self._least = min(self._least, table)
         self._ones = _MEMORY * self._ones + 1.0
         self._table = _MEMORY * self._table + table
@@ -86,8 +99,8 @@ class _Fit:
         doubt = _TRUST_RATIO * self._least**2
         ones, squares, products = self._ones + _TRUST_START, self._squares + doubt, self._products + doubt
         start = (squares * self._ms - self._table * products) / (ones * squares - self._table**2)
-        self.start = max(start, 0.0)
-        self.ratio = min(max((products - self._table * self.start) / squares, _LEAST_RATIO), _MOST_RATIO)
+        self._start = max(start, 0.0)
+        self._ratio = min(max((products - self._table * self._start) / squares, _LEAST_RATIO), _MOST_RATIO)
 
 
 class ModelTimes:

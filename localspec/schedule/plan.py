@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from localspec.protocols import WidthClass
 from localspec.schedule.cost import Costs, Curve
+from localspec.schedule.haste import Haste
 
 MOST_NODES = 64
 """Nodes a round verifies at most."""
@@ -82,8 +83,8 @@ class _Trend:
 @dataclass(slots=True)
 class _Learned:
     """With about so many lanes: passes by width, behind one of another width and behind one of the same; all of them;
-    how often any was seen; what a pass in a row takes over a first one; and how passes, by their rows,
-    grow with the context where the table does not know."""
+    how often any was seen; what a pass in a row takes over a first one; how passes, by their rows,
+    grow with the context where the table does not know; and how fast all are just now."""
 
     first: dict[int, _Seen] = field(default_factory=dict)
     again: dict[int, _Seen] = field(default_factory=dict)
@@ -92,10 +93,14 @@ class _Learned:
     steady: float = 1.0
     trends: dict[int, _Trend] = field(default_factory=dict)
     slope: float = 0.0  # milliseconds a row and cell of context
+    haste: Haste = field(default_factory=Haste)
 
     def follow(self, curve: Curve, rows: int, context: int, ms: float) -> None:
         """A pass of so many rows took so long. Attention is what grows with the context, for each row alike; that much
-        is assumed, and that the table is not far off: little evidence changes little."""
+        is assumed, and that the table is not far off: little evidence changes little. One of several contexts knows.
+        """
+        if len(curve.contexts) > 1:
+            return
         self.trends.setdefault(rows, _Trend()).add(context, ms - curve.at(rows, context))
         evidence, weight = 0.0, (_SCATTER * _STEEP / curve.at(1, context)) ** 2
         for size, trend in self.trends.items():
@@ -179,7 +184,8 @@ class LiveCosts:
 
     def observe_verify(self, width: int, context: int, ms: float, lanes: int = 1) -> None:
         """What a pass took. A stall (another program, a page fault) counts as a little more than what was usual, once
-        that is known: what is really slower now is found out within some rounds all the same."""
+        that is known: what is really slower now is found out within some rounds all the same. What is slower for all
+        widths is told apart (`haste.py`)."""
         if width < 1 or ms <= 0.0:
             return
         learned, in_a_row = self._of(about(lanes)), (lanes, width) == self._last
@@ -188,7 +194,7 @@ class LiveCosts:
         usual = self._expected(width, context, lanes)[in_a_row]
         before = (learned.again if in_a_row else learned.first).get(width)
         most = _STALL_AT_FIRST if before is None or before.weight < _KNOWN else _STALL
-        ms = min(ms, most * usual)
+        ms = learned.haste.observe(usual, min(ms, most * usual))
         ratio = ms / curve.at(rows, context)
         for by_width in (learned.first, learned.again):
             for other, seen in by_width.items():
@@ -234,7 +240,8 @@ class LiveCosts:
             return (seen.weight * own + trust * otherwise) / (seen.weight + trust)
 
         first = believed(learned.first.get(width), self._grown(rows, context, learned) * learned.general * hope)
-        return first, believed(learned.again.get(width), first * learned.steady)
+        again = believed(learned.again.get(width), first * learned.steady)
+        return first * learned.haste.factor, again * learned.haste.factor
 
 
 @dataclass(frozen=True, slots=True)
