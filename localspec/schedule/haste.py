@@ -8,7 +8,11 @@ for all passes of a model is followed quickly, and what is learned of each width
 
 from __future__ import annotations
 
+import math
+
 _QUICKLY = 0.15  # how much of a pass's news the factor takes over, in logarithms
+_SMOOTHING = 0.3  # of what passes take longer or shorter than expected, one behind the other
+_SUDDEN = 0.12  # so much of that in a row, in logarithms, and the machine is changing
 _LEAST, _MOST = 0.2, 10.0
 
 
@@ -17,9 +21,18 @@ class Haste:
 
     def __init__(self) -> None:
         self.factor = 1.0
+        self._drift = 0.0
+
+    @property
+    def trust(self) -> float:
+        """How far a pass says something about its width, 0 to 1: while all that passes take longer, or shorter, than
+        expected has one sign, it says something about the machine."""
+        return 1.0 / (1.0 + (self._drift / _SUDDEN) ** 4)
 
     def observe(self, expected_ms: float, ms: float) -> float:
         """A pass was expected to take so long, the factor included, and took so long; what it would take usually."""
         if expected_ms > 0.0 and ms > 0.0:
-            self.factor = min(max(self.factor * (ms / expected_ms) ** _QUICKLY, _LEAST), _MOST)
+            news = math.log(ms / expected_ms)
+            self._drift += _SMOOTHING * (news - self._drift)
+            self.factor = min(max(self.factor * math.exp(_QUICKLY * news), _LEAST), _MOST)
         return ms / self.factor

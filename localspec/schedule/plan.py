@@ -29,6 +29,7 @@ _LEAST = 0.3  # of what the table says and a width's passes took, however far th
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
+_FIRST = 12  # passes that correct the table, before any news may be the machine's
 _SHARE_OF_CHANGE = 1.0 / 3.0  # of what another width costs at first: it is paid once for some rounds
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
@@ -50,12 +51,12 @@ class _Seen:
     context: float
     weight: float = 0.0
 
-    def add(self, ratio: float, context: float) -> None:
-        """One more."""
+    def add(self, ratio: float, context: float, share: float) -> None:
+        """One more, which counts as a share of one."""
         weight = min(self.weight, 30.0)
-        self.ratio = (weight * self.ratio + ratio) / (weight + 1.0)
-        self.context = (weight * self.context + context) / (weight + 1.0)
-        self.weight = weight + 1.0
+        self.ratio = (weight * self.ratio + share * ratio) / (weight + share)
+        self.context = (weight * self.context + share * context) / (weight + share)
+        self.weight = weight + share
 
 
 @dataclass(slots=True)
@@ -195,18 +196,20 @@ class LiveCosts:
         before = (learned.again if in_a_row else learned.first).get(width)
         most = _STALL_AT_FIRST if before is None or before.weight < _KNOWN else _STALL
         ms = learned.haste.observe(usual, min(ms, most * usual))
-        ratio = ms / curve.at(rows, context)
+        ratio, trust = ms / curve.at(rows, context), learned.haste.trust if learned.count >= _FIRST else 1.0
         for by_width in (learned.first, learned.again):
             for other, seen in by_width.items():
                 if other != width and other > self.min_width:
                     seen.weight *= _FORGETTING
-        (learned.again if in_a_row else learned.first).setdefault(width, _Seen(ratio, context)).add(ratio, context)
+        (learned.again if in_a_row else learned.first).setdefault(width, _Seen(ratio, context)).add(
+            ratio, context, trust
+        )
         if in_a_row and width in learned.first:
-            learned.steady += 0.05 * (min(ratio / learned.first[width].ratio, 1.0) - learned.steady)
+            learned.steady += 0.05 * trust * (min(ratio / learned.first[width].ratio, 1.0) - learned.steady)
         learned.count += 1
         step = _SLOWLY if lanes == 1 else max(_SLOWLY, 1.0 / learned.count)  # several lanes: the table is a guess
         grown = self._grown(rows, context, learned)
-        learned.general += step * (ms / grown / (learned.steady if in_a_row else 1.0) - learned.general)
+        learned.general += step * trust * (ms / grown / (learned.steady if in_a_row else 1.0) - learned.general)
         learned.follow(curve, rows, context, ms)
         self._unpriced += 1
         if not in_a_row or learned.again[width].weight < _NEWS or self._unpriced >= _NEWS:
