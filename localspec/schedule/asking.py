@@ -66,10 +66,10 @@ class Plan:
 
 
 class Beside:
-    """Work that is done once, by whoever finds the time first. ms: what it took."""
+    """Work that is done once, by whoever finds the time first. ms: what it took, 0 until it is done."""
 
-    def __init__(self, work: Callable[[], None] | None) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work: Callable[[], None] | None = work
         self.ms = 0.0
 
     def __call__(self) -> None:

@@ -7,7 +7,7 @@ rejection it must not look at what was drawn, so there it only says beforehand h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from operator import itemgetter, mul
@@ -164,12 +164,11 @@ class Scheduled:
             values = (self._ask_if_allowed(part, request, prices, parked) for part in free)
             decision.lookup = max(values, default=0.0)
 
+        looking, at_hand = Beside(look_up), 0.0  # of dear drafters
         sure = self._sure(last, rate) if load is None else None
-        if sure is None:
-            look_up()
-            at_hand = 0.0  # of dear drafters
-        else:
-            at_hand = self._hear(sure, request, prices, parked, meanwhile=look_up)
+        if sure is not None:
+            at_hand = self._hear(sure, request, prices, parked, meanwhile=looking)
+        looking()
         for part, on_trial in self._in_order(decision.lookup, rate):
             record = self._record(part.name)
             if part is not sure and (
@@ -204,7 +203,7 @@ class Scheduled:
         parked: list[str],
         *,
         on_trial: bool = False,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Beside | None = None,
     ) -> float:
         """What a dear drafter's guesses are worth, which its record is told."""
         decision, record = self._decision, self._record(part.name)
@@ -226,7 +225,7 @@ class Scheduled:
         request: DraftRequest,
         prices: Valuation,
         parked: list[str],
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Beside | None = None,
     ) -> float:
         """What a drafter's guesses are worth; nothing where it is parked, and `parked` is told so. One that is expected
         to lose is tried now and then."""
@@ -385,10 +384,10 @@ class Scheduled:
         prices: Valuation,
         *,
         exactly: int = 0,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Beside | None = None,
     ) -> Asked:
         """Its guesses, as many as pay; `exactly`: so many in any case, and none is waited for to decide that.
-        meanwhile: what is to be done by then, and does not count as its work."""
+        meanwhile: what may be done while its first pass runs, and does not count as its work."""
         reliability = record.reliability
         drafting = self._draft_prices(part)
         dear = part in self._dear
@@ -399,12 +398,10 @@ class Scheduled:
         if part.name not in self._read:
             self._begin(part)
         entry_ms = self._entry_ms(part)
-        beside = Beside(meanwhile)
-        asked_for = replace(request, max_nodes=min(most, request.max_nodes), budget=budget, meanwhile=beside)
+        asked_for = replace(request, max_nodes=min(most, request.max_nodes), budget=budget, meanwhile=meanwhile)
         started = perf_counter()
         proposal = obey(part.propose(asked_for), request)
-        ms = (perf_counter() - started) * 1e3 - beside.ms
-        beside()
+        ms = (perf_counter() - started) * 1e3 - (0.0 if meanwhile is None else meanwhile.ms)
         if self._is_shared(part):  # all that draft side by side take this long together
             ms /= self._decision.drafting
         drafted_ms = max(ms - entry_ms, 0.0)
