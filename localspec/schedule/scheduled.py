@@ -250,14 +250,14 @@ class Scheduled:
     def _try(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> float:
         """Ask it for guesses that nobody verifies; milliseconds that this really took, reading and building included,
         which what it is worth is not judged by."""
-        entry_ms, started = self._entry_ms(part), perf_counter()
+        started = perf_counter()
         asked = self._ask(part, record, request, prices, exactly=self._enough_to_learn(part, prices))
         self._decision.asked.remove(asked)
         if asked.proposal.meanwhile is not None:  # nobody verifies it
             asked.proposal.meanwhile()
         self._decision.tried_ms = asked.ms
         real_ms = (perf_counter() - started) * 1e3 if self.experience.by_clock else asked.ms
-        record.trials.observe(max(real_ms - entry_ms, 0.0))
+        record.trials.observe(asked.ms)
         if asked.tree is None:
             paying = self._ahead(record.reliability, prices, self._draft_prices(part), asked.proposal.num_nodes)
             kept = list(range(max(paying, 1)))
