@@ -20,6 +20,8 @@ _TRUST = 15.0  # observations that a drafter's own word is worth
 _MEMORY = 300.0  # observations per table entry, then older ones count half
 _OPTIMISM = 0.8  # assumed chance of an edge of a drafter that estimates none
 _UNSCORED_MEMORY = 60.0
+_QUICKLY = 0.25  # by how much of an error the chances of unscored edges are shifted, in natural logarithms of odds
+_UNSHIFTED = 0.98  # of that, each time
 _DEEPEST = 12  # depths beyond share a correction
 _UNSEEN = 0.97  # of what is known of a depth, each time that nothing was guessed there
 _DEPTH_TRUST = 12.0  # expected acceptances before a depth's own correction outweighs none
@@ -46,6 +48,7 @@ class Reliability:
         self._table = list(_CHANCES)
         self._depth_seen: list[float] = []
         self._depth_true: list[float] = []
+        self._shift = 0.0  # of unscored edges, lately
         self._expected = [0.0] * (_DEEPEST + 1)
         self._came = [0.0] * (_DEEPEST + 1)
         self._lead = 0.0  # of the depths' corrections over none, by what came
@@ -72,9 +75,14 @@ class Reliability:
         return table[place - 1] + share * (table[place] - table[place - 1])
 
     def chance_at(self, depth: int) -> float:
-        """The same for an only child at a depth (0: child of the anchor) of which nothing was said."""
+        """The same for an only child at a depth (0: child of the anchor) of which nothing was said. What is known of
+        depths is learned slowly, from all texts; that this one is easier, or harder, shows at all depths alike."""
+        usual = self._usual_at(depth)
+        return usual / (usual + (1.0 - usual) * math.exp(-self._shift))
+
+    def _usual_at(self, depth: int) -> float:
         if depth >= len(self._depth_seen):
-            return _OPTIMISM if not self._depth_seen else max(self.chance_at(len(self._depth_seen) - 1), 0.3)
+            return _OPTIMISM if not self._depth_seen else max(self._usual_at(len(self._depth_seen) - 1), 0.3)
         return (self._depth_true[depth] + 2.0 * _OPTIMISM) / (self._depth_seen[depth] + 2.0)
 
     def observe(self, tree: TokenTree, tokens: Sequence[int]) -> None:
@@ -141,6 +149,7 @@ class Reliability:
             self._depth_true[place] *= _UNSEEN
 
     def _count_depth(self, depth: int, came_true: bool) -> None:
+        self._shift = _UNSHIFTED * self._shift + _QUICKLY * (came_true - self.chance_at(depth))
         while len(self._depth_seen) <= depth:
             self._depth_seen.append(0.0)
             self._depth_true.append(0.0)

@@ -9,7 +9,7 @@ what finding out may cost. Then it is parked.
 A parked drafter is tried again on credit: a small share of all decoding time is put aside, and when it covers
 what a trial takes, one is made. Credit always grows, so nothing stays parked for ever, and the share bounds what trying
 costs. The first trial of an answer, whose text may be another one, is made in advance; one that gained is followed up
-at once. A few that gain together end the parking.
+at once. A few that gain together end the parking, or fewer that gain much.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections import deque
 _SHARE = 0.012  # of the decoding time goes into trials
 _LIMIT = 8.0  # tokens of drawdown
 _TRIALS = 4  # that must gain together
+_CLEAR = 2.0  # tokens that fewer must have gained
 _LEAST_PRICE = 0.1  # tokens that a trial is taken to cost at least
 _MOST_CREDIT = 3.0  # trials; without a bound a long parked stretch would buy a long losing one
 _SMOOTHING = 0.03
@@ -78,7 +79,8 @@ class Guard:
         if self._trials and gain <= 0.0 and sum(self._trials) + gain <= 0.0:
             self._trials.clear()  # a run of good ones begins anew
         self._trials.append(gain)
-        if len(self._trials) == _TRIALS and sum(self._trials) > 0.0:
+        gained = sum(self._trials)
+        if gained > _CLEAR or (len(self._trials) == _TRIALS and gained > 0.0):
             self.parked = False
             self._drawdown = -0.5 * _LIMIT  # on probation
 

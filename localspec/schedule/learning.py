@@ -6,13 +6,12 @@ target's next pass is under way (`Proposal.meanwhile`): on a device the host has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from localspec.protocols import Drafter, Load, Outcome
-from localspec.schedule.asking import Asked
-from localspec.schedule.experience import Experience, Record
-from localspec.schedule.opinions import Opinions
+from localspec.protocols import Drafter, Outcome
+from localspec.schedule.asking import Asker
+from localspec.schedule.decision import Decision
+from localspec.schedule.experience import Experience
 from localspec.schedule.rest import Rest
 
 _SMOOTHING = 0.1
@@ -21,42 +20,11 @@ RESTART = 2
 """Rounds behind a guess that take longer where passes begin early."""
 
 
-@dataclass(slots=True)
-class Decision:
-    """One round's choice and what it was made from. context: tokens.  restart_ms: what dropping the plain pass that had
-    begun would cost.  begins_early: could it?  lookup: what its guesses are worth, in tokens.  tried_ms: what guesses
-    took that nobody verifies.  expected: accepted tokens, where that was known.  open: reach and owner of the nodes
-    that others choose from.  opinions: where several guessed."""
-
-    context: int = 0
-    greedy: bool = True
-    load: Load | None = None
-    begins_early: bool = False
-    restart_ms: float = 0.0
-    lookup: float = 0.0
-    asked: list[Asked] = field(default_factory=list)
-    tried_ms: float = 0.0
-    expected: float | None = None
-    open: tuple[list[float], list[Asked]] | None = None
-    opinions: Opinions | None = None
-
-    @property
-    def lanes(self) -> int:
-        """That share the pass."""
-        return 1 if self.load is None else self.load.lanes
-
-    @property
-    def drafting(self) -> int:
-        """Of them, those that share the draft model's passes."""
-        return 1 if self.load is None else self.load.drafting
-
-
 class Learning:
-    """Of one session's rounds, for the experience that it shares with others. entry_ms: what a drafter has yet to
-    read."""
+    """Of one session's rounds, for the experience that it shares with others."""
 
-    def __init__(self, experience: Experience, parts: Sequence[Drafter], entry_ms: Callable[[Drafter], float]) -> None:
-        self._experience, self._parts, self._entry_ms = experience, parts, entry_ms
+    def __init__(self, experience: Experience, asker: Asker) -> None:
+        self._experience, self._asker = experience, asker
         self._run = 0  # rounds with guesses behind each other
         self._since_guess = RESTART  # plain rounds, where passes begin early
         self._restarting = 0.0  # plain rounds that these took longer than in a row
@@ -76,15 +44,20 @@ class Learning:
         verify_ms = outcome.verify_ms
         plain = not len(outcome.tree)
         # plain decoding is quicker in a row; and what a trial left to the device the pass waits for
-        usual = not decision.tried_ms and (outcome.begun_early or not (plain and decision.begins_early))
+        tried = decision.tried
+        usual = tried is None and (outcome.begun_early or not (plain and decision.begins_early))
         if decision.begins_early:
             self._see_restart(plain, verify_ms - plain_ms, plain_ms)
+        if tried is not None:
+            # reading guesses waits behind the pass that had begun, and the next one begins late
+            late_ms = max(verify_ms - plain_ms, 0.0) if experience.by_clock else 0.0
+            tried.guard.spent(tried.price, tried.rate * (tried.real_ms + late_ms))
         if not experience.by_clock or shared:
             verify_ms = experience.live.verify_ms(width, context, lanes)
         elif verify_ms > 0.0 and usual:
             verify_ms = max(verify_ms - sum(one.hidden_ms for one in asked), _LEAST_OWN * verify_ms)
             experience.live.observe_verify(width, context, verify_ms)
-        draft_ms = sum(one.ms for one in asked) + decision.tried_ms
+        draft_ms = sum(one.ms for one in asked) + (0.0 if tried is None else tried.ms)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         if not shared:
             experience.observe(len(outcome.tokens), round_ms, plain=plain and usual)
@@ -97,7 +70,7 @@ class Learning:
             extra += decision.restart_ms
         self._judge(decision, outcome, extra, plain_ms)
         names = {one.name for one in asked}
-        self._idle([part for part in self._parts if part.name not in names], decision, round_ms, plain_ms)
+        self._idle([part for part in self._asker.parts if part.name not in names], decision, round_ms, plain_ms)
 
     def _judge(self, decision: Decision, outcome: Outcome, extra_ms: float, plain_ms: float) -> None:
         """How reliable each drafter was that was asked, and what it gained. extra_ms: that the round took longer than
@@ -108,7 +81,7 @@ class Learning:
         if decision.expected is not None:  # half of what was expected is noise as good as gone
             brought = 0.5 * (accepted + decision.expected)
         for one in asked:
-            record = self._record(one.name, decision)
+            record = self._asker.record(one.name, decision)
             if one.proposal.laws is not None:  # nothing was known of its worth before
                 record.usual_value += _SMOOTHING * (accepted - one.ms / plain_ms - record.usual_value)
                 record.trials.observe(one.ms)
@@ -116,9 +89,9 @@ class Learning:
             if one.on_trial and not one.used:
                 continue  # it was asked to see what it says, not because that would pay
             share = extra_ms / num_used if one.used else 0.0
-            if one.factor is not None and not one.used:
+            if not one.used:
                 record.hindsight.fade()
-            elif one.factor is not None and decision.expected is not None and decision.opinions is None:
+            elif decision.expected is not None and decision.opinions is None:
                 record.hindsight.observe(decision.expected / one.factor, len(outcome.path))
             # while one lane drafts, all wait
             record.guard.observe(brought / num_used if one.used else 0.0, decision.lanes * one.ms + share, plain_ms)
@@ -131,19 +104,17 @@ class Learning:
         experience.live.observe_verify(rest.width, context, rest.ms / rest.rounds)
         round_ms = rest.ms + rest.rounds * experience.live.costs.overhead_ms
         experience.observe(rest.tokens, round_ms, plain=True)
-        self._idle(self._parts, decision, round_ms, experience.plain_ms(context))
+        self._idle(self._asker.parts, decision, round_ms, experience.plain_ms(context))
         rest.clear()
 
     def _idle(self, parts: Sequence[Drafter], decision: Decision, round_ms: float, plain_ms: float) -> None:
         """Time went by without them. What trials may cost is for all together."""
-        records = [(part, self._record(part.name, decision)) for part in parts]
-        share_ms = round_ms / max(sum(record.guard.parked for _, record in records), 1)
+        records = [(part, self._asker.record(part.name, decision)) for part in parts]
+        idle = sum(record.trials.num > 0 for _, record in records)  # only those that run a network are tried
+        share_ms = round_ms / max(idle, 1)
         for part, record in records:
-            price = decision.lanes * (record.trials.ms + self._entry_ms(part)) / plain_ms
+            price = decision.lanes * (record.trials.ms + self._asker.entry_ms(part)) / plain_ms
             record.guard.idle(share_ms, plain_ms, price)
-
-    def _record(self, name: str, decision: Decision) -> Record:
-        return self._experience.record(name, decision.greedy, decision.lanes)
 
     def _see_restart(self, plain: bool, longer_ms: float, plain_ms: float) -> None:
         """Behind a guess it takes plain decoding some rounds until its passes begin early again; what that costs."""

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from operator import itemgetter, mul
+from operator import itemgetter
 from time import perf_counter
 
-import numpy as np
-
-from localspec.constraint import obey
 from localspec.context import Context
 from localspec.protocols import (
     Drafter,
@@ -27,15 +23,14 @@ from localspec.protocols import (
     SequenceState,
     in_turn,
 )
-from localspec.schedule.acceptance import Reliability
-from localspec.schedule.asking import NO_TREE, Asked, Beside, Plan, counted, products
-from localspec.schedule.drafting import FREE, DraftPrices
+from localspec.schedule.asking import Asker, Beside, paying_length, products
+from localspec.schedule.decision import Asked, Decision, counted
 from localspec.schedule.experience import Experience, Record
-from localspec.schedule.learning import Decision, Learning
+from localspec.schedule.learning import Learning
 from localspec.schedule.opinions import Opinion, Opinions
 from localspec.schedule.plan import Valuation
 from localspec.schedule.rest import Rest
-from localspec.schedule.shadow import Shadow
+from localspec.schedule.shadow import Trying
 from localspec.tree.grow import merge
 from localspec.tree.token_tree import TokenTree
 
@@ -43,10 +38,6 @@ _SMOOTHING = 0.1
 _MUCH = 0.5  # tokens that lookup promises
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _LEAST_BACK = 0.5  # of what asking takes
-_LONGEST_TRIAL = 8  # tokens of a chain that is tried
-_SHARE_OF_TRIAL = 0.5  # of a plain round, for its guesses
-_NEWS = 0.2  # that a trial is, beside what was known
-_STALL, _BUILDING = 2.0, 1.25  # drafting that takes so many times what was expected is not the drafter's fault
 LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
 
@@ -74,20 +65,18 @@ class Scheduled:
         self._ahead_names = frozenset(ahead)
         self._free = self._lookups if forced is None else (*self._lookups, forced)
         self.parts = (*self._free, *self._dear)
-        self._free_names = frozenset(part.name for part in self._free)
         self.experience = experience
         self._decision = Decision()  # of this round
         self._unlearned: tuple[Decision, Outcome] | None = None  # until the next pass is under way
-        self._learning = Learning(experience, self.parts, self._entry_ms)
+        self._asker = Asker(experience, self._free, self._dear)
+        self._trying = Trying(experience, self._asker)
+        self._learning = Learning(experience, self._asker)
         self._rest = Rest()
         self._plain: Proposal | None = None  # of the last round in which nothing was found
         self._resting = False  # this round is one without a look
         self._look_ms = 0.0  # what deciding took in this round
-        self._shadow: Shadow | None = None
         self._is_new = True  # no round of this answer yet
         self._in_a_row = False  # the next pass of plain decoding has begun
-        self._context = Context()
-        self._read: dict[str, int] = {}  # how much of the context each drafter has seen
 
     def attach(self, state: SequenceState) -> None:
         """The sequence, for all."""
@@ -98,27 +87,16 @@ class Scheduled:
         """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again,
         and with several lanes each when it is first asked, so that reading counts as what it costs."""
         self._catch_up()
-        self._context = context
+        self._asker.turn(context)
         self._rest.begin()
-        self._shadow, self._is_new = None, True
-        self._read = {}
+        self._trying.begin()
+        self._is_new = True
         self._in_a_row = False
         self._learning.begin()
         self._decision = Decision(greedy=self._decision.greedy, load=self.experience.lately)
         for part in self.parts:
-            if part in self._free or (self._decision.lanes == 1 and not self._record(part.name).guard.parked):
-                self._begin(part)
-
-    def _begin(self, part: Drafter) -> None:
-        part.begin(self._context)
-        self._read[part.name] = len(self._context)
-
-    def _entry_ms(self, part: Drafter) -> float:
-        """What it takes a drafter to read what it missed while others worked."""
-        if part in self._free:
-            return 0.0
-        missed = len(self._context) - self._read.get(part.name, 0)
-        return self.experience.times(part.name).missed_ms(missed, len(self._context))
+            if self._asker.is_free(part) or (self._decision.lanes == 1 and not self._record(part.name).guard.parked):
+                self._asker.begin(part)
 
     def propose(self, request: DraftRequest) -> Proposal:
         """The guesses that are worth verifying; where the round is shared, those that might be."""
@@ -229,66 +207,20 @@ class Scheduled:
     ) -> float:
         """What a drafter's guesses are worth; nothing where it is parked, and `parked` is told so. One that is expected
         to lose is tried now and then."""
-        record = self._record(part.name)
+        decision, record = self._decision, self._record(part.name)
         if record.guard.parked:
             parked.append(record.guard.because(part.name))
         if request.load is not None:  # a shared round is over before anything could be followed
-            allowed = record.guard.allows(self._trial_price(part, record, prices) + prices.rate * prices.extra_ms(1))
-            return self._ask(part, record, request, prices).value(prices) if allowed else 0.0
+            allowed = record.guard.allows(self._trial_price(part, record, prices))
+            return self._asker.ask(part, decision, request, prices).value(prices) if allowed else 0.0
         if record.guard.parked or not self._is_worth_asking(part, record, prices.rate):
-            price = self._trial_price(part, record, prices)
-            if self._shadow is None and record.guard.pays(price):
-                record.guard.spent(price, prices.rate * self._try(part, record, request, prices))
+            self._trying.try_if_due(part, decision, request, prices)
             return 0.0
-        return self._ask(part, record, request, prices, meanwhile=meanwhile).value(prices)
+        return self._asker.ask(part, decision, request, prices, meanwhile=meanwhile).value(prices)
 
     def _trial_price(self, part: Drafter, record: Record, prices: Valuation) -> float:
-        """Tokens that asking it once takes."""
-        ms = record.trials.ms if record.trials.num else self._draft_prices(part).start
-        return prices.rate * (ms + self._entry_ms(part))
-
-    def _try(self, part: Drafter, record: Record, request: DraftRequest, prices: Valuation) -> float:
-        """Ask it for guesses that nobody verifies; milliseconds that this really took, reading and building included,
-        which what it is worth is not judged by."""
-        started = perf_counter()
-        asked = self._ask(part, record, request, prices, exactly=self._enough_to_learn(part, prices))
-        self._decision.asked.remove(asked)
-        if asked.proposal.meanwhile is not None:  # nobody verifies it
-            asked.proposal.meanwhile()
-        self._decision.tried_ms = asked.ms
-        real_ms = (perf_counter() - started) * 1e3 if self.experience.by_clock else asked.ms
-        record.trials.observe(asked.ms)
-        if asked.tree is None:
-            paying = self._ahead(record.reliability, prices, self._draft_prices(part), asked.proposal.num_nodes)
-            kept = list(range(max(paying, 1)))
-        else:
-            order = sorted(range(len(asked.reach)), key=asked.reach.__getitem__, reverse=True)
-            kept = order[: prices.best([asked.reach[node] for node in order]).nodes]
-        self._shadow = Shadow(part.name, asked.proposal, kept, asked.ms + prices.extra_ms(len(kept)))
-        return real_ms
-
-    def _enough_to_learn(self, part: Drafter, prices: Valuation) -> int:
-        """Length of a chain that is tried: as much as takes little beside a plain round."""
-        drafting, plain_ms = self._draft_prices(part), self.experience.plain_ms(len(self._context))
-        most = min(_LONGEST_TRIAL, prices.max_nodes)
-        # of a head of one pass more guesses take hardly more
-        little_ms = max(_SHARE_OF_TRIAL * plain_ms, 1.2 * drafting.start)
-        return sum(drafting.chain(count) <= little_ms for count in range(1, most + 1))
-
-    def _follow(self, outcome: Outcome) -> None:
-        """What became of guesses that nobody verified."""
-        shadow = self._shadow
-        if shadow is None or (accepted := shadow.follow(outcome.tokens)) is None:
-            return
-        self._shadow, record = None, self._record(shadow.name)
-        plain_ms = self.experience.plain_ms(len(self._context))
-        gain = accepted - shadow.extra_ms / plain_ms
-        record.reliability.observe(shadow.tree, shadow.tokens)
-        record.usual_value += _NEWS * (gain - record.usual_value)
-        if record.guard.parked:
-            record.guard.observe(float(accepted), shadow.extra_ms, plain_ms)
-            if not record.guard.parked:
-                record.usual_value = max(record.usual_value, 0.0)
+        """Tokens that asking it once takes, and verifying a guess."""
+        return self._trying.price(part, record, self._decision, prices) + prices.rate * prices.extra_ms(1)
 
     def _in_order(self, best: float, rate: float) -> list[tuple[Drafter, bool]]:
         """The dear drafters, the likeliest to pay first, and whether one of them is only on trial: which it is before
@@ -306,8 +238,8 @@ class Scheduled:
         for part in self.parts:
             part.observe(outcome)
         started = perf_counter()
-        self._follow(outcome)
         plain, decision = not len(outcome.tree), self._decision
+        self._trying.follow(outcome, decision)
         self._in_a_row = outcome.begun_early and plain
         if self._resting:
             self._rest.observe(outcome)
@@ -319,10 +251,10 @@ class Scheduled:
         self._look_ms += (perf_counter() - started) * 1e3
         if decision.load is None and self.experience.by_clock:
             # one that runs a model says of each place anew what it is worth
-            ran = not all(one.name in self._free_names for one in decision.asked)
+            ran = not all(one.name in self._asker.free_names for one in decision.asked)
             found = self._plain is None or ran
-            look_ms = None if ran or decision.tried_ms else self._look_ms
-            plain_ms = 0.0 if found else self.experience.plain_ms(len(self._context))
+            look_ms = None if ran or decision.tried else self._look_ms
+            plain_ms = 0.0 if found else self.experience.plain_ms(len(self._asker.context))
             self._rest.looked(found, look_ms, self.experience.look, plain_ms)
 
     def _learn(self, decision: Decision, outcome: Outcome) -> None:
@@ -337,7 +269,7 @@ class Scheduled:
 
     def save(self) -> tuple[SavedDraft, ...]:
         """What those have that were asked; the others hold an earlier context."""
-        return tuple(one for part in self.parts if part.name in self._read for one in part.save())
+        return tuple(one for part in self.parts if self._asker.has_begun(part) for one in part.save())
 
     def restore(self, saved: Sequence[SavedDraft]) -> None:
         """To each what it can use."""
@@ -353,11 +285,11 @@ class Scheduled:
     # ------------------------------------------------------------ inside
 
     def _record(self, name: str) -> Record:
-        return self.experience.record(name, self._decision.greedy, self._decision.lanes)
+        return self._asker.record(name, self._decision)
 
     def _is_worth_asking(self, part: Drafter, record: Record, rate: float) -> bool:
         """Does a drafter that takes time bring back at least half of that?"""
-        return part in self._free or record.usual_value >= -_LEAST_BACK * rate * record.trials.ms
+        return self._asker.is_free(part) or record.usual_value >= -_LEAST_BACK * rate * record.trials.ms
 
     def _may_beat(self, record: Record, best: float, at_hand: float, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters
@@ -376,99 +308,16 @@ class Scheduled:
             return False
         return True
 
-    def _ask(
-        self,
-        part: Drafter,
-        record: Record,
-        request: DraftRequest,
-        prices: Valuation,
-        *,
-        exactly: int = 0,
-        meanwhile: Beside | None = None,
-    ) -> Asked:
-        """Its guesses, as many as pay; `exactly`: so many in any case, and none is waited for to decide that.
-        meanwhile: what may be done while its first pass runs, and does not count as its work."""
-        reliability = record.reliability
-        drafting = self._draft_prices(part)
-        dear = part in self._dear
-        budget = Plan(prices, drafting, record) if dear and not exactly else None
-        most = exactly or prices.max_nodes
-        if not (record.states_chances or exactly):
-            most = max(1, self._ahead(reliability, prices, drafting, min(most, request.max_depth)))
-        if part.name not in self._read:
-            self._begin(part)
-        entry_ms = self._entry_ms(part)
-        asked_for = replace(request, max_nodes=min(most, request.max_nodes), budget=budget, meanwhile=meanwhile)
-        started = perf_counter()
-        proposal = obey(part.propose(asked_for), request)
-        ms = (perf_counter() - started) * 1e3 - (0.0 if meanwhile is None else meanwhile.ms)
-        if self._is_shared(part):  # all that draft side by side take this long together
-            ms /= self._decision.drafting
-        drafted_ms = max(ms - entry_ms, 0.0)
-        if self._decision.lanes == 1:  # else all wait while one reads
-            ms = drafted_ms
-        self._read[part.name] = len(self._context)
-        expected_ms, hidden_ms = 0.0 if budget is None else budget.expected_ms, 0.0
-        unread = dear and proposal.num_nodes > 0 and proposal.log_q is None  # not planned pass by pass
-        if unread or (dear and exactly):
-            expected_ms = drafting.chain(proposal.num_nodes)
-        if not self.experience.by_clock:
-            ms = expected_ms
-        elif unread and not all(isinstance(segment, HostTokens) for segment in proposal.tokens):
-            # what was measured was waited for pass by pass: more is work that is done once, building a graph, say
-            hidden_ms = max(expected_ms - drafted_ms, 0.0)
-            ms = ms - drafted_ms + max(expected_ms, min(drafted_ms, _BUILDING * expected_ms))
-        elif dear:
-            self.experience.times(part.name).observe(expected_ms, drafted_ms, self._decision.drafting)
-            ms = ms - drafted_ms + min(drafted_ms, _STALL * expected_ms)
-        if proposal.num_nodes:
-            record.states_chances = proposal.log_q is not None
-        tree, chances = None, []
-        if not proposal.num_nodes:
-            tree = NO_TREE
-        elif proposal.log_q is not None:
-            tree = proposal.tree()
-            depth = tree.depth.tolist()
-            chances = [reliability.chance(value, depth[node]) for node, value in enumerate(proposal.log_q or ())]
-        reach = self._chain_reach(reliability, proposal.num_nodes) if tree is None else products(tree, chances)
-        factor = None if dear else record.hindsight.factor
-        if factor is not None:
-            reach = [factor * chance for chance in reach]
-        asked = Asked(part.name, proposal, tree, chances, reach, ms, hidden_ms=hidden_ms, factor=factor)
-        self._decision.asked.append(asked)
-        return asked
-
-    def _is_shared(self, part: Drafter) -> bool:
-        return part in self._free or self.experience.times(part.name).is_shared
-
-    def _draft_prices(self, part: Drafter) -> DraftPrices:
-        """What it takes to ask it this round."""
-        if part in self._free:
-            return FREE
-        return self.experience.times(part.name).prices(len(self._context), self._decision.drafting)
-
-    def _ahead(self, reliability: Reliability, prices: Valuation, drafting: DraftPrices, most: int) -> int:
-        """Length of a chain that must be decided before it is guessed."""
-        reach = self._chain_reach(reliability, most)
-        values = [prices.total(reach[:count]) - prices.rate * drafting.chain(count) for count in range(1, most + 1)]
-        best = int(np.argmax(values)) if values else 0
-        return best + 1 if values and values[best] > 0.0 else 0
-
-    def _chain_reach(self, reliability: Reliability, length: int) -> list[float]:
-        """[length] by what is known of depths alone."""
-        return list(accumulate((reliability.chance_at(depth) for depth in range(length)), mul))
-
     def _drawn(self, request: DraftRequest, prices: Valuation) -> Proposal:
         """Rejection: the first drafter that may work draws as much as the past says pays."""
         for part in (*(dear for dear, _ in self._in_order(0.0, prices.rate)), *self._free):
             record = self._record(part.name)
-            if not record.guard.allows(self._trial_price(part, record, prices) + prices.rate * prices.extra_ms(1)):
+            if not record.guard.allows(self._trial_price(part, record, prices)):
                 continue
-            if part.name not in self._read:
-                self._begin(part)
-            reliability = record.reliability
-            drafting = self._draft_prices(part)
-            most = max(1, self._ahead(reliability, prices, drafting, min(prices.max_nodes, request.max_depth)))
+            if not self._asker.has_begun(part):
+                self._asker.begin(part)
+            drafting, most = self._asker.prices(part, self._decision), min(prices.max_nodes, request.max_depth)
+            most = max(1, paying_length(record.reliability, prices, drafting, most))
             started = perf_counter()
             proposal = part.propose(replace(request, max_nodes=min(most, request.max_nodes)))
             ms = (perf_counter() - started) * 1e3
@@ -496,7 +345,7 @@ class Scheduled:
     def _merged(
         self, guessing: Sequence[Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
     ) -> Proposal:
-        free = self._free_names
+        free = self._asker.free_names
         merged = merge([one.tree for one in guessing if one.tree is not None])
         said = [
             (one.name in free, Opinion(places, one.chances, self._record(one.name).dissent))

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
-from localspec.protocols import Proposal
+from localspec.protocols import Drafter, DraftRequest, Outcome, Proposal
+from localspec.schedule.asking import Asker, paying_length
+from localspec.schedule.decision import Asked, Decision, Tried
+from localspec.schedule.drafting import DraftPrices
+from localspec.schedule.experience import Experience, Record
+from localspec.schedule.plan import Valuation
 from localspec.tree.token_tree import TokenTree
+
+_LONGEST = 8  # tokens of a chain that is tried
+_SHARE_OF_PLAIN = 0.5  # of a plain round, for the guesses of a trial
+_BESIDE_START = 1.2  # of a head of one pass more guesses take hardly more
+_NEWS = 0.2  # that a trial is, beside what was known
 
 
 @dataclass(slots=True)
 class Shadow:
-    """Guesses of one drafter that nobody verifies.
+    """Guesses that nobody verifies, perhaps still on a device, and what was emitted since they were made."""
 
-    proposal: all of them, perhaps still on a device.  kept: nodes that would have been verified; None: all.
-    extra_ms: what the round would have taken longer than a plain one.
-    """
-
-    name: str
     proposal: Proposal
-    kept: Collection[int] | None
-    extra_ms: float
     tokens: list[int] = field(default_factory=list)
-    """What was emitted since."""
     _tree: TokenTree | None = None
 
     @property
@@ -36,15 +39,101 @@ class Shadow:
             self._tree = self.proposal.tree()
         return self._tree
 
-    def follow(self, tokens: Sequence[int]) -> int | None:
-        """Tokens were emitted; how many guesses in a row would have been accepted, None while that is open."""
+    def follow(self, tokens: Sequence[int]) -> bool:
+        """Tokens were emitted; is it known what became of the guesses?"""
         self.tokens += tokens
-        steps, node, depth = self.tree.steps(), -1, 0
-        for count, token in enumerate(self.tokens):
-            child = steps.get((node, token))
+        path = self.path()
+        return len(path) < len(self.tokens) or not self.tree.children(path[-1] if path else -1)
+
+    def path(self) -> list[int]:
+        """Nodes that came true, one below the other."""
+        steps, path = self.tree.steps(), list[int]()
+        for token in self.tokens:
+            child = steps.get((path[-1] if path else -1, token))
             if child is None:
-                return depth
-            if self.kept is None or child in self.kept:
-                depth = count + 1
-            node = child
-        return None if self.tree.children(node) else depth
+                break
+            path.append(child)
+        return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """shadow: its guesses.  part, asked: whose, and what was expected of them.  prices, drafting: of that round."""
+
+    shadow: Shadow
+    part: Drafter
+    asked: Asked
+    prices: Valuation
+    drafting: DraftPrices
+
+    def worth_verifying(self, record: Record) -> Collection[int]:
+        """Nodes that one who knows what became of them would verify of the next such guesses."""
+        asked, prices = self.asked, self.prices
+        if asked.tree is None:
+            length = paying_length(record.reliability, prices, self.drafting, asked.proposal.num_nodes)
+            return range(max(length, 1))
+        change = record.hindsight.factor / asked.factor
+        order = sorted(range(len(asked.reach)), key=asked.reach.__getitem__, reverse=True)
+        return order[: prices.best([change * asked.reach[node] for node in order]).nodes]
+
+
+class Trying:
+    """Of one session: a trial at a time."""
+
+    def __init__(self, experience: Experience, asker: Asker) -> None:
+        self._experience, self._asker = experience, asker
+        self._trial: _Trial | None = None
+
+    def begin(self) -> None:
+        """Another answer."""
+        self._trial = None
+
+    def price(self, part: Drafter, record: Record, decision: Decision, prices: Valuation) -> float:
+        """Tokens that asking it once takes."""
+        ms = record.trials.ms if record.trials.num else self._asker.prices(part, decision).start
+        return prices.rate * (ms + self._asker.entry_ms(part))
+
+    def try_if_due(self, part: Drafter, decision: Decision, request: DraftRequest, prices: Valuation) -> None:
+        """Ask it for guesses that nobody verifies, if its guard has put enough aside."""
+        record = self._asker.record(part.name, decision)
+        price = self.price(part, record, decision, prices)
+        if self._trial is not None or not record.guard.pays(price):
+            return
+        started = perf_counter()
+        exactly = self._enough_to_learn(part, decision, prices)
+        asked = self._asker.ask(part, decision, request, prices, exactly=exactly)
+        decision.asked.remove(asked)
+        if asked.proposal.meanwhile is not None:  # nobody verifies it
+            asked.proposal.meanwhile()
+        real_ms = (perf_counter() - started) * 1e3 if self._experience.by_clock else asked.ms
+        record.trials.observe(asked.ms)
+        decision.tried = Tried(record.guard, asked.ms, price, real_ms, prices.rate)
+        self._trial = _Trial(Shadow(asked.proposal), part, asked, prices, self._asker.prices(part, decision))
+
+    def _enough_to_learn(self, part: Drafter, decision: Decision, prices: Valuation) -> int:
+        """Length of a chain that is tried: as much as takes little beside a plain round."""
+        drafting = self._asker.prices(part, decision)
+        most = min(_LONGEST, prices.max_nodes)
+        plain_ms = self._experience.plain_ms(len(self._asker.context))
+        little_ms = max(_SHARE_OF_PLAIN * plain_ms, _BESIDE_START * drafting.start)
+        return sum(drafting.chain(count) <= little_ms for count in range(1, most + 1))
+
+    def follow(self, outcome: Outcome, decision: Decision) -> None:
+        """What became of guesses that nobody verified. What would have been verified of them is decided with that in
+        mind: one that learned on other text that its guesses fail would verify none, and never find out."""
+        trial = self._trial
+        if trial is None or not trial.shadow.follow(outcome.tokens):
+            return
+        self._trial = None
+        record, path = self._asker.record(trial.part.name, decision), trial.shadow.path()
+        record.reliability.observe(trial.shadow.tree, trial.shadow.tokens)
+        record.hindsight.observe(sum(trial.asked.reach) / trial.asked.factor, len(path))
+        kept = trial.worth_verifying(record)
+        accepted = next((depth for depth, node in enumerate(path) if node not in kept), len(path))
+        extra_ms = trial.asked.ms + trial.prices.extra_ms(len(kept))
+        plain_ms = self._experience.plain_ms(len(self._asker.context))
+        record.usual_value += _NEWS * (accepted - extra_ms / plain_ms - record.usual_value)
+        if record.guard.parked:
+            record.guard.observe(float(accepted), extra_ms, plain_ms)
+            if not record.guard.parked:
+                record.usual_value = max(record.usual_value, 0.0)

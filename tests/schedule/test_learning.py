@@ -16,8 +16,9 @@ from localspec.drafters.combined import Combined
 from localspec.engine.session import Session
 from localspec.protocols import Drafter, DraftRequest, Scores, Step
 from localspec.sampling import HostScores, Sampler, SamplingParams
-from localspec.schedule.asking import Beside
+from localspec.schedule.asking import Asker, Beside
 from localspec.schedule.cost import Costs, Curve
+from localspec.schedule.decision import Decision
 from localspec.schedule.experience import Experience
 from localspec.schedule.learning import Learning
 from localspec.schedule.plan import Valuation
@@ -223,10 +224,10 @@ def test_what_was_done_meanwhile_is_not_a_drafters_own_time(name: str, calls: bo
     target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
     drafter = make_drafter(name, draft)
     experience = Experience(COSTS, target.capabilities)
-    scheduled = Scheduled([], [drafter], experience)
-    scheduled.begin(Context(np.array(PROMPT * 4, np.int32)))
+    asker = Asker(experience, [], [drafter])
+    asker.turn(Context(np.array(PROMPT * 4, np.int32)))
     request = DraftRequest(
-        context=scheduled._context,
+        context=asker.context,
         max_nodes=4,
         max_depth=4,
         sampler=Sampler(SamplingParams(), 0),
@@ -234,7 +235,7 @@ def test_what_was_done_meanwhile_is_not_a_drafters_own_time(name: str, calls: bo
     )
     work = Beside(lambda: sleep(0.2))
     prices = Valuation(experience.live, 0.1, 28, 4)
-    asked = scheduled._ask(drafter, experience.record(drafter.name, True), request, prices, meanwhile=work)
+    asked = asker.ask(drafter, Decision(), request, prices, meanwhile=work)
     assert asked.proposal.num_nodes and asked.ms < 200.0
     assert (work.ms >= 190.0) == calls
     work()

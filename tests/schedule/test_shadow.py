@@ -18,29 +18,26 @@ from localspec.testing.reference import ReferenceModel
 from tests.schedule.test_scheduled import PROMPT, Wrong, answer, curve, session
 
 
-def shadow(tokens: list[int], parents: list[int], kept: list[int] | None = None) -> Shadow:
-    proposal = Proposal("x", (HostTokens(np.array(tokens, np.int32)),), np.array(parents, np.int32))
-    return Shadow("x", proposal, kept, 1.0)
+def shadow(tokens: list[int], parents: list[int]) -> Shadow:
+    return Shadow(Proposal("x", (HostTokens(np.array(tokens, np.int32)),), np.array(parents, np.int32)))
 
 
 def test_a_chain_is_followed_until_it_is_wrong_or_at_its_end() -> None:
     one = shadow([4, 5, 6], [-1, 0, 1])
-    assert one.follow([4]) is None
-    assert one.follow([5]) is None
-    assert one.follow([6]) == 3
+    assert not one.follow([4])
+    assert not one.follow([5])
+    assert one.follow([6]) and one.path() == [0, 1, 2]
     one = shadow([4, 5, 6], [-1, 0, 1])
-    assert one.follow([4, 5]) is None  # another drafter's guesses were accepted meanwhile
-    assert one.follow([7]) == 2
-    assert shadow([4], [-1]).follow([5]) == 0
+    assert not one.follow([4, 5])  # another drafter's guesses were accepted meanwhile
+    assert one.follow([7]) and one.path() == [0, 1]
+    one = shadow([4], [-1])
+    assert one.follow([5]) and one.path() == []
 
 
-def test_in_a_tree_only_what_would_have_been_verified_counts() -> None:
-    tree = ([4, 5, 6, 7], [-1, -1, 1, 2])
-    assert shadow(*tree).follow([5, 6, 7]) == 3
-    one = shadow(*tree, kept=[0, 1])
-    assert one.follow([5]) is None
-    assert one.follow([6, 7]) == 1
-    assert shadow(*tree, kept=[]).follow([4]) == 0
+def test_a_tree_is_followed_along_what_came_true() -> None:
+    one = shadow([4, 5, 6, 7], [-1, -1, 1, 2])
+    assert not one.follow([5])
+    assert one.follow([6, 7]) and one.path() == [1, 2, 3]
 
 
 class Sevens(Wrong):
