@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from localspec.drafters import (
     AUTO,
@@ -31,7 +31,13 @@ from localspec.schedule.experience import Experience
 from localspec.schedule.heads import pays_to_wait
 from localspec.schedule.scheduled import Scheduled
 from localspec.schedule.score import loss_by_guarding
-from localspec.schedule.store import knows_bound, load_or_measure, load_or_measure_bound
+from localspec.schedule.store import (
+    experience_for,
+    keep_experience,
+    knows_bound,
+    load_or_measure,
+    load_or_measure_bound,
+)
 from localspec.verify import make_acceptance
 
 
@@ -55,6 +61,8 @@ class Pair:
         self.heads = tuple(heads)
         self._found = tuple(found)
         self._experiences: dict[tuple[int, int | None], Experience] = {}
+        self.remembers_speed = True
+        """May it go on from what earlier runs learned of this pair, and keep what this one learns?"""
 
     @cached_property
     def drafting(self) -> Draft | None:
@@ -90,7 +98,10 @@ class Pair:
         widths = exactness.widths
         place = (widths.min_width, widths.max_width)
         if place not in self._experiences:
-            self._experiences[place] = Experience(self.costs, replace(self.target.capabilities, width_class=widths))
+            costs, known = self.costs, replace(self.target.capabilities, width_class=widths)
+            make = partial(Experience, costs, known)
+            found = experience_for(self.target, self.draft, self.heads, make) if self.remembers_speed else make()
+            self._experiences[place] = found
         return self._experiences[place]
 
     @cached_property
@@ -169,7 +180,7 @@ class Pair:
         """The same pair with something in front of its draft model; what sessions learn is shared. Not to be closed."""
         other = Pair(self.target, draft, self._found, self.heads)
         other.history = self.history
-        other._experiences = self._experiences
+        other._experiences, other.remembers_speed = self._experiences, self.remembers_speed
         vars(other).update({name: vars(self)[name] for name in ("costs", "bound") if name in vars(self)})
         return other
 
@@ -212,7 +223,11 @@ class Pair:
             raise
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Give all memory back, and keep what was learned for the next run."""
+        if self.remembers_speed:
+            for experience in self._experiences.values():
+                keep_experience(self.target, self.draft, self.heads, experience)
+        self._experiences.clear()
         for head in self.heads:
             head.close()
         self.target.close()

@@ -17,7 +17,7 @@ from typing import Any
 from localspec.errors import DiskError, SettingError
 
 SCHEMA = 1
-_CHANGING = ("started", "load_average")
+_CHANGING = ("started", "load_average", "experience")
 """Conditions that may differ between a benchmark and its continuation."""
 
 

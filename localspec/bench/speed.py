@@ -104,8 +104,9 @@ def describe(
     exact: str = AUTO_EXACT,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The conditions: what was measured on what. settings: max_tokens, ignore_eos, repeats, temperatures, and how
-    the models were loaded.  runtime: versions of the backend's runtime and of other libraries that take part."""
+    """The conditions: what was measured on what. settings: max_tokens, ignore_eos, repeats, temperatures, how
+    the models were loaded, and experience: the rounds of earlier runs that drafter auto goes on from.
+    runtime: versions of the backend's runtime and of other libraries that take part."""
     exactness = pair.exactness(exact)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -54,6 +54,8 @@ def conditions_text(conditions: Mapping[str, Any]) -> str:
     repeats = f"{conditions['repeats']} repeat{'s' if conditions['repeats'] > 1 else ''}"
     started = conditions["started"]
     load = conditions["load_average"]
+    rounds = conditions.get("experience", 0)
+    learned = f"; drafter auto knew the pair from {rounds:,} rounds of earlier runs" if rounds else ""
     before = "" if load is None else f", load average {load} before"
     models = f"Target {_model_text(conditions['target'])}{draft}."
     where = (
@@ -62,7 +64,7 @@ def conditions_text(conditions: Mapping[str, Any]) -> str:
     )
     what = (
         f"Prompts: {prompts}; {length} {conditions['max_tokens']} tokens each, {repeats}, alternating order after a "
-        f"warm-up; started {started}{before}."
+        f"warm-up; started {started}{before}{learned}."
     )
     return "\n".join([models, where, what, *(f"Note: {note}." for note in conditions["notes"])])
 

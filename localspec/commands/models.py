@@ -49,6 +49,7 @@ def open_models(
         )
         if status is not None:
             status.update("measuring what is not known here (once) ...")
+        pair.remembers_speed = not options.get("fresh")
         try:  # before a session takes the sequence that measuring needs
             exactness = pair.exactness(options.get("exact", AUTO), acceptance=options.get("acceptance", WALK))
             if any(spec.decides for spec in specs):

@@ -71,6 +71,9 @@ _CONFIGS = ("auto", "draft_model", "ngram")
     help="Measure at the cost of a larger target that says what the named one says: 0.5b, 1b, 8b (`bench expand`).",
 )
 @click.option("--resume", is_flag=True, help="Go on with the benchmark that --output holds.")
+@click.option(
+    "--fresh", is_flag=True, help="Drafter auto as in a pair's very first run: nothing learned before, nothing kept."
+)
 @click.option("--plots/--no-plots", default=None, help="Draw pictures into --output [default: if matplotlib is there].")
 @exact_option
 @load_options
@@ -111,6 +114,7 @@ def speed(
         for rival in _rivals(pair, options, libraries, notes):
             stack.callback(rival.close)
             contenders.append(rival)
+        decides = any(spec.decides for spec in specs)
         backend = pair.target.info.backend
         conditions = bench.describe(
             pair,
@@ -124,6 +128,7 @@ def speed(
             temperatures=list(dict.fromkeys(options["temperatures"])),
             grid=static,
             notes=notes,
+            experience=pair.experience_with(pair.exactness(options["exact"])).recalled if decides else 0,
             exact=options["exact"],
         )
         if output is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from localspec.tree.token_tree import TokenTree
 
@@ -27,6 +28,7 @@ _UNSEEN = 0.97  # of what is known of a depth, each time that nothing was guesse
 _DEPTH_TRUST = 12.0  # expected acceptances before a depth's own correction outweighs none
 _DEPTH_MEMORY = 150.0
 _LEAD_MEMORY = 0.995  # an edge
+_KEPT, _DEPTH_KEPT = 60.0, 20.0  # observations, of an entry and of a depth, that outlive the process
 _LEAST = 1e-3  # chance that anything has, or does not
 _MOST_LEAD = 20.0  # in natural logarithms of a chance
 
@@ -52,6 +54,29 @@ class Reliability:
         self._expected = [0.0] * (_DEEPEST + 1)
         self._came = [0.0] * (_DEEPEST + 1)
         self._lead = 0.0  # of the depths' corrections over none, by what came
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `recall`."""
+        return {
+            "seen": self._seen,
+            "true": self._true,
+            "depth_seen": self._depth_seen,
+            "depth_true": self._depth_true,
+            "expected": self._expected,
+            "came": self._came,
+            "lead": self._lead,
+        }
+
+    def recall(self, data: Mapping[str, Any]) -> None:
+        """Go on from what `as_dict` gave, which counts as a few observations. Raises KeyError, TypeError and ValueError
+        for anything else."""
+        size = len(_CHANCES)
+        self._seen, self._true = _capped(data["seen"], data["true"], _KEPT, size)
+        self._depth_seen, self._depth_true = _capped(data["depth_seen"], data["depth_true"], _DEPTH_KEPT)
+        self._expected, self._came = _capped(data["expected"], data["came"], _KEPT, _DEEPEST + 1)
+        self._lead = float(data["lead"])
+        for entry in range(size):
+            self._tabulate(entry)
 
     def chance(self, log_q: float, depth: int | None = None) -> float:
         """Chance that an edge with this logarithm of a chance comes true if its parent does; at a depth (0: child of
@@ -139,7 +164,10 @@ class Reliability:
             if self._seen[entry] > _MEMORY:
                 self._seen[entry] /= 2.0
                 self._true[entry] /= 2.0
-            self._table[entry] = (self._true[entry] + _TRUST * _CHANCES[entry]) / (self._seen[entry] + _TRUST)
+            self._tabulate(entry)
+
+    def _tabulate(self, entry: int) -> None:
+        self._table[entry] = (self._true[entry] + _TRUST * _CHANCES[entry]) / (self._seen[entry] + _TRUST)
 
     def _forget(self, depth: int) -> None:
         """Nothing was guessed from here on. A few bad rounds would otherwise shut a depth out for good: what is never
@@ -158,3 +186,16 @@ class Reliability:
         if self._depth_seen[depth] > _UNSCORED_MEMORY:
             self._depth_seen[depth] /= 2.0
             self._depth_true[depth] /= 2.0
+
+
+def _capped(
+    seen: Sequence[float], true: Sequence[float], most: float, length: int | None = None
+) -> tuple[list[float], list[float]]:
+    """Sums of what was seen and what came of it, with their ratio, as if no more than so much had been seen."""
+    if len(seen) != len(true) or (length is not None and len(seen) != length):
+        raise ValueError(f"{len(seen)} and {len(true)} sums, expected {length or 'as many'}")
+    kept = [min(1.0, most / max(float(one), _LEAST)) for one in seen]
+    return (
+        [share * float(one) for share, one in zip(kept, seen, strict=True)],
+        [share * float(one) for share, one in zip(kept, true, strict=True)],
+    )

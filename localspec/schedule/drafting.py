@@ -8,9 +8,9 @@ per level. It works for one lane at a time, and never has to catch up, since the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from localspec.schedule.cost import Costs, Curve, HeadCosts
 from localspec.schedule.haste import Haste
@@ -20,6 +20,7 @@ _MEMORY = 0.98  # a round
 _TRUST_START, _TRUST_RATIO = 0.5, 4.0  # rounds before what they say of either counts more than the table
 _LEAST_RATIO, _MOST_RATIO = 0.2, 5.0
 _STALL = 2.0
+_KEPT = 10.0  # rounds that outlive the process
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,14 @@ class DraftTimes(Protocol):
         """What a round's guessing took, and what it should have taken."""
         ...
 
+    def as_dict(self) -> dict[str, Any]:
+        """For `recall`."""
+        ...
+
+    def recall(self, data: Mapping[str, Any]) -> None:
+        """Go on from what `as_dict` gave. Raises KeyError, TypeError and ValueError for anything else."""
+        ...
+
 
 class _Fit:
     """start + ratio * (what the table says of a round's passes) milliseconds, by least squares over the last rounds;
@@ -73,6 +82,21 @@ class _Fit:
         self._haste = Haste()
         self._ones = self._table = self._squares = self._ms = self._products = 0.0
         self._least = math.inf
+
+    def sums(self) -> list[float]:
+        """For `recall`. What the machine is slower just now is part of them: what of it is the machine, and what the
+        table, nobody knows."""
+        now = self._haste.factor
+        return [self._ones, self._table, self._squares, now * self._ms, now * self._products, self._least]
+
+    def recall(self, sums: Sequence[float]) -> None:
+        """Go on from these, as if they were of a few rounds."""
+        if len(sums) != 6 or not all(0.0 < float(one) < math.inf for one in sums):
+            raise ValueError(f"times of drafting: {sums}")
+        *parts, self._least = map(float, sums)
+        share = min(1.0, _KEPT / parts[0])
+        self._ones, self._table, self._squares, self._ms, self._products = (share * part for part in parts)
+        self._solve()
 
     @property
     def start(self) -> float:
@@ -96,6 +120,9 @@ class _Fit:
         self._squares = _MEMORY * self._squares + table**2
         self._ms = _MEMORY * self._ms + ms
         self._products = _MEMORY * self._products + table * ms
+        self._solve()
+
+    def _solve(self) -> None:
         doubt = _TRUST_RATIO * self._least**2
         ones, squares, products = self._ones + _TRUST_START, self._squares + doubt, self._products + doubt
         start = (squares * self._ms - self._table * products) / (ones * squares - self._table**2)
@@ -103,18 +130,42 @@ class _Fit:
         self._ratio = min(max((products - self._table * self._start) / squares, _LEAST_RATIO), _MOST_RATIO)
 
 
-class ModelTimes:
+class _Fits:
+    """By about how many lanes draft."""
+
+    def __init__(self) -> None:
+        self._fits: dict[int, _Fit] = {}
+
+    def of(self, drafting: int) -> _Fit:
+        """With about so many."""
+        return self._fits.setdefault(about(drafting), _Fit())
+
+    def observe(self, expected_ms: float, ms: float, drafting: int) -> None:
+        """Corrects the table."""
+        self.of(drafting).add(expected_ms, ms)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `DraftTimes`."""
+        return {str(load): fit.sums() for load, fit in self._fits.items() if fit.sums()[0] > 0.0}
+
+    def recall(self, data: Mapping[str, Any]) -> None:
+        """As `DraftTimes`."""
+        for load, sums in data.items():
+            self.of(int(load)).recall(sums)
+
+
+class ModelTimes(_Fits):
     """Of the draft model. table: of its passes, by width; none costs nothing."""
 
     is_shared = True
 
     def __init__(self, table: Curve | None) -> None:
+        super().__init__()
         self._table = table
-        self._fits: dict[int, _Fit] = {}  # by load
 
     def prices(self, context: int, drafting: int) -> DraftPrices:
         """A lane's part of passes that all share."""
-        fit = self._fits.setdefault(about(drafting), _Fit())
+        fit = self.of(drafting)
 
         def extend(width: int) -> float:
             return 0.0 if self._table is None else fit.ratio * self._table.at(width * drafting, context) / drafting
@@ -126,23 +177,19 @@ class ModelTimes:
         extend = self.prices(context, 1).extend
         return extend(1 + count) - extend(1)
 
-    def observe(self, expected_ms: float, ms: float, drafting: int) -> None:
-        """Corrects the table."""
-        self._fits.setdefault(about(drafting), _Fit()).add(expected_ms, ms)
 
-
-class HeadTimes:
+class HeadTimes(_Fits):
     """Of a trained head."""
 
     is_shared = False
 
     def __init__(self, costs: HeadCosts) -> None:
+        super().__init__()
         self._costs = costs
-        self._fits: dict[int, _Fit] = {}  # by load
 
     def prices(self, context: int, drafting: int) -> DraftPrices:
         """Its own passes."""
-        fit = self._fits.setdefault(about(drafting), _Fit())
+        fit = self.of(drafting)
 
         def extend(width: int) -> float:
             return fit.ratio * self._costs.extend.at(width, context)
@@ -152,10 +199,6 @@ class HeadTimes:
     def missed_ms(self, count: int, context: int) -> float:
         """It was fed all along."""
         return 0.0
-
-    def observe(self, expected_ms: float, ms: float, drafting: int) -> None:
-        """Corrects the table."""
-        self._fits.setdefault(about(drafting), _Fit()).add(expected_ms, ms)
 
 
 def times_of(name: str, known: Costs) -> DraftTimes:

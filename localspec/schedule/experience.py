@@ -3,7 +3,9 @@ is worth."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from localspec.protocols import Capabilities, Load
 from localspec.schedule.acceptance import Reliability
@@ -20,6 +22,7 @@ _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
 _EARLY_ROUNDS = 3  # until passes begin before the last token is read
 _LONGEST_RUN = 16
+_LEAST_KEPT = 30  # rounds; less is not worth remembering
 _MOST_RESTART = 3.0  # plain rounds; a stall is not taken for it
 
 
@@ -35,6 +38,28 @@ class Record:
     trials: Trials = field(default_factory=Trials)
     dissent: Dissent = field(default_factory=Dissent)
     hindsight: Hindsight = field(default_factory=Hindsight)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `recall`, without the reliability, which records share."""
+        return {
+            "guard": self.guard.as_dict(),
+            "usual_value": self.usual_value,
+            "beside": self.beside,
+            "states_chances": self.states_chances,
+            "trials": [self.trials.num, self.trials.ms],
+            "dissent": [self.dissent.expected, self.dissent.came],
+        }
+
+    def recall(self, data: Mapping[str, Any]) -> None:
+        """Go on from what `as_dict` gave. Raises KeyError, TypeError and ValueError for anything else."""
+        self.guard.recall(data["guard"])
+        self.usual_value = float(data["usual_value"])
+        little, much = data["beside"]
+        self.beside = [float(little), float(much)]
+        self.states_chances = bool(data["states_chances"])
+        num, ms = data["trials"]
+        self.trials = Trials(int(num), float(ms))
+        self.dissent.recall(*data["dissent"])
 
 
 class Experience:
@@ -60,6 +85,41 @@ class Experience:
         """What deciding takes."""
         self.lately: Load | None = None
         """The last round that several lanes shared, or might have."""
+        self.recalled = 0
+        """Rounds of earlier runs that it goes on from."""
+        self._rounds = 0
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Was there something to learn?"""
+        return self.by_clock and self._rounds >= _LEAST_KEPT
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `recall`: numbers about drafters and times, nothing about texts."""
+        return {
+            "rounds": self.recalled + self._rounds,
+            "live": self.live.as_dict(),
+            "times": {name: times.as_dict() for name, times in self._times.items()},
+            "reliability": [[*key, one.as_dict()] for key, one in self._reliability.items()],
+            "records": [[*key, one.as_dict()] for key, one in self._records.items()],
+            "restart": [self._restart, self._run],
+            "look_ms": self.look.ms,
+        }
+
+    def recall(self, data: Mapping[str, Any]) -> None:
+        """Go on from what `as_dict` gave. What it says outweighs assumptions, and is outweighed by some rounds of
+        today. Raises KeyError, TypeError and ValueError for anything else; then this experience is not to be used."""
+        self.recalled = int(data["rounds"])
+        self.live.recall(data["live"])
+        for name, times in data["times"].items():
+            self.times(name).recall(times)
+        for name, greedy, found in data["reliability"]:
+            self._reliability.setdefault((str(name), bool(greedy)), Reliability()).recall(found)
+        for name, greedy, lanes, found in data["records"]:
+            self.record(str(name), bool(greedy), int(lanes)).recall(found)
+        self._restart, self._run = map(float, data["restart"])
+        if data["look_ms"] > 0.0:
+            self.look.observe(float(data["look_ms"]))
 
     def record(self, name: str, greedy: bool, lanes: int = 1) -> Record:
         """Of the drafter with that name, at temperature 0 or above."""
@@ -111,6 +171,7 @@ class Experience:
     def observe(self, tokens: int, round_ms: float, *, plain: bool, lanes: int = 1) -> None:
         """A round emitted so many tokens in all lanes. plain: nobody guessed anything, and it took what that usually
         does."""
+        self._rounds += 1
         pace = self._paced(lanes)
         pace.rounds_since_plain = 0 if plain else pace.rounds_since_plain + 1
         pace.plain_rounds += plain

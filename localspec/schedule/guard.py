@@ -15,6 +15,8 @@ at once. A few that gain together end the parking, or fewer that gain much.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 _SHARE = 0.012  # of the decoding time goes into trials
 _LIMIT = 8.0  # tokens of drawdown
@@ -36,6 +38,15 @@ class Guard:
         self._credit = 0.0  # tokens
         self._in_advance = False
         self._trials: deque[float] = deque(maxlen=_TRIALS)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `recall`."""
+        return {"gain": self.gain, "parked": self.parked}
+
+    def recall(self, data: Mapping[str, Any]) -> None:
+        """Go on from what `as_dict` gave: parked, or on probation. Raises KeyError, TypeError and ValueError."""
+        self.gain, self.parked = float(data["gain"]), bool(data["parked"])
+        self._drawdown = -0.5 * _LIMIT
 
     def begin(self) -> None:
         """Another answer."""

@@ -31,6 +31,10 @@ class _Tally:
         """What came over what was expected."""
         return (self.came + self._trust) / (self.expected + self._trust)
 
+    def recall(self, expected: float, came: float) -> None:
+        """Go on from these sums."""
+        self.expected, self.came = float(expected), float(came)
+
     def observe(self, expected: float, came: float) -> None:
         """Once more. expected: before the factor."""
         self.expected += expected

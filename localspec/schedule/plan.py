@@ -9,8 +9,9 @@ all sizes are compared: the curve is a staircase, and the first drop of the valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from localspec.protocols import WidthClass
 from localspec.schedule.cost import Costs, Curve
@@ -20,6 +21,7 @@ MOST_NODES = 64
 """Nodes a round verifies at most."""
 
 _MEMORY = 200.0  # observations after which older ones count half
+_KEPT = 1.0  # rounds at a width that outlive the process
 _RECENTLY = 40.0  # the same of rounds that say how fast this text goes
 _TRUST = 1.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
@@ -215,6 +217,32 @@ class LiveCosts:
         if not in_a_row or learned.again[width].weight < _NEWS or self._unpriced >= _NEWS:
             self._cache.clear()
             self._unpriced = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `recall`, as the machine is now."""
+
+        def seen(by_width: Mapping[int, _Seen], now: float) -> dict[str, list[float]]:
+            return {str(width): [now * one.ratio, one.context] for width, one in by_width.items()}
+
+        return {
+            str(load): {
+                "general": learned.haste.factor * learned.general,
+                "steady": learned.steady,
+                "first": seen(learned.first, learned.haste.factor),
+                "again": seen(learned.again, learned.haste.factor),
+            }
+            for load, learned in self._learned.items()
+        }
+
+    def recall(self, data: Mapping[str, Any]) -> None:
+        """Go on from what `as_dict` gave, which counts as little. Raises KeyError, TypeError and ValueError."""
+        for load, found in data.items():
+            learned = _Learned(general=float(found["general"]), steady=float(found["steady"]))
+            for by_width, stored in ((learned.first, found["first"]), (learned.again, found["again"])):
+                for width, (ratio, context) in stored.items():
+                    by_width[int(width)] = _Seen(float(ratio), float(context), _KEPT)
+            self._learned[int(load)] = learned
+        self._cache.clear()
 
     def _of(self, load: int) -> _Learned:
         found = self._learned.get(load)

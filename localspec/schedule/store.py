@@ -26,6 +26,7 @@ from localspec.schedule.bound import measure as measure_bound
 from localspec.schedule.classes import class_to_use, is_inside
 from localspec.schedule.classes import find as find_classes
 from localspec.schedule.cost import Costs, HeadCosts
+from localspec.schedule.experience import Experience
 from localspec.schedule.heads import assumed_heads, measure_heads
 from localspec.schedule.machine import describe_files, describe_head, describe_machine, describe_model
 from localspec.schedule.measure import Overhead, Progress, assumed, quick
@@ -38,6 +39,7 @@ T = TypeVar("T")
 _TUNED, _QUICK, _CLASS, _OPTIONS = "tuned", "quick", "class", "options"
 _BOUND, _QUICK_BOUND = "bound", "quick-bound"
 _HEADS = "heads"
+_EXPERIENCE = "experience"
 _CLASS_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16)  # looked at in short: none is left out where kernels change
 _CLASS_SECONDS = 2.0
 
@@ -179,6 +181,56 @@ def keep_bound(target: LanguageModel, bound: Bound, folder: Path | None = None) 
     """Store the bound that was found for a loaded target under the options in force."""
     key = _target_key(target)
     _write(_file(folder, _BOUND, key), key, bound.as_dict())
+
+
+# ---------------------------------------------------------------- what sessions learned
+
+
+def experience_for(
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    heads: Sequence[DraftHead],
+    make: Callable[[], Experience],
+    folder: Path | None = None,
+) -> Experience:
+    """What `make` gives, going on from what earlier runs learned of this pair with these heads and widths."""
+    fresh = make()
+    key = _experience_key(target, draft, heads, fresh)
+
+    def read(data: Mapping[str, Any]) -> Experience:
+        found = make()
+        found.recall(data)
+        return found
+
+    return _find(_file(folder, _EXPERIENCE, key), key, read) or fresh
+
+
+def keep_experience(
+    target: LanguageModel,
+    draft: LanguageModel | None,
+    heads: Sequence[DraftHead],
+    experience: Experience,
+    folder: Path | None = None,
+) -> None:
+    """Store what sessions have learned, for the next run; nothing where that was little, or measuring is not allowed.
+    It counts for less than what that run sees itself."""
+    if _automatic and experience.worth_keeping:
+        key = _experience_key(target, draft, heads, experience)
+        _write(_file(folder, _EXPERIENCE, key), key, experience.as_dict())
+
+
+def _experience_key(
+    target: LanguageModel, draft: LanguageModel | None, heads: Sequence[DraftHead], experience: Experience
+) -> dict[str, Any]:
+    """With the table of costs: what was learned of times corrects that one."""
+    live = experience.live
+    table = [live.costs.as_dict(), {kind: one.as_dict() for kind, one in sorted(live.costs.heads.items())}]
+    return {
+        **_pair_key(target, draft),
+        "heads": [describe_head(head) for head in heads],
+        "widths": [live.min_width, live.max_width],
+        "costs": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16],
+    }
 
 
 # ---------------------------------------------------------------- options and the report
