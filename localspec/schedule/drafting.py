@@ -113,7 +113,7 @@ class _Fit:
         table = max(expected_ms - self.start, 0.0) / self.ratio
         if table <= 0.0:
             return
-        ms = self._haste.observe(expected_ms, min(ms, _STALL * expected_ms))
+        ms = self._haste.observe(expected_ms, min(ms, _STALL * expected_ms), self._ones)
         self._least = min(self._least, table)
         self._ones = _MEMORY * self._ones + 1.0
         self._table = _MEMORY * self._table + table

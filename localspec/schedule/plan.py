@@ -197,7 +197,7 @@ class LiveCosts:
         usual = self._expected(width, context, lanes)[in_a_row]
         before = (learned.again if in_a_row else learned.first).get(width)
         most = _STALL_AT_FIRST if before is None or before.weight < _KNOWN else _STALL
-        ms = learned.haste.observe(usual, min(ms, most * usual))
+        ms = learned.haste.observe(usual, min(ms, most * usual), 0.0 if before is None else before.weight)
         ratio, trust = ms / curve.at(rows, context), learned.haste.trust if learned.count >= _FIRST else 1.0
         for by_width in (learned.first, learned.again):
             for other, seen in by_width.items():

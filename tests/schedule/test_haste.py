@@ -45,6 +45,18 @@ def test_a_width_that_costs_more_than_the_table_says_is_told_from_a_slow_machine
     assert costs.verify_ms(2, 100) == pytest.approx(10.0, rel=0.08)
 
 
+@pytest.mark.parametrize("wrong", [0.85, 1.7])
+def test_a_table_that_is_wrong_about_wide_passes_says_nothing_of_plain_ones(wrong: float) -> None:
+    """A few plain passes, then none: what these take must not drift, for all gains are judged by it."""
+    costs = LiveCosts(Costs(TABLE, None, 0.0), WidthClass(2), 8, optimism=1.0)
+    run(costs, [2, 2, 2], 1.0)
+    for count in range(60):
+        run(costs, [4, 8, 4], wrong)
+        if count in (2, 10, 59):
+            assert costs.plain_ms(100) == pytest.approx(10.0, rel=0.15)
+            assert costs.verify_ms(4, 100) == pytest.approx(wrong * 12.0, rel=0.15)
+
+
 def test_a_draft_models_times_are_forgotten_as_quickly() -> None:
     times = ModelTimes(TABLE)
 
