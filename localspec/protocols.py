@@ -179,6 +179,12 @@ class Capabilities:
     width_steps: tuple[int, ...] = ()
     runs_ahead: bool = False
 
+    def piece(self, count: int) -> int:
+        """How many of so many tokens that are known beforehand the next pass should read: all, or where each width is
+        dear at first use the most that a width of few allows. Reading what was missed comes in any length."""
+        few = (1, 2, 3, *self.width_steps)
+        return max(width for width in few if width <= count) if self.width_steps and count > 0 else count
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:

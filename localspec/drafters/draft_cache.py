@@ -76,6 +76,9 @@ class DraftCache:
         last = len(tokens) - num_rows
         self._reset_to(min(self._state.length, last))
         self._read(min(last, len(tokens) - _PREFILL_CHUNK))
+        known = self.model.capabilities
+        while (count := len(tokens) - self._state.length) > known.piece(count) and self._state.length < last:
+            self._read(self._state.length + min(known.piece(count), last - self._state.length))
         rest = tokens[self._state.length :].copy()
         rows = tuple(range(len(rest) - num_rows, len(rest)))
         scores = self._forward(HostTokens(rest), chain_parents(self._state, len(rest)).tolist(), rows)
@@ -85,7 +88,8 @@ class DraftCache:
     def _read(self, length: int) -> None:
         """Commit the context up to `length` tokens."""
         while self._state.length < length:
-            chunk = self._context.tokens[self._state.length : min(length, self._state.length + _PREFILL_CHUNK)].copy()
+            count = self.model.capabilities.piece(min(length - self._state.length, _PREFILL_CHUNK))
+            chunk = self._context.tokens[self._state.length : self._state.length + count].copy()
             self._forward(HostTokens(chunk), chain_parents(self._state, len(chunk)).tolist(), ())
             self._commit(range(len(chunk)), chunk.tolist())
 

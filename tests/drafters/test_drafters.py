@@ -431,3 +431,33 @@ def test_a_draft_model_drafter_without_a_draft_model_is_refused() -> None:
 def test_the_registry_names_are_the_drafters_own() -> None:
     assert set(DRAFTERS) == {"nothing", "draft_model", "cross_tokenizer", "ngram", "suffix", "grammar", *KINDS}
     assert all(DrafterSpec.parse(name).name == name for name in DRAFTERS)
+
+
+@pytest.mark.parametrize("missed", [1, 2, 5, 7, 21, 45, 130])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(missed: int, num_rows: int) -> None:
+    """The rows are those of one pass, and nothing is read twice."""
+    steps = (1, 4, 8, 16, 32, 64)
+    model, usual = ReferenceModel(48, seed=5), ReferenceModel(48, seed=5)
+    model.capabilities = replace(model.capabilities, width_steps=steps)
+    widths: list[int] = []
+    forward = model.forward
+
+    def noting(given: Sequence[Step]) -> list[Scores]:
+        widths.extend(step.num_tokens for step in given)
+        return forward(given)
+
+    model.forward = noting  # type: ignore[method-assign]
+    rows = []
+    for one in (model, usual):
+        cache, context = DraftCache(one), Context([3, 4, 5, 6])
+        cache.begin(context)
+        cache.start(num_rows)
+        if one is model:
+            widths.clear()
+        context.extend([(7 * place) % 40 for place in range(missed)])
+        rows.append(cache.start(num_rows).rows(range(num_rows)))
+    assert np.array_equal(rows[0], rows[1])
+    assert set(widths) <= {2, 3, *steps} and len(widths) <= 6
+    again = num_rows  # the last rows of before were never committed
+    assert sum(widths) in (missed + again, missed + 1)
