@@ -435,7 +435,9 @@ def test_the_registry_names_are_the_drafters_own() -> None:
 
 @pytest.mark.parametrize("missed", [1, 2, 5, 7, 21, 45, 130])
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(missed: int, num_rows: int) -> None:
+def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(
+    missed: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rows are those of one pass, and nothing is read twice."""
     steps = (1, 4, 8, 16, 32, 64)
     model, usual = ReferenceModel(48, seed=5), ReferenceModel(48, seed=5)
@@ -447,7 +449,7 @@ def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(missed: in
         widths.extend(step.num_tokens for step in given)
         return forward(given)
 
-    model.forward = noting  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "forward", noting)
     rows = []
     for one in (model, usual):
         cache, context = DraftCache(one), Context([3, 4, 5, 6])
