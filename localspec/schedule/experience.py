@@ -3,6 +3,7 @@ is worth."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,7 @@ class Experience:
     def recall(self, data: Mapping[str, Any]) -> None:
         """Go on from what `as_dict` gave. What it says outweighs assumptions, and is outweighed by some rounds of
         today. Raises KeyError, TypeError and ValueError for anything else; then this experience is not to be used."""
+        _check_finite(data)
         self.recalled = int(data["rounds"])
         self.live.recall(data["live"])
         for name, times in data["times"].items():
@@ -191,3 +193,12 @@ class _Pace:
     rate: Rate
     rounds_since_plain: int = 0
     plain_rounds: int = 0
+
+
+def _check_finite(data: object) -> None:
+    """A number that is none would spoil every choice that it has a part in."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"{data} among what was learned")
+    if isinstance(data, Mapping | list):
+        for one in data.values() if isinstance(data, Mapping) else data:
+            _check_finite(one)

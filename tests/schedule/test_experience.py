@@ -96,13 +96,16 @@ def test_it_is_kept_in_a_file_and_a_broken_one_is_left_aside(tmp_path: Path, cap
         other = Costs(curve(11.0, 0.2), curve(1.0, 0.0), 0.1)
         fresh = store.experience_for(target, draft, (), lambda: Experience(other, target.capabilities), tmp_path)
         assert not fresh.recalled, "times were corrections of another table"
-        stored = json.loads(file.read_text())
-        stored["found"]["records"][0][3]["guard"] = "x"
-        file.write_text(json.dumps(stored))
-        with caplog.at_level(logging.WARNING):
-            broken = store.experience_for(target, draft, (), make, tmp_path)
-        assert not broken.recalled and not broken.as_dict()["records"], "nothing of half a file"
-        assert len(caplog.records) == 1 and not file.exists()
+        whole = file.read_text()
+        for spoilt in ("x", float("nan")):
+            caplog.clear()
+            stored = json.loads(whole)
+            stored["found"]["records"][-1][3]["usual_value"] = spoilt
+            file.write_text(json.dumps(stored))
+            with caplog.at_level(logging.WARNING):
+                broken = store.experience_for(target, draft, (), make, tmp_path)
+            assert not broken.recalled and not broken.as_dict()["records"], "nothing of half a file"
+            assert len(caplog.records) == 1 and not file.exists()
         store.set_automatic(False)
         store.keep_experience(target, draft, (), learned(), tmp_path)
         assert not list(tmp_path.iterdir()), "measuring is not allowed"
