@@ -81,6 +81,8 @@ class Asker:
         self._experience, self._dear = experience, tuple(dear)
         self.free_names = frozenset(part.name for part in free)
         self.parts = (*free, *dear)
+        for part in dear:
+            experience.times(part.name)
         self.context = Context()
         self._read: dict[str, int] = {}  # how much of the context each drafter has seen
 

@@ -128,11 +128,13 @@ class Experience:
         key = (name, greedy, about(lanes))
         if key not in self._records:
             reliability = self._reliability.setdefault((name, greedy), Reliability())
-            self._records[key] = Record(reliability)
+            hindsight = Hindsight.of_network() if name in self._times else Hindsight()
+            self._records[key] = Record(reliability, hindsight=hindsight)
         return self._records[key]
 
     def times(self, name: str) -> DraftTimes:
-        """What it takes to ask the dear drafter with that name."""
+        """What it takes to ask the dear drafter with that name. To be asked for before its record: none but dear ones
+        have times."""
         if name not in self._times:
             self._times[name] = times_of(name, self.live.costs)
         return self._times[name]

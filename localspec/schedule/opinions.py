@@ -58,7 +58,7 @@ class Dissent(_Tally):
 
 
 class Hindsight(_Tally):
-    """What came of lookup's guesses where they were chosen, over what was expected of them there, lately: what the
+    """What came of a drafter's guesses where they were chosen, over what was expected of them there, lately: what the
     chances of its paths are multiplied by, never more than 1.
 
     They are chosen, and nobody else is asked, where they promise much, so often where they promise too much; and what
@@ -66,8 +66,14 @@ class Hindsight(_Tally):
     it says; this follows the text, and fades while nothing is chosen.
     """
 
-    def __init__(self) -> None:
-        super().__init__(3.0, 14.0)
+    def __init__(self, trust: float = 3.0, memory: float = 14.0) -> None:
+        super().__init__(trust, memory)
+
+    @classmethod
+    def of_network(cls) -> Hindsight:
+        """The same for a drafter that runs one. What it says of itself holds for most texts, and of a factor that is
+        never more than 1 chance makes a penalty: the more so the quicker it follows."""
+        return cls(15.0, 40.0)
 
     @property
     def factor(self) -> float:
