@@ -126,7 +126,11 @@ class Scheduled:
         if self._is_new:
             self._is_new = False
             for part in self.parts:
-                self._record(part.name).guard.begin()
+                record = self._record(part.name)
+                record.guard.begin()
+                # this text may be another one: a few rounds show it, and cost less than going without
+                start_ms = self._asker.prices(part, decision).start
+                record.usual_value = max(record.usual_value, -0.5 * _LEAST_BACK * rate * start_ms)
         if load is not None and load.plain:
             return Proposal(self.name, because=load.because)
         if not request.max_nodes or not request.max_depth:
@@ -288,8 +292,10 @@ class Scheduled:
         return self._asker.record(name, self._decision)
 
     def _is_worth_asking(self, part: Drafter, record: Record, rate: float) -> bool:
-        """Does a drafter that takes time bring back at least half of that?"""
-        return self._asker.is_free(part) or record.usual_value >= -_LEAST_BACK * rate * record.trials.ms
+        """Does a drafter that takes time bring back at least half of what asking it for a guess takes?"""
+        if self._asker.is_free(part):
+            return True
+        return record.usual_value >= -_LEAST_BACK * rate * self._asker.prices(part, self._decision).start
 
     def _may_beat(self, record: Record, best: float, at_hand: float, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters

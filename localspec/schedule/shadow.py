@@ -66,6 +66,11 @@ class _Trial:
     prices: Valuation
     drafting: DraftPrices
 
+    def drafting_ms(self, kept: Collection[int]) -> float:
+        """What guessing these would have taken: no deeper than that, where all were guessed to learn from them."""
+        depth = self.shadow.tree.depth
+        return min(self.asked.ms, self.drafting.chain(1 + max((int(depth[node]) for node in kept), default=0)))
+
     def worth_verifying(self, record: Record) -> Collection[int]:
         """Nodes that one who knows what became of them would verify of the next such guesses."""
         asked, prices = self.asked, self.prices
@@ -130,7 +135,7 @@ class Trying:
         record.hindsight.observe(sum(trial.asked.reach) / trial.asked.factor, len(path))
         kept = trial.worth_verifying(record)
         accepted = next((depth for depth, node in enumerate(path) if node not in kept), len(path))
-        extra_ms = trial.asked.ms + trial.prices.extra_ms(len(kept))
+        extra_ms = trial.drafting_ms(kept) + trial.prices.extra_ms(len(kept))
         plain_ms = self._experience.plain_ms(len(self._asker.context))
         record.usual_value += _NEWS * (accepted - extra_ms / plain_ms - record.usual_value)
         if record.guard.parked:

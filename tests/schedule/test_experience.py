@@ -61,11 +61,14 @@ def test_what_is_recalled_is_what_was_known(good: bool) -> None:
 def test_one_that_lost_is_not_believed_again() -> None:
     before = learned(good=False)
     assert before.record(Wrong.name, True).usual_value < 0.2
-    after, target = again(before.as_dict()), ReferenceModel(48, seed=5, sharpness=3.0)
-    after.by_clock = False
-    with Session(target, Scheduled([], [Wrong()], after)) as one:
-        result = one.generate(PROMPT, SamplingParams(max_tokens=150, ignore_eos=True))
-    assert result.stats.num_drafted <= 4
+    target = ReferenceModel(48, seed=5, sharpness=3.0)
+    drafted = []
+    for experience in (again(before.as_dict()), Experience(COSTS, target.capabilities)):
+        experience.by_clock = False
+        with Session(target, Scheduled([], [Wrong()], experience)) as one:
+            result = one.generate(PROMPT, SamplingParams(max_tokens=150, ignore_eos=True))
+        drafted.append(result.stats.num_drafted)
+    assert drafted[0] < 0.5 * drafted[1]
 
 
 def test_today_outweighs_what_is_remembered() -> None:
