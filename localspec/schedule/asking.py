@@ -78,7 +78,7 @@ class Asker:
     """Asks one session's drafters. `dear` ones run a network, `free` ones only look things up."""
 
     def __init__(self, experience: Experience, free: Sequence[Drafter], dear: Sequence[Drafter]) -> None:
-        self._experience, self._dear = experience, tuple(dear)
+        self._experience = experience
         self.free_names = frozenset(part.name for part in free)
         self.parts = (*free, *dear)
         for part in dear:

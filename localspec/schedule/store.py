@@ -342,7 +342,7 @@ def _find(
         return read(stored["found"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a list where a mapping was, say
         _refuse(file, error)
         return None
 

@@ -100,10 +100,10 @@ def test_it_is_kept_in_a_file_and_a_broken_one_is_left_aside(tmp_path: Path, cap
         fresh = store.experience_for(target, draft, (), lambda: Experience(other, target.capabilities), tmp_path)
         assert not fresh.recalled, "times were corrections of another table"
         whole = file.read_text()
-        for spoilt in ("x", float("nan")):
+        for place, spoilt in (("look_ms", "x"), ("look_ms", float("nan")), ("live", [])):
             caplog.clear()
             stored = json.loads(whole)
-            stored["found"]["records"][-1][3]["usual_value"] = spoilt
+            stored["found"][place] = spoilt
             file.write_text(json.dumps(stored))
             with caplog.at_level(logging.WARNING):
                 broken = store.experience_for(target, draft, (), make, tmp_path)
