@@ -115,6 +115,8 @@ def _grid_table(summary: Summary, temperature: float) -> str:
     named = list(dict.fromkeys(row.contender for row in summary.rows if row.kind is Kind.CONFIG))
     head = ["workload", "best static", "against plain (95%)", "as good within the interval"]
     head += [f"{name}, share of the best (95%)" for name in named]
+    repeated = any(row.of_picked is not None for row in summary.rows)
+    head += [f"{name}, of the best picked on the other repeats" for name in named if repeated]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for oracle in summary.oracles:
         if oracle.temperature == temperature:
@@ -122,6 +124,7 @@ def _grid_table(summary: Summary, temperature: float) -> str:
             best = rows[oracle.contender]
             cells = [oracle.workload, oracle.contender, _times(best.speedup), ", ".join(oracle.ties) or "-"]
             cells += [_share(rows[name].of_best if name in rows else None) for name in named]
+            cells += [_share(rows[name].of_picked if name in rows else None) for name in named if repeated]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -152,6 +155,9 @@ def _legend(summary: Summary) -> str:
             "Speed is against the faster of the two."
         )
     if summary.oracles:
-        lines.append("The best of many is a little too good: chance helped to pick it.")
+        lines.append(
+            "The best of many is a little too good: chance helped to pick it. It did not where the best of each "
+            "repeat is the one that was best in the other repeats."
+        )
     lines += [f"{work['name']}: {work['about']}." for work in summary.conditions["workloads"]]
     return "  \n".join(lines)

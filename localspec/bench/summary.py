@@ -22,8 +22,9 @@ class Row:
     accepted_length: tokens per round, the bonus counted.  acceptance_by_depth: share of the rounds that guessed so
     deep in which that guess was taken.  split_ms: milliseconds per token spent in draft, verify and host.
     num_same_text: of the answers that plain decoding in the width class gave as well (`num_compared`), those with
-    the same tokens.  of_best: speed as a share of the grid's best static configuration.  num_rechecked: choices that
-    guarded decoding looked at again.
+    the same tokens.  of_best: speed as a share of the grid's best static configuration.  of_picked: the same, with the
+    best of each repeat picked on the other repeats, so that chance does not help to pick it; None with one repeat.
+    num_rechecked: choices that guarded decoding looked at again.
     """
 
     workload: str
@@ -43,6 +44,7 @@ class Row:
     num_same_text: int
     num_compared: int
     of_best: Interval | None = None
+    of_picked: Interval | None = None
     num_rechecked: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def _rows(
     against = max(plains, key=lambda name: speeds[name].value, default="")
     static = [name for name in groups if name in grid or kinds[name] is Kind.PLAIN] if grid else []
     best = max(static, key=lambda name: speeds[name].value, default=None)
+    picked = _picked_elsewhere({name: groups[name] for name in static})
     texts = {run.prompt: run.answer.digest for run in groups.get(PLAIN, [])}
     rows = []
     for name, runs in groups.items():
@@ -144,6 +147,7 @@ def _rows(
                 num_same_text=sum(compared),
                 num_compared=len(compared),
                 of_best=ratio(times[name], times[best]) if best is not None else None,
+                of_picked=ratio(times[name], picked),
                 num_rechecked=sum(run.answer.num_rechecked or 0 for run in runs),
             )
         )
@@ -158,6 +162,19 @@ def _rows(
         and (row.of_best.high or row.of_best.value) >= 1.0
     ]
     return rows, Oracle(rows[0].workload, rows[0].temperature, best, tuple(ties))
+
+
+def _picked_elsewhere(static: dict[str, list[Run]]) -> Times:
+    """The times of each repeat's best configuration, by what all took in the other repeats; none with one repeat."""
+    picked: Times = {}
+    for repeat in sorted({run.repeat for runs in static.values() for run in runs}):
+        elsewhere = {name: _times([run for run in runs if run.repeat != repeat]) for name, runs in static.items()}
+        speeds = {name: speed(times).value for name, times in elsewhere.items() if times}
+        if speeds:
+            best = max(speeds, key=lambda name: speeds[name])
+            for prompt, times in _times([run for run in static[best] if run.repeat == repeat]).items():
+                picked.setdefault(prompt, []).extend(times)
+    return picked
 
 
 def _times(runs: Sequence[Run]) -> Times:

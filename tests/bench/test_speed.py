@@ -152,6 +152,33 @@ def test_the_oracle_is_the_best_static_configuration(pair: Pair) -> None:
     assert "| chat | draft_model:num=4 | 2.29x (2.29 to 2.29) | - | 88% (88% to 88%) |" in text
 
 
+def test_the_best_is_also_picked_on_the_other_repeats(pair: Pair) -> None:
+    took = {PLAIN: (4.0, 4.0), "ngram:num=2": (1.0, 2.0), "ngram:num=4": (2.1, 1.1), "auto": (1.5, 1.5)}
+    order: list[str] = []
+    contenders = [
+        Fixed(name, Kind.PLAIN if name == PLAIN else Kind.GRID if ":" in name else Kind.CONFIG, 1.0, order)
+        for name in took
+    ]
+    works = workloads("chat")
+    log = RunLog(conditions(pair, works, contenders, temperatures=[0.0], grid=["ngram:num=2", "ngram:num=4"]))
+    for name, by_repeat in took.items():
+        for repeat, ms in enumerate(by_repeat):
+            log.runs.append(Run("chat", "chat-0", 0.0, name, repeat, Answer(10, 10, 10 * ms, "0")))
+    summary = summarize(log, complete=True)
+    auto = {row.contender: row for row in summary.rows}["auto"]
+    assert auto.of_best is not None and auto.of_picked is not None
+    assert auto.of_best.value == pytest.approx(1.0), "the best took 1 and 2 ms"
+    assert auto.of_picked.value == pytest.approx(2.05 / 1.5), (
+        "the other repeat says the other one, which takes 2.1 and 2"
+    )
+    assert "auto, of the best picked on the other repeats" in markdown(summary)
+
+    log.runs[:] = [run for run in log.runs if run.repeat == 0]
+    summary = summarize(log, complete=True)
+    assert {row.of_picked for row in summary.rows} == {None}, "one repeat leaves nothing to pick by"
+    assert "picked on the other" not in markdown(summary).split("Tokens per second")[0]
+
+
 def test_plain_can_be_the_best_static_configuration(pair: Pair) -> None:
     order: list[str] = []
     slow = [Fixed(PLAIN, Kind.PLAIN, 5.0, order), Fixed("ngram:num=2", Kind.GRID, 10.0, order)]
