@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from localspec.types import Logits, Probabilities
 
@@ -24,6 +27,18 @@ from .taps import Features
 
 Place = tuple[int, int]
 """(slot, the guess before it; for slot 0 the anchor)."""
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Products inside are computed by the caller alone. OpenBLAS's threads stay awake for some 40 ms behind a product,
+    and llama.cpp's have to share the processors with them: its passes then take three times as long."""
+    limit: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
+    return limit
 
 
 class Rows(ABC):
@@ -72,9 +87,9 @@ class Markov:
     def differences(self, was: Sequence[int], now: Sequence[int]) -> Logits:
         """[N, Vd] what other guesses before add to N rows."""
         both = self.w1.rows([*was, *now])
-        codes, table = both[len(was) :] - both[: len(was)], self.w2.whole
-        # one row is bound by memory: BLAS's threads gain nothing, and wait for each other where the machine is busy
-        changes = np.einsum("vr,r->v", table, codes[0])[None] if len(codes) == 1 else codes @ table.T
+        codes = both[len(was) :] - both[: len(was)]
+        with one_thread():
+            changes = codes @ self.w2.whole.T
         return changes.astype(np.float32, copy=False)
 
 
@@ -132,9 +147,10 @@ class SelectorRows(Rows):
         """See `Rows`."""
         rows = np.full((len(places), self._logits.shape[1]), -np.inf, np.float32)
         codes_before = self._selector.before.rows([before for _, before in places])
-        for row, code, (slot, _) in zip(rows, codes_before, places, strict=True):
-            ids, scores, codes, gate = self._of_slot(slot)
-            row[ids] = scores + codes @ (code * gate)
+        with one_thread():
+            for row, code, (slot, _) in zip(rows, codes_before, places, strict=True):
+                ids, scores, codes, gate = self._of_slot(slot)
+                row[ids] = scores + codes @ (code * gate)
         return rows
 
     def _of_slot(self, slot: int) -> tuple[NDArray[np.int64], Logits, Matrix, Matrix]:
@@ -159,6 +175,7 @@ class Confidence:
         """[N] of N places and their hidden rows [N, E]."""
         size = hidden.shape[1]
         codes = self.w1.rows([before for _, before in places])
-        score = hidden @ self.weight[:size] + codes @ self.weight[size:] + self.bias
+        with one_thread():
+            score = hidden @ self.weight[:size] + codes @ self.weight[size:] + self.bias
         chance: Probabilities = 1.0 / (1.0 + np.exp(-score.astype(np.float64)))
         return chance

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
+from backends.llamacpp.block_rows import Confidence, Markov, Selector, SelectorRows
 from localspec.formats.head_conversion import write_head_gguf
 from localspec.protocols import HostTokens
 from localspec.testing.gguf_architectures import write_architecture
@@ -99,6 +101,49 @@ def test_a_smaller_vocabulary_is_scattered(kind: str, target_path: Path, tmp_pat
         behind = guesses.extend(HostTokens(np.array([own[3], 7], np.int32)), [-1, -1]).rows([0, 1])
         for found, token in zip(behind, [own[3], 7], strict=True):
             assert_close(found, reference.row(base, hidden, 1, token))
+
+
+class Watched(np.ndarray[Any, Any]):
+    """A matrix that notes how many threads its products may use."""
+
+    threads: ClassVar[list[int]] = []
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
+        if ufunc is np.matmul:
+            self.threads.extend(
+                one.num_threads for one in ThreadpoolController().lib_controllers if one.user_api == "blas"
+            )
+        return getattr(ufunc, method)(*(np.asarray(one) for one in inputs), **more)
+
+
+class Watchable:
+    """Stands where a table in a file does."""
+
+    def __init__(self, numbers: np.random.Generator, num_rows: int = 12) -> None:
+        self.whole = numbers.random((num_rows, 6), np.float32).view(Watched)
+
+    def rows(self, indices: Sequence[int]) -> Any:
+        return np.asarray(self.whole)[list(indices)]
+
+
+def test_products_on_the_host_leave_no_threads_awake() -> None:
+    """BLAS's threads stay awake behind a product, and llama.cpp's would have to wait for them."""
+    numbers = np.random.default_rng(3)
+    tables: Any = Watchable(numbers)
+    gate: Any = Watchable(numbers, 6)
+    hidden = numbers.random((2, 6), np.float32)
+    weight: Any = numbers.random(12, np.float32).view(Watched)
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        Watched.threads.clear()
+        markov = Markov(tables, tables, None)
+        for count in (1, 3):
+            assert markov.differences([1] * count, [2] * count).shape == (count, 12)
+        assert Watched.threads == [1, 1]
+        SelectorRows(numbers.random((2, 12), np.float32), hidden, Selector(tables, tables, gate, 3)).at([(1, 4)])
+        assert Watched.threads == [1, 1, 1]
+        assert Confidence(weight, 0.5, tables).of(hidden, [(0, 1), (1, 2)]).shape == (2,)
+        assert Watched.threads == [1] * 5
+        assert (tables.whole @ hidden.T).shape == (12, 2) and Watched.threads[-1] == 2, "given back"
 
 
 EAGLES: dict[str, dict[str, Any]] = {
