@@ -56,13 +56,19 @@ def measure(
     ]
     keys = [(work.name, prompt.id, temperature, one.name, repeat) for work, prompt, temperature, one, repeat in plan]
     left = [(step, key) for step, key in zip(plan, keys, strict=True) if not log.has(key)]
-    warm: set[tuple[str, bool]] = set()
+    warm: set[tuple[bool, bool]] = set()
     for done, ((work, prompt, temperature, contender, _), key) in enumerate(left, len(plan) - len(left)):
         on_run(done, len(plan), f"{work.name}, {contender.name}")
         tokens = encoded[work.name, prompt.id]
-        if (contender.name, work.foreign_draft) not in warm:  # first passes allocate, and find the machine asleep
-            contender.answer(work, tokens, _params(prompt, temperature, min(_WARM_UP_TOKENS, max_tokens), ignore_eos))
-            warm.add((contender.name, work.foreign_draft))
+        kind = work.foreign_draft, temperature > 0.0
+        if kind not in warm:
+            # First passes allocate, find the machine asleep, and some devices build kernels for them. What one
+            # contender builds serves the others, so all come before anything is timed.
+            warm.add(kind)
+            short = _params(prompt, temperature, min(_WARM_UP_TOKENS, max_tokens), ignore_eos)
+            for other in contenders:
+                if other.takes(work):
+                    other.answer(work, tokens, short)
         answer = contender.answer(work, tokens, _params(prompt, temperature, max_tokens, ignore_eos))
         log.add(Run(*key, answer))
     on_run(len(plan), len(plan), "")

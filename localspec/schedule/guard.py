@@ -41,11 +41,11 @@ class Guard:
 
     def as_dict(self) -> dict[str, Any]:
         """For `recall`."""
-        return {"gain": self.gain, "parked": self.parked}
+        return {"gain": self.gain, "parked": self.parked, "credit": self._credit}
 
     def recall(self, data: Mapping[str, Any]) -> None:
         """Go on from what `as_dict` gave: parked, or on probation. Raises KeyError, TypeError and ValueError."""
-        self.gain, self.parked = float(data["gain"]), bool(data["parked"])
+        self.gain, self.parked, self._credit = float(data["gain"]), bool(data["parked"]), float(data.get("credit", 0.0))
         self._drawdown = -0.5 * _LIMIT
 
     def begin(self) -> None:

@@ -89,8 +89,18 @@ def test_contenders_alternate_within_one_run(pair: Pair) -> None:
     log = RunLog(conditions(pair, works, contenders, temperatures=[0.0], repeats=2))
     speed.measure(log, pair, works, contenders)
     assert [run.contender for run in log.runs] == ["a", "b", "b", "a", "b", "a", "a", "b"]
-    assert order[:4] == ["a", "a", "b", "b"], "each is warmed up once, right before its first answer"
+    assert order[:4] == ["a", "b", "a", "b"], "all are warmed up before anything is timed"
     assert len(order) == len(log.runs) + 2
+
+
+def test_all_are_warmed_up_for_greedy_and_for_sampled_text(pair: Pair) -> None:
+    order: list[str] = []
+    contenders = [Fixed("a", Kind.PLAIN, 10.0, order), Fixed("b", Kind.CONFIG, 10.0, order)]
+    works = workloads("chat")
+    log = RunLog(conditions(pair, works, contenders, temperatures=[0.0, 0.5, 0.8], repeats=1))
+    speed.measure(log, pair, works, contenders)
+    assert order[:8] == ["a", "b", "a", "b", "a", "b", "a", "b"], "two of T = 0, and before those of T = 0.5 again"
+    assert len(order) == len(log.runs) + 4, "T = 0.8 needs no other kernels"
 
 
 def test_a_prompt_without_room_is_refused_before_anything_runs(pair: Pair) -> None:

@@ -17,6 +17,7 @@ from localspec.sampling import SamplingParams
 from localspec.schedule import store
 from localspec.schedule.cost import Costs
 from localspec.schedule.experience import Experience
+from localspec.schedule.guard import Guard
 from localspec.schedule.scheduled import Scheduled
 from localspec.testing.reference import ReferenceModel
 from tests.schedule.test_scheduled import PROMPT, Wrong, curve, session
@@ -69,6 +70,21 @@ def test_one_that_lost_is_not_believed_again() -> None:
             result = one.generate(PROMPT, SamplingParams(max_tokens=150, ignore_eos=True))
         drafted.append(result.stats.num_drafted)
     assert drafted[0] < 0.5 * drafted[1]
+
+
+def test_what_trials_cost_before_is_still_owed() -> None:
+    guard = Guard()
+    for _ in range(40):
+        guard.observe(0.0, 1.0, 1.0)
+    guard.begin()
+    assert guard.parked and guard.pays(2.0), "the first trial of an answer is made in advance"
+    after = Guard()
+    after.recall(json.loads(json.dumps(guard.as_dict())))
+    after.begin()
+    assert after.parked and not after.pays(2.0), "another process is no reason for another trial"
+    for _ in range(200):
+        after.idle(1.0, 1.0, 2.0)
+    assert after.pays(2.0), "the share that is put aside has paid for the last one"
 
 
 def test_today_outweighs_what_is_remembered() -> None:
