@@ -110,9 +110,8 @@ class Watched(np.ndarray[Any, Any]):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
         if ufunc is np.matmul:
-            self.threads.extend(
-                one.num_threads for one in ThreadpoolController().lib_controllers if one.user_api == "blas"
-            )
+            libraries = ThreadpoolController().select(user_api="blas").lib_controllers  # scipy has one of its own
+            self.threads.append(max(one.num_threads for one in libraries))
         return getattr(ufunc, method)(*(np.asarray(one) for one in inputs), **more)
 
 
