@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from localspec.schedule.cost import Costs, Curve, HeadCosts
 from localspec.schedule.haste import Haste
-from localspec.schedule.plan import about
+from localspec.schedule.live import about
 
 _MEMORY = 0.98  # a round
 _TRUST_START, _TRUST_RATIO = 0.5, 4.0  # rounds before what they say of either counts more than the table

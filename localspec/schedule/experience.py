@@ -13,8 +13,9 @@ from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
 from localspec.schedule.drafting import DraftTimes, times_of
 from localspec.schedule.guard import Guard
+from localspec.schedule.live import LiveCosts, about
 from localspec.schedule.opinions import Dissent, Hindsight
-from localspec.schedule.plan import LiveCosts, Rate, about
+from localspec.schedule.plan import Rate
 from localspec.schedule.rest import LookTime
 from localspec.schedule.router import Trials
 

@@ -56,7 +56,7 @@ class Learning:
             verify_ms = experience.live.verify_ms(width, context, lanes)
         elif verify_ms > 0.0 and usual:
             verify_ms = max(verify_ms - sum(one.hidden_ms for one in asked), _LEAST_OWN * verify_ms)
-            experience.live.observe_verify(width, context, verify_ms)
+            experience.live.observe_verify(width, context, verify_ms, early=outcome.begun_early)
         draft_ms = sum(one.ms for one in asked) + (0.0 if tried is None else tried.ms)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         if not shared:
@@ -101,7 +101,7 @@ class Learning:
         if not rest.rounds:
             return
         experience, context = self._experience, decision.context
-        experience.live.observe_verify(rest.width, context, rest.ms / rest.rounds)
+        experience.live.observe_verify(rest.width, context, rest.ms / rest.rounds, early=decision.begins_early)
         round_ms = rest.ms + rest.rounds * experience.live.costs.overhead_ms
         experience.observe(rest.tokens, round_ms, plain=True)
         self._idle(self._asker.parts, decision, round_ms, experience.plain_ms(context))

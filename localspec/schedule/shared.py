@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from localspec.protocols import Load, Outcome, Proposal
 from localspec.schedule.experience import Experience
-from localspec.schedule.plan import MOST_NODES, Valuation
+from localspec.schedule.live import MOST_NODES
+from localspec.schedule.plan import Valuation
 from localspec.schedule.scheduled import LOOKING
 
 Gather = Callable[[Sequence[Callable[[], Proposal]]], list[Proposal]]

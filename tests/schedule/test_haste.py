@@ -10,7 +10,7 @@ from localspec.protocols import WidthClass
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.drafting import ModelTimes
 from localspec.schedule.haste import Haste
-from localspec.schedule.plan import LiveCosts
+from localspec.schedule.live import LiveCosts
 
 TABLE = Curve((1, 2, 4, 8), (0, 500), ((10.0, 10.0, 12.0, 18.0),) * 2)
 

@@ -15,7 +15,8 @@ from localspec.protocols import WidthClass
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.guard import Guard
-from localspec.schedule.plan import LiveCosts, Rate, Valuation
+from localspec.schedule.live import LiveCosts
+from localspec.schedule.plan import Rate, Valuation
 from localspec.tree.token_tree import TokenTree
 
 STAIRS = Curve(
@@ -153,6 +154,20 @@ def test_a_wider_pass_is_taken_where_it_is_quicker() -> None:
     ms, widths = live(falling).by_nodes(0)
     assert widths[:4] == [4, 4, 4, 4] and ms[0] == pytest.approx(33.0)
     assert live(falling, high=3).by_nodes(0)[1][:3] == [2, 2, 3]  # the class ends before
+
+
+@pytest.mark.parametrize(("early", "less"), [(True, 0.0), (False, 0.42)])
+def test_passes_that_begin_early_say_nothing_of_wider_ones(early: bool, less: float) -> None:
+    """They seem to take less than the table says. When that was believed of all widths, wide passes looked as quick."""
+    table = Curve((1, 4, 16), (0,), ((12.0, 12.5, 13.0),))
+    costs = LiveCosts(Costs(table, None, 0.0), WidthClass(1), 16, steps=(1, 4, 16), optimism=1.0)
+    for _ in range(300):
+        costs.observe_verify(1, 0, 7.0, early=early)
+    assert costs.plain_ms(0) == pytest.approx(7.0, rel=0.05)
+    assert 1.0 - costs.verify_ms(16, 0) / 13.0 == pytest.approx(less, abs=0.03)
+    assert costs.by_nodes(0)[1][0] == 1
+    costs.observe_verify(16, 0, 20.0)
+    assert costs.verify_ms(16, 0) > 10.0, "a pass of its own is believed at once"
 
 
 # ---------------------------------------------------------------- the plan

@@ -8,7 +8,7 @@ import pytest
 from localspec.protocols import HostTokens, Outcome, Proposal
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.experience import Experience
-from localspec.schedule.plan import LiveCosts
+from localspec.schedule.live import LiveCosts
 from localspec.schedule.shared import SharedBudget
 from localspec.testing.reference import ReferenceModel
 from localspec.tree.token_tree import TokenTree
