@@ -148,6 +148,9 @@ class WidthClass:
         return text if self.measured else f"{text} (not measured here)"
 
 
+_EVERY_ROUND = 3  # tokens at most that a drafter whose guesses came true has yet to read
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """Facts about a loaded model, asked once.
@@ -179,11 +182,14 @@ class Capabilities:
     width_steps: tuple[int, ...] = ()
     runs_ahead: bool = False
 
-    def piece(self, count: int) -> int:
-        """How many of so many tokens that are known beforehand the next pass should read: all, or where each width is
-        dear at first use the most that a width of few allows. Reading what was missed comes in any length."""
-        few = (1, 2, 3, *self.width_steps)
-        return max(width for width in few if width <= count) if self.width_steps and count > 0 else count
+    def reading(self, count: int) -> tuple[int, int]:
+        """(how many of so many tokens that are known beforehand the next pass should read, its width): all of them as
+        they are, or where each width is dear at first use the widest one, padded. What was missed comes in any length,
+        and widths up to 3 are those of every round."""
+        if not self.width_steps or count <= _EVERY_ROUND:
+            return count, count
+        widest = self.width_steps[-1]
+        return min(count, widest), widest
 
 
 @dataclass(frozen=True, slots=True)

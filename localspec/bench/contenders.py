@@ -12,6 +12,7 @@ from localspec.bench.runs import Answer
 from localspec.bench.workloads import Workload
 from localspec.drafters import Nothing
 from localspec.engine.session import Session
+from localspec.engine.stats import RoundRecord
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import Mode
 from localspec.pair import Pair
@@ -91,8 +92,9 @@ class Own:
             self._sessions[foreign] = session
         try:
             session.reset()
+            rounds: list[RoundRecord] = []
             started = perf_counter()
-            generation = session.generate(tokens, params)
+            generation = session.stream(tokens, params, on_round=lambda result: rounds.append(result.record)).result
             elapsed_ms = (perf_counter() - started) * 1e3
         finally:
             if not self._keep:
@@ -114,6 +116,7 @@ class Own:
             accepted_by_depth=stats.accepted_by_depth,
             num_rechecked=stats.num_rechecked,
             recheck_ms=stats.recheck_ms,
+            rounds=[_short(one) for one in rounds],
         )
 
     def close(self) -> None:
@@ -121,6 +124,11 @@ class Own:
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
+
+
+def _short(one: RoundRecord) -> list[float]:
+    times = (round(ms, 4) for ms in (one.draft_ms, one.verify_ms, one.host_ms))
+    return [one.num_nodes, one.num_accepted, one.width, *times]
 
 
 class Rival:

@@ -29,6 +29,7 @@ class Answer:
     follows: None where a library does not say.  draft_ms, verify_ms, host_ms: the parts of `decode_ms`.
     drafted_by_depth, accepted_by_depth: rounds that guessed so deep, and in which that guess was taken.
     digest: of the tokens.  num_rechecked, recheck_ms: of guarded decoding; the time is part of `host_ms` too.
+    rounds: each one's [nodes, accepted, width, draft ms, verify ms, host ms], ours only.
     """
 
     num_tokens: int
@@ -45,6 +46,7 @@ class Answer:
     accepted_by_depth: Sequence[int] | None = None
     num_rechecked: int | None = None
     recheck_ms: float | None = None
+    rounds: Sequence[Sequence[float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,9 +76,9 @@ class DraftCache:
         last = len(tokens) - num_rows
         self._reset_to(min(self._state.length, last))
         self._read(min(last, len(tokens) - _PREFILL_CHUNK))
-        known = self.model.capabilities
-        while (count := len(tokens) - self._state.length) > known.piece(count) and self._state.length < last:
-            self._read(self._state.length + min(known.piece(count), last - self._state.length))
+        count = len(tokens) - self._state.length
+        if self.model.capabilities.reading(count) != (count, count):
+            self._read(last)
         rest = tokens[self._state.length :].copy()
         rows = tuple(range(len(rest) - num_rows, len(rest)))
         scores = self._forward(HostTokens(rest), chain_parents(self._state, len(rest)).tolist(), rows)
@@ -88,10 +88,13 @@ class DraftCache:
     def _read(self, length: int) -> None:
         """Commit the context up to `length` tokens."""
         while self._state.length < length:
-            count = self.model.capabilities.piece(min(length - self._state.length, _PREFILL_CHUNK))
-            chunk = self._context.tokens[self._state.length : self._state.length + count].copy()
-            self._forward(HostTokens(chunk), chain_parents(self._state, len(chunk)).tolist(), ())
-            self._commit(range(len(chunk)), chunk.tolist())
+            start = self._state.length
+            count, width = self.model.capabilities.reading(min(length - start, _PREFILL_CHUNK))
+            chunk = self._context.tokens[start : start + count].copy()
+            padding = np.zeros(min(width, self.model.info.context_length - start) - count, np.int32)
+            padded = np.concatenate([chunk, padding])
+            self._forward(HostTokens(padded), chain_parents(self._state, len(padded)).tolist(), ())
+            self._commit(range(count), chunk.tolist())
 
     def step_back(self, count: int) -> None:
         """Guess on from `count` tokens before the conversation's end, at most as far back as `start` gave rows."""

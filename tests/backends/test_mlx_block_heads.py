@@ -180,8 +180,9 @@ def test_rows_are_those_of_an_independent_forward_pass(
     tmp_path: Path, folder: Path, kind: str, blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over several rounds: kept branches of trees, truncation, forks and saved sequences. blocks: as on CUDA, where
-    attention is given whole blocks of cells."""
-    monkeypatch.setattr(module("heads.backbone"), "builds_attention", lambda: blocks)
+    attention is given whole blocks of cells, and done in separate operations."""
+    for name in ("heads.backbone", "heads.attention"):
+        monkeypatch.setattr(module(name), "builds_attention", lambda: blocks)
     target = tiny_target(folder)
     spec = sized(SPECS[kind], target)
     head = BACKEND.load_head(write_block_head(tmp_path, spec), target)

@@ -15,6 +15,7 @@ from localspec.types import Positions
 
 from ..cache import Pass, TreeCache
 from ..device import builds_attention
+from .attention import attend
 from .convolution import Convolution
 from .sight import Sight
 from .tensors import Norm, Weights, gelu_gated, silu_gated
@@ -69,7 +70,7 @@ class BlockAttention:
         first, mask = sight.cells(self._window, self._causal)
         if first:
             keys, values = keys[:, :, first:], values[:, :, first:]
-        attended = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._scale, mask=mask)
+        attended = attend(queries, keys, values, self._scale, mask)
         return self._output(attended.transpose(0, 2, 1, 3).reshape(1, size, -1))
 
     def _heads(self, x: mx.array, num_heads: int) -> mx.array:

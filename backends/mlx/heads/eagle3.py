@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
 from localspec.errors import HeadFileError, PairMismatchError
@@ -21,6 +20,7 @@ from ..cache import Pass, TreeCache
 from ..device import builds_attention
 from ..grafts import place_positions
 from ..model import MlxModel
+from .attention import attend
 from .borrowed import Borrowed
 from .pairs import PairHead
 from .parameters import head_info, read_tensors, share, take_weights
@@ -54,7 +54,7 @@ class _Attention(nn.Module):
         queries = self.rope(queries.transpose(0, 2, 1, 3), offset=offset)
         keys = self.rope(keys.transpose(0, 2, 1, 3), offset=offset)
         keys, values = cache.update_and_fetch(keys, values)
-        seen = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self._head_dim**-0.5, mask=mask)
+        seen = attend(queries, keys, values, self._head_dim**-0.5, mask)
         return self.o_proj(seen.transpose(0, 2, 1, 3).reshape(1, num, -1))
 
 

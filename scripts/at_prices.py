@@ -1,0 +1,157 @@
+"""What decoding would be like at another machine's prices: the bundled pair, real texts, real decisions, another clock.
+
+    python scripts/at_prices.py COSTS.json                             # auto and the chain of three against plain
+    python scripts/at_prices.py COSTS.json --widths 3:4 --host 2 --config auto --config draft_model:num=2
+
+COSTS.json holds what passes take there, as `localspec tune` keeps it (`*-tuned.json` or `*-quick.json` in its folder,
+see docs/tune.md), or the same by hand:
+
+    {"target": {"widths": [1, 4, 16], "contexts": [64], "ms": [[10, 14, 35]]},
+     "draft": {"widths": [1, 4], "contexts": [64], "ms": [[0.5, 0.6]]}, "overhead_ms": 0.2, "measured": "", "notes": []}
+
+Each pass of either model takes as long as the table says, whatever it takes here; what the host does between passes
+takes as long as here, times --host. So what `auto` decides can be judged for a machine that is not at hand, without that
+machine's noise: as far as its passes depend on width and context alone, and wait for nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from localspec import Pair
+from localspec.bench import speed as bench
+from localspec.bench.contenders import Contender, Kind, Own, plain_contenders
+from localspec.bench.runs import RunLog
+from localspec.bench.summary import summarize
+from localspec.bench.workloads import load_workloads
+from localspec.errors import UsageError
+from localspec.loading import bundled_path, load_model
+from localspec.protocols import LanguageModel, LoadSettings, Scores, Step, WidthClass
+from localspec.schedule.cost import Costs, Curve
+
+
+class Clock:
+    """Seconds, of which those in passes are what the table says."""
+
+    def __init__(self, host: float) -> None:
+        self._host = host
+        self._inside = self._priced = 0.0
+
+    def __call__(self) -> float:
+        """As `time.perf_counter`."""
+        return (perf_counter() - self._inside) * self._host + self._priced
+
+    def charge(self, model: LanguageModel, curve: Curve) -> None:
+        """Have that model's passes take what the curve says."""
+        forward: Callable[[Sequence[Step]], list[Scores]] = model.forward
+
+        def priced(steps: Sequence[Step]) -> list[Scores]:
+            started = perf_counter()
+            scores = forward(steps)
+            for one in scores:
+                if one.num_rows:
+                    one.rows((0,))  # a pass that runs on would be waited for later
+            self._inside += perf_counter() - started
+            self._priced += sum(curve.at(step.num_tokens, step.state.length) for step in steps) * 1e-3
+            return scores
+
+        model.forward = priced  # type: ignore[method-assign]
+
+    def install(self) -> None:
+        """Have everybody look at this clock."""
+        for name, module in list(sys.modules.items()):
+            if name.startswith("localspec.") and getattr(module, "perf_counter", None) is perf_counter:
+                module.perf_counter = self  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Run everybody, print shares of the best fixed one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("costs", type=Path)
+    parser.add_argument("--widths", default="1:", metavar="MIN:MAX", help="of the width class there")
+    parser.add_argument("--host", type=float, default=1.0, help="how many times as slow its processor is")
+    parser.add_argument("--config", action="append", help="as in bench speed [default: auto, draft_model:num=3]")
+    parser.add_argument("--workload", action="append", help="as in bench speed [default: chat, code, prose, copy, json]")
+    parser.add_argument("--at", type=float, action="append", help="temperatures [default: 0, 0.8]")
+    parser.add_argument("--per-workload", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2)
+    options = parser.parse_args()
+    names = options.config or ["auto", "draft_model:num=3"]
+    summary = measure(options, names)
+    print(f"{'T':>4} {'workload':9}" + "".join(f"{name:>26}" for name in ["plain", *names]))
+    for temperature in summary.temperatures:
+        for work in summary.workloads:
+            rows = {row.contender: row for row in summary.find(work, temperature)}
+            best = max(row.tokens_per_second.value for name, row in rows.items() if name != "auto")
+            cells = [
+                f"{row.tokens_per_second.value:9.1f} {row.accepted_length or 0:5.2f} {row.tokens_per_second.value / best:8.1%}"
+                for name in ["plain", *names]
+                for row in [rows[name]]
+            ]
+            print(f"{temperature:4} {work:9}" + "".join(f"{cell:>26}" for cell in cells))
+    print("tokens per second, tokens per round, share of the best one but auto")
+
+
+def measure(options: argparse.Namespace, names: Sequence[str]) -> Any:
+    """A summary of all runs."""
+    costs = read_costs(options.costs)
+    least, _, most = options.widths.partition(":")
+    settings = LoadSettings(context=1024, num_sequences=6 + 2 * len(names), flash_attention=True, cache_type="bf16")
+    target, draft = (load_model(bundled_path("tiny", role), "llamacpp", settings) for role in ("target", "draft"))
+    given = WidthClass(int(least), int(most) if most else None, "given", measured=True)
+    target.capabilities = replace(target.capabilities, width_class=given)  # type: ignore[misc]
+    clock = Clock(options.host)
+    clock.charge(target, costs.target)
+    if costs.draft is None:
+        raise UsageError(f"{options.costs} was measured without a draft model")
+    clock.charge(draft, costs.draft)
+    with Pair(target, draft) as pair:
+        pair.remembers_speed = False
+        vars(pair)["costs"] = costs
+
+        def nobody() -> Pair:
+            raise AssertionError("no workload is a stranger's")
+
+        workloads = load_workloads(
+            None, options.workload or ["chat", "code", "prose", "copy", "json"], options.per_workload, has_draft=True
+        )
+        contenders: list[Contender] = plain_contenders(pair)
+        contenders += (Own(name, Kind.CONFIG, name, pair, nobody) for name in names)
+        conditions = bench.describe(
+            pair,
+            workloads,
+            contenders,
+            runtime={},
+            max_tokens=options.tokens,
+            ignore_eos=False,
+            repeats=options.repeats,
+            temperatures=options.at or [0.0, 0.8],
+            grid=[],
+            notes=[],
+            experience=0,
+            exact="auto",
+        )
+        clock.install()
+        with RunLog(conditions) as log:
+            bench.measure(log, pair, workloads, contenders)
+        for contender in contenders:
+            contender.close()
+        return summarize(log, complete=True)
+
+
+def read_costs(path: Path) -> Costs:
+    """Those that tune kept, or written by hand."""
+    data = json.loads(path.read_text())
+    return Costs.from_dict(data.get("found", data))
+
+
+if __name__ == "__main__":
+    main()
