@@ -10,8 +10,8 @@ see docs/tune.md), or the same by hand:
      "draft": {"widths": [1, 4], "contexts": [64], "ms": [[0.5, 0.6]]}, "overhead_ms": 0.2, "measured": "", "notes": []}
 
 Each pass of either model takes as long as the table says, whatever it takes here; what the host does between passes
-takes as long as here, times --host. So what `auto` decides can be judged for a machine that is not at hand, without that
-machine's noise: as far as its passes depend on width and context alone, and wait for nothing else.
+takes as long as here, times --host. So what `auto` decides can be judged for a machine that is not at hand, without
+its noise: as far as its passes depend on width and context alone, and wait for nothing else.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--widths", default="1:", metavar="MIN:MAX", help="of the width class there")
     parser.add_argument("--host", type=float, default=1.0, help="how many times as slow its processor is")
     parser.add_argument("--config", action="append", help="as in bench speed [default: auto, draft_model:num=3]")
-    parser.add_argument("--workload", action="append", help="as in bench speed [default: chat, code, prose, copy, json]")
+    parser.add_argument(
+        "--workload", action="append", help="as in bench speed [default: chat, code, prose, copy, json]"
+    )
     parser.add_argument("--at", type=float, action="append", help="temperatures [default: 0, 0.8]")
     parser.add_argument("--per-workload", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
@@ -91,11 +93,10 @@ def main() -> None:
         for work in summary.workloads:
             rows = {row.contender: row for row in summary.find(work, temperature)}
             best = max(row.tokens_per_second.value for name, row in rows.items() if name != "auto")
-            cells = [
-                f"{row.tokens_per_second.value:9.1f} {row.accepted_length or 0:5.2f} {row.tokens_per_second.value / best:8.1%}"
-                for name in ["plain", *names]
-                for row in [rows[name]]
-            ]
+            cells = []
+            for row in (rows[name] for name in ["plain", *names]):
+                speed = row.tokens_per_second.value
+                cells.append(f"{speed:9.1f} {row.accepted_length or 0:5.2f} {speed / best:8.1%}")
             print(f"{temperature:4} {work:9}" + "".join(f"{cell:>26}" for cell in cells))
     print("tokens per second, tokens per round, share of the best one but auto")
 

@@ -21,6 +21,7 @@ from localspec.schedule.router import Trials
 
 _SMOOTHING = 0.1
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
+_SURE = 0.88  # of the speed reached lately; some of it was luck, and guessing little teaches little
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
 _EARLY_ROUNDS = 3  # until passes begin before the last token is read
 _LONGEST_RUN = 16
@@ -78,6 +79,7 @@ class Experience:
         known = capabilities
         self.live = LiveCosts(costs, known.width_class, known.max_width, steps=known.width_steps, **hope)
         self._pace: dict[int, _Pace] = {}
+        self._rates: dict[tuple[int, bool | None], Rate] = {}
         self._reliability: dict[tuple[str, bool], Reliability] = {}
         self._records: dict[tuple[str, bool, int], Record] = {}
         self._times: dict[str, DraftTimes] = {}
@@ -140,10 +142,16 @@ class Experience:
             self._times[name] = times_of(name, self.live.costs)
         return self._times[name]
 
-    def rate(self, context: int, lanes: int = 1) -> float:
-        """Tokens per millisecond, of all lanes together: what was reached lately, at least plain decoding's."""
+    def rate(self, context: int, lanes: int = 1, greedy: bool | None = None) -> float:
+        """What a millisecond is worth, in tokens of all lanes together: most of what was reached lately, at least what
+        plain decoding brings. greedy: at temperature 0 or above, where guesses come true less often; None: lanes of
+        both kinds."""
         plain = lanes / self.plain_ms(context, lanes)
-        return max(self._paced(lanes).rate.value * lanes / about(lanes), plain)
+        return max(_SURE * self._rate(lanes, greedy).value * lanes / about(lanes), plain)
+
+    def begin(self, greedy: bool) -> None:
+        """Another answer of one lane, whose text may be another one."""
+        self._rate(1, greedy).renew()
 
     def wants_plain(self, lanes: int = 1, *, begins_early: bool = False) -> bool:
         """Is it time to see again what plain decoding takes? All gains are judged by it, and a table that was wrong
@@ -173,27 +181,29 @@ class Experience:
         """The first plain rounds behind a guess took so many plain rounds longer than in a row."""
         self._restart += _SMOOTHING * (min(max(longer, 0.0), _MOST_RESTART) - self._restart)
 
-    def observe(self, tokens: int, round_ms: float, *, plain: bool, lanes: int = 1) -> None:
+    def observe(self, tokens: int, round_ms: float, *, plain: bool, lanes: int = 1, greedy: bool | None = None) -> None:
         """A round emitted so many tokens in all lanes. plain: nobody guessed anything, and it took what that usually
-        does."""
+        does.  greedy: as for `rate`."""
         self._rounds += 1
         pace = self._paced(lanes)
         pace.rounds_since_plain = 0 if plain else pace.rounds_since_plain + 1
         pace.plain_rounds += plain
-        pace.rate.add(tokens * about(lanes) / lanes, round_ms)
+        self._rate(lanes, greedy).add(tokens * about(lanes) / lanes, round_ms)
 
     def _paced(self, lanes: int) -> _Pace:
+        return self._pace.setdefault(about(lanes), _Pace())
+
+    def _rate(self, lanes: int, greedy: bool | None) -> Rate:
         load = about(lanes)
-        if load not in self._pace:
-            self._pace[load] = _Pace(Rate(load / self.plain_ms(0, load)))
-        return self._pace[load]
+        if (load, greedy) not in self._rates:
+            self._rates[load, greedy] = Rate(load / self.plain_ms(0, load))
+        return self._rates[load, greedy]
 
 
 @dataclass(slots=True)
 class _Pace:
-    """How fast it went with about so many lanes, and how long ago that was without speculation."""
+    """With about so many lanes: how long ago it went without speculation, and how often."""
 
-    rate: Rate
     rounds_since_plain: int = 0
     plain_rounds: int = 0
 

@@ -60,7 +60,7 @@ class Learning:
         draft_ms = sum(one.ms for one in asked) + (0.0 if tried is None else tried.ms)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         if not shared:
-            experience.observe(len(outcome.tokens), round_ms, plain=plain and usual)
+            experience.observe(len(outcome.tokens), round_ms, plain=plain and usual, greedy=decision.greedy)
         _see_what_was_kept(decision, outcome)
         if decision.opinions is not None:
             decision.opinions.observe(outcome.tokens)
@@ -103,7 +103,7 @@ class Learning:
         experience, context = self._experience, decision.context
         experience.live.observe_verify(rest.width, context, rest.ms / rest.rounds, early=decision.begins_early)
         round_ms = rest.ms + rest.rounds * experience.live.costs.overhead_ms
-        experience.observe(rest.tokens, round_ms, plain=True)
+        experience.observe(rest.tokens, round_ms, plain=True, greedy=decision.greedy)
         self._idle(self._asker.parts, decision, round_ms, experience.plain_ms(context))
         rest.clear()
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from localspec.schedule.live import LiveCosts
 
 _RECENTLY = 40.0  # rounds that say how fast this text goes, after which older ones count half
+_BEFORE = 4.0  # what earlier texts count for when another one begins, in rounds
 _FAINT = 0.1  # a leaf with that share of the best one's chance is not worth thinking of
 _GLIMPSE = 4  # levels looked ahead when asking whether to go on
 
@@ -148,6 +149,12 @@ class Rate:
     def value(self) -> float:
         """Tokens per millisecond."""
         return self._tokens / self._ms
+
+    def renew(self) -> None:
+        """Another text begins: what was seen of others counts no more than a few rounds of it."""
+        if self._count > _BEFORE:
+            share = _BEFORE / self._count
+            self._tokens, self._ms, self._count = share * self._tokens, share * self._ms, _BEFORE
 
     def add(self, tokens: float, ms: float) -> None:
         """One round."""

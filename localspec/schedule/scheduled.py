@@ -118,7 +118,9 @@ class Scheduled:
         """Ask those that might bring something."""
         experience, load, context, last = self.experience, request.load, len(request.context), self._decision
         decision = self._decision = Decision(context, request.sampler.is_greedy, load, request.begins_early)
-        rate = experience.rate(context, decision.lanes)
+        if load is None and self._is_new:
+            experience.begin(decision.greedy)
+        rate = experience.rate(context, decision.lanes, decision.greedy if load is None else None)
         if self._in_a_row and request.begins_early:
             decision.restart_ms = experience.restart_ms(context)
         barrier_ms = experience.part_of_restart() * decision.restart_ms
