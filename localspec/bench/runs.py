@@ -78,6 +78,24 @@ class Run:
         return cls(**{name: data[name] for name in names}, answer=answer)
 
 
+def read_runs(path: Path) -> list[Run]:
+    """Those that a benchmark wrote down. Raises SettingError for a file that is none."""
+    try:
+        return _read(path)[1]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingError(f"{path} holds no runs of a benchmark: {error}", fix="Name the folder of one.") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Run], int]:
+    """(conditions, none of another schema; runs; the file's length in bytes without a last line that was cut off)."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    first, *lines = content[:whole].decode("utf-8").splitlines()
+    head = json.loads(first)
+    conditions = head["conditions"] if head["schema"] == SCHEMA else {}
+    return conditions, [Run.from_dict(json.loads(line)) for line in lines], whole
+
+
 class RunLog:
     """Runs in memory and, where a path is given, in a file. Use it with `with`.
 
@@ -123,13 +141,8 @@ class RunLog:
             raise SettingError(
                 f"{path} exists already", fix="Give another --output, or go on with that benchmark: --resume."
             )
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
         try:
-            first, *lines = content[:whole].decode("utf-8").splitlines()
-            head = json.loads(first)
-            before = head["conditions"] if head["schema"] == SCHEMA else {}
-            self.runs = [Run.from_dict(json.loads(line)) for line in lines]
+            before, self.runs, whole = _read(path)
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(
                 f"{path} holds no benchmark that can go on: {error}", fix="Leave --resume out."

@@ -13,6 +13,7 @@ import click
 from localspec.commands.expand import expand
 from localspec.commands.models import open_models
 from localspec.commands.options import F, apply_options, exact_option, in_a_folder, load_options
+from localspec.commands.rounds import rounds
 from localspec.commands.serving import serve, soak
 from localspec.commands.speed import speed
 
@@ -47,6 +48,7 @@ def bench() -> None:
 
 bench.add_command(expand)
 bench.add_command(speed)
+bench.add_command(rounds)
 bench.add_command(serve)
 bench.add_command(soak)
 

@@ -277,6 +277,11 @@ def test_contenders_of_ours_give_the_text_of_plain_decoding(pair: Pair) -> None:
         assert answer.num_tokens == answer.num_timed == 24
         assert answer.draft_ms is not None and answer.verify_ms is not None and answer.host_ms is not None
         assert answer.draft_ms + answer.verify_ms + answer.host_ms == pytest.approx(answer.decode_ms)
+        assert answer.rounds is not None and len(answer.rounds) == answer.num_rounds
+        nodes, accepted, _, draft_ms, verify_ms, _ = map(sum, zip(*answer.rounds, strict=True))
+        assert (nodes, accepted) == (answer.num_drafted, answer.num_accepted)
+        assert draft_ms == pytest.approx(answer.draft_ms, abs=0.01)
+        assert verify_ms == pytest.approx(answer.verify_ms, abs=0.01)
     for one in contenders:
         one.close()
     assert isinstance(pair.target, ReferenceModel) and pair.target.num_open == 0

@@ -169,3 +169,40 @@ def test_times_are_recalled_as_little() -> None:
         for width in (2, 4):
             after.live.observe_verify(width, 0, COSTS.target.at(width, 0))
     assert after.live.verify_ms(4, 0) == pytest.approx(COSTS.target.at(4, 0), rel=0.1)
+
+
+# ---------------------------------------------------------------- what time is worth
+
+
+def at_ten_milliseconds() -> Experience:
+    return Experience(Costs(curve(10.0, 0.2), None, 0.0), ReferenceModel(48).capabilities)
+
+
+def test_sampled_text_is_not_judged_by_how_fast_greedy_text_went() -> None:
+    """One that went four times as fast as plain decoding made every guess of the other look too dear."""
+    experience = at_ten_milliseconds()
+    plain = 1.0 / experience.plain_ms(0)
+    for _ in range(100):
+        experience.observe(4, 10.0, plain=False, greedy=True)
+    assert experience.rate(0, greedy=True) > 3.0 * plain
+    assert experience.rate(0, greedy=False) == experience.rate(0, greedy=None) == plain
+
+
+def test_what_time_is_worth_follows_another_answer_within_some_rounds() -> None:
+    slow, kept = at_ten_milliseconds(), at_ten_milliseconds()
+    for experience in (slow, kept):
+        for _ in range(100):
+            experience.observe(4, 10.0, plain=False, greedy=True)
+    slow.begin(greedy=True)
+    assert slow.rate(0, greedy=True) == pytest.approx(kept.rate(0, greedy=True))  # until something else is seen
+    for experience in (slow, kept):
+        for _ in range(12):
+            experience.observe(2, 10.0, plain=False, greedy=True)
+    assert slow.rate(0, greedy=True) < 0.25 < kept.rate(0, greedy=True)
+
+
+def test_a_fast_stretch_is_not_taken_for_the_speed_to_come() -> None:
+    experience = at_ten_milliseconds()
+    for _ in range(100):
+        experience.observe(4, 10.0, plain=False, greedy=True)
+    assert 0.8 * 0.4 < experience.rate(0, greedy=True) < 0.95 * 0.4
