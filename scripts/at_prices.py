@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, names: Sequence[str]) -> Any:
     settings = LoadSettings(context=1024, num_sequences=6 + 2 * len(names), flash_attention=True, cache_type="bf16")
     target, draft = (load_model(bundled_path("tiny", role), "llamacpp", settings) for role in ("target", "draft"))
     given = WidthClass(int(least), int(most) if most else None, "given", measured=True)
-    target.capabilities = replace(target.capabilities, width_class=given)  # type: ignore[misc]
+    target.capabilities = replace(target.capabilities, width_class=given)
     clock = Clock(options.host)
     clock.charge(target, costs.target)
     if costs.draft is None:
