@@ -184,9 +184,9 @@ class Capabilities:
 
     def reading(self, count: int) -> tuple[int, int]:
         """(how many of so many tokens that are known beforehand the next pass should read, its width): all of them as
-        they are, or where each width is dear at first use the widest one, padded. What was missed comes in any length,
-        and widths up to 3 are those of every round."""
-        if not self.width_steps or count <= _EVERY_ROUND:
+        they are, or where each width is dear at first use and padding costs nothing to drop the widest one, padded.
+        What was missed comes in any length, and widths up to 3 are those of every round."""
+        if not self.width_steps or count <= _EVERY_ROUND or self.rewind is not Rewind.FREE:
             return count, count
         widest = self.width_steps[-1]
         return min(count, widest), widest

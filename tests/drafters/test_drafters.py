@@ -30,6 +30,7 @@ from localspec.protocols import (
     HostTokens,
     Outcome,
     Proposal,
+    Rewind,
     SavedDraft,
     Scores,
     SequenceState,
@@ -462,6 +463,13 @@ def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(
     assert np.array_equal(rows[0], rows[1])
     assert set(widths) <= {1, 2, 3, 64}
     assert len(widths) <= 1 + -(-(missed + num_rows) // 64)
+
+
+def test_what_cannot_be_dropped_for_nothing_is_not_padded() -> None:
+    known = replace(ReferenceModel(48).capabilities, width_steps=(1, 16, 64))
+    assert [known.reading(count) for count in (2, 5, 64, 200)] == [(2, 2), (5, 64), (64, 64), (64, 64)]
+    for rewind in (Rewind.REPLAY, Rewind.NEVER):
+        assert replace(known, rewind=rewind).reading(5) == (5, 5)
 
 
 def test_reading_what_was_missed_is_not_padded_beyond_the_context() -> None:
