@@ -21,7 +21,6 @@ from localspec.schedule.router import Trials
 
 _SMOOTHING = 0.1
 _FIRST_PLAIN = 3  # rounds at the start of a pair's first answer
-_SURE = 0.88  # of the speed reached lately; some of it was luck, and guessing little teaches little
 _PLAIN_EVERY = 100  # rounds; costs less than a hundredth of what speculation gains
 _EARLY_ROUNDS = 3  # until passes begin before the last token is read
 _LONGEST_RUN = 16
@@ -143,11 +142,11 @@ class Experience:
         return self._times[name]
 
     def rate(self, context: int, lanes: int = 1, greedy: bool | None = None) -> float:
-        """What a millisecond is worth, in tokens of all lanes together: most of what was reached lately, at least what
-        plain decoding brings. greedy: at temperature 0 or above, where guesses come true less often; None: lanes of
-        both kinds."""
+        """What a millisecond is worth, in tokens of all lanes together: what was reached lately, at least what plain
+        decoding brings. greedy: at temperature 0 or above, where guesses come true less often; None: lanes of both
+        kinds."""
         plain = lanes / self.plain_ms(context, lanes)
-        return max(_SURE * self._rate(lanes, greedy).value * lanes / about(lanes), plain)
+        return max(self._rate(lanes, greedy).value * lanes / about(lanes), plain)
 
     def begin(self, greedy: bool) -> None:
         """Another answer of one lane, whose text may be another one."""
