@@ -188,7 +188,7 @@ class Capabilities:
         What was missed comes in any length, and widths up to 3 are those of every round."""
         if not self.width_steps or count <= _EVERY_ROUND or self.rewind is not Rewind.FREE:
             return count, count
-        widest = self.width_steps[-1]
+        widest = max(self.width_steps)
         return min(count, widest), widest
 
 

@@ -81,7 +81,10 @@ class Run:
 def read_runs(path: Path) -> list[Run]:
     """Those that a benchmark wrote down. Raises SettingError for a file that is none."""
     try:
-        return _read(path)[1]
+        conditions, runs, _ = _read(path)
+        if not conditions:
+            raise ValueError("it was written by another version")
+        return runs
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{path} holds no runs of a benchmark: {error}", fix="Name the folder of one.") from None
 

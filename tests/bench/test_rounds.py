@@ -69,9 +69,12 @@ def test_each_configuration_is_compared_on_the_prompts_that_it_answered() -> Non
 
 def test_runs_are_read_again_from_a_folder_and_nothing_else_is(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
-    with RunLog({}, path) as log:
+    with RunLog({"notes": []}, path) as log:
         log.add(run("auto", [PLAIN_ROUND]))
     assert read_runs(path) == log.runs
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 0'))
+    with pytest.raises(SettingError, match="another version"):
+        read_runs(path)
     path.write_text("no benchmark\n")
     with pytest.raises(SettingError, match="no runs of a benchmark"):
         read_runs(path)
