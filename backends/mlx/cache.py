@@ -9,15 +9,17 @@ from mlx_lm.models.cache import KVCache
 
 from .layout import Layout
 
-_BLOCK = KVCache.step
+BLOCK = 1024
+"""Cells of a block. Reading some hundreds that a mask leaves out takes a GPU some hundredths of a millisecond, building
+a kernel for another number of them 50 ms and more."""
 
 if TYPE_CHECKING:
     from .together import JointLayout
 
 
-def whole_blocks(num_cells: int) -> int:
-    """That many cells, rounded up to whole blocks."""
-    return -(-num_cells // _BLOCK) * _BLOCK
+def whole_blocks(num_cells: int, size: int) -> int:
+    """That many cells, rounded up to whole blocks of `size`."""
+    return -(-num_cells // size) * size
 
 
 class Pass:
@@ -49,11 +51,11 @@ class Pass:
 
     def num_shown(self, num_rows: int, num_new: int) -> int:
         """Cells that attention is given, where `num_rows` are in use."""
-        return whole_blocks(num_rows) if self.shows_blocks(num_new) else num_rows
+        return whole_blocks(num_rows, BLOCK) if self.shows_blocks(num_new) else num_rows
 
     def first_shown(self, first: int, num_new: int) -> int:
         """The first cell that attention is given, where those before `first` are seen by none."""
-        return first - first % _BLOCK if self.shows_blocks(num_new) else first
+        return first - first % BLOCK if self.shows_blocks(num_new) else first
 
     def end(self) -> None:
         """Forget the pass, so that nothing of it is kept alive."""
@@ -88,11 +90,12 @@ class TreeCache(KVCache):
         return self._first_cells(self._current.num_shown(self.num_rows, keys.shape[2]))
 
     def append(self, keys: mx.array, values: mx.array) -> None:
-        """Write rows behind the others. As mlx-lm's own, but for room in whole blocks: it cuts off what is left of the
+        """Write rows behind the others. As mlx-lm's own, but for room in whole steps: it cuts off what is left of the
         last one before it adds others."""
         start, end = self.num_rows, self.num_rows + keys.shape[2]
         if self.keys is None or end > self.keys.shape[2]:
-            self._reserve(whole_blocks(end), keys, values)
+            step = BLOCK if self._current.blocks else KVCache.step
+            self._reserve(whole_blocks(end, step), keys, values)
         cells: Any = self.keys
         cells[:, :, start:end] = keys
         cells = self.values

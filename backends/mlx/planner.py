@@ -14,7 +14,7 @@ from localspec.protocols import LoadSettings
 
 _MIB = 2**20
 _PROGRAM = 100 * _MIB  # Python, mlx and mlx-lm: their imports alone took 73 MB on Linux
-_STEP = 256  # rows by which a cache grows
+_STEP, _CUDA_STEP = 256, 1024  # rows by which a cache grows
 _BATCH = 512  # tokens of a pass
 _ROWS = 128
 _F32 = 4
@@ -31,7 +31,8 @@ class MlxPlanner:
         expands = not on_gpu and settings.dtype in (None, "float32")
         value = 4 if expands else _SIZES.get(settings.dtype or "", 2)
         weights = model.num_parameters * 4 if expands else model.total_weight_bytes
-        rows = -(-context // _STEP) * _STEP
+        step = _CUDA_STEP if _cuda_is_installed() else _STEP
+        rows = -(-context // step) * step
         widest = max(model.feed_forward, model.hidden_size, model.num_heads * model.key_size)
         compute = _BATCH * (4 * widest + 0 if on_gpu else context * model.num_heads) * value
 

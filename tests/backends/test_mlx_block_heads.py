@@ -232,6 +232,7 @@ def test_attention_is_given_few_numbers_of_cells(
     import mlx.core as mx
 
     monkeypatch.setattr(module("heads.backbone"), "builds_attention", lambda: True)
+    monkeypatch.setattr(module("cache"), "BLOCK", 256)
     target = tiny_target(folder)
     spec = sized(SPECS[kind], target)
     head = BACKEND.load_head(write_block_head(tmp_path, spec), target)

@@ -111,27 +111,29 @@ def test_attention_is_given_one_number_of_cells_throughout_a_block() -> None:
     current = module("cache").Pass(blocks=True)
     cache, put, shown = module("cache").TreeCache(current), [], []
     keys = values = mx.zeros(0)
-    for width in (20, 2, 3, 240, 3, 1):
+    for width in (20, 2, 3, 1000, 3, 1):
         rows = mx.random.normal((1, 2, width, 4))
         current.begin(layout.Layout(cache.num_rows, layout.chain(width), width), None)
         keys, values = cache.update_and_fetch(rows, rows + 1)
         put.append(rows)
         shown.append((width, keys.shape[2], values.shape[2]))
-    assert shown == [(20, 256, 256), (2, 256, 256), (3, 256, 256), (240, 512, 512), (3, 512, 512), (1, 269, 269)]
+    one, two = module("cache").BLOCK, 2 * module("cache").BLOCK
+    assert shown == [(20, one, one), (2, one, one), (3, one, one), (1000, two, two), (3, two, two), (1, 1029, 1029)]
     assert mx.array_equal(keys, mx.concatenate(put, axis=2))
     assert mx.array_equal(values, keys + 1)
 
 
-def test_room_grows_by_whole_blocks_for_lone_rows_too() -> None:
-    """Else every token of plain decoding behind the first block copies all keys and values."""
+@pytest.mark.parametrize(("blocks", "expected"), [(True, [1024, 2048]), (False, [1024, 1280])])
+def test_room_grows_by_whole_steps_for_lone_rows_too(blocks: bool, expected: list[int]) -> None:
+    """Else every token of plain decoding behind the first step copies all keys and values."""
     mx, layout = import_module("mlx.core"), module("layout")
-    current = module("cache").Pass(blocks=True)
+    current = module("cache").Pass(blocks=blocks)
     cache, sizes = module("cache").TreeCache(current), []
-    for width in (250, *[1] * 300):
+    for width in (1000, *[1] * 200):
         current.begin(layout.Layout(cache.num_rows, layout.chain(width), width), None)
         cache.update_and_fetch(*[mx.zeros((1, 2, width, 4))] * 2)
         sizes.append(cache.keys.shape[2])
-    assert sorted(set(sizes)) == [256, 512, 768]
+    assert sorted(set(sizes)) == expected
 
 
 @pytest.mark.parametrize(("name", "reason"), [("phi3small", "corrupts"), ("olmo", "does not run")])

@@ -20,7 +20,7 @@ from localspec.formats.head import HeadHeader
 from localspec.protocols import HeadInfo, HeadState, Scores, Tokens
 
 from ..border import is_memory_error
-from ..cache import Pass, whole_blocks
+from ..cache import BLOCK, Pass
 from ..device import builds_attention
 from ..grafts import place_positions
 from ..memory import rows_in
@@ -50,6 +50,7 @@ class Cells:
         """Keys and values that attention over so many rows is given, and a mask [rows, cells] where it must leave some
         of them out."""
         begin, end = current.first_shown(self.first, num_rows), current.num_shown(self.end, num_rows)
+        end = min(end, self.keys.shape[2])  # of a target that is not given blocks itself
         mask = None
         if current.shows_blocks(num_rows):
             mask = np.zeros((num_rows, end - begin), np.bool_)
@@ -167,7 +168,7 @@ class AssistantHead(MlxHead[LastHidden]):
             cache = caches[self._sources[kind]]
             if cache.keys is None or cache.values is None or not state.length:
                 size = self._network.module.layers[config.layer_types.index(kind)].self_attn.head_dim
-                nothing = mx.zeros((1, 1, whole_blocks(1), size))
+                nothing = mx.zeros((1, 1, BLOCK, size))
                 found[kind] = Cells(nothing, nothing, 0, 1)
             else:
                 first = max(state.length - config.window + 1, 0) if kind == "sliding_attention" else 0
