@@ -2,6 +2,9 @@
 
 A benchmark says that a configuration is slower than plain decoding, not why. Its rounds do: those that guessed, the
 plain ones behind them, those that asked a drafter and verified nothing, and all others.
+
+And where a machine is quick in one minute and slow in the next, an answer is better compared with its own plain rounds
+than with plain decoding's, which took place in another minute.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ KINDS = {
 }
 _FIRST, _BEHIND = 3, 2
 _MUCH = 0.2  # of a plain round
+_ENOUGH = 3  # plain rounds, by which an answer's pace is judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,50 @@ class Part:
     cost: float
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """A configuration's speed against plain decoding of the same prompts.
+
+    times_plain: by the clock.  times_own: both in units of each answer's own plain rounds, None where there are none.
+    num_judged: answers with enough of them, of all `num_answers`.
+    """
+
+    workload: str
+    temperature: float
+    contender: str
+    num_answers: int
+    num_judged: int
+    times_plain: float
+    times_own: float | None
+
+
 def parts(runs: Sequence[Run]) -> list[Part]:
     """Of all that wrote their rounds down, in the order of the runs; plain decoding's own included."""
+    return [part for own, plain in _beside_plain(runs) for part in _parts(own, plain)]
+
+
+def paces(runs: Sequence[Run]) -> list[Pace]:
+    """Of all that wrote their rounds down but plain decoding, in the order of the runs."""
+    return [_pace(own, plain) for own, plain in _beside_plain(runs) if own[0].contender != PLAIN]
+
+
+def pace_table(found: Sequence[Pace]) -> str:
+    """Markdown, with what the columns are."""
+    columns = "T", "workload", "configuration", "times plain", "by its own plain rounds", "answers judged"
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for pace in found:
+        own = "" if pace.times_own is None else f"{pace.times_own:.2f}"
+        cells = [f"{pace.temperature:g}", pace.workload, pace.contender, f"{pace.times_plain:.2f}", own]
+        lines.append("| " + " | ".join([*cells, f"{pace.num_judged} of {pace.num_answers}"]) + " |")
+    return "\n".join(lines) + (
+        "\n\nby its own plain rounds: the same, with the median of each answer's own plain rounds as the unit of time, "
+        "which a machine's changes of pace do not touch. Only answers that have some are judged."
+    )
+
+
+def _beside_plain(runs: Sequence[Run]) -> Iterator[tuple[list[Run], list[Run]]]:
+    """(a configuration's runs of a workload at a temperature, plain decoding's of the same prompts)."""
     places = dict.fromkeys((run.workload, run.temperature) for run in runs)
-    found: list[Part] = []
     for workload, temperature in places:
         here = [run for run in runs if (run.workload, run.temperature) == (workload, temperature) and run.answer.rounds]
         for name in dict.fromkeys(run.contender for run in here):
@@ -51,8 +95,7 @@ def parts(runs: Sequence[Run]) -> list[Part]:
             prompts = {run.prompt for run in own}
             plain = [run for run in here if run.contender == PLAIN and run.prompt in prompts]
             if plain:
-                found += _parts(own, plain)
-    return found
+                yield own, plain
 
 
 def table(found: Sequence[Part]) -> str:
@@ -70,9 +113,7 @@ def table(found: Sequence[Part]) -> str:
 
 def _parts(own: Sequence[Run], plain: Sequence[Run]) -> list[Part]:
     """Of one configuration's answers, beside plain decoding's to the same prompts."""
-    plain_rounds = [one for run in plain for one in run.answer.rounds or ()]
-    token_ms = sum(map(_ms, plain_rounds)) / sum(map(_tokens, plain_rounds))
-    much = _MUCH * median(map(_ms, plain_rounds))
+    token_ms, much = _token_ms(plain), _much(plain)
     by_kind: dict[str, list[Sequence[float]]] = {kind: [] for kind in KINDS}
     for run in own:
         for kind, one in _kinds(run.answer.rounds or (), much):
@@ -87,6 +128,39 @@ def _parts(own: Sequence[Run], plain: Sequence[Run]) -> list[Part]:
             place = first.workload, first.temperature, first.contender
             made.append(Part(*place, kind, len(rounds), tokens, median(times), max(times), cost))
     return made
+
+
+def _pace(own: Sequence[Run], plain: Sequence[Run]) -> Pace:
+    much = _much(plain)
+    num_judged, ours = _in_own_rounds(own, much)
+    _, theirs = _in_own_rounds(plain, much)
+    first = own[0]
+    place = first.workload, first.temperature, first.contender
+    times_own = theirs / ours if ours and theirs else None
+    return Pace(*place, len(own), num_judged, _token_ms(plain) / _token_ms(own), times_own)
+
+
+def _in_own_rounds(runs: Sequence[Run], much: float) -> tuple[int, float]:
+    """(answers with enough plain rounds, what their tokens took in units of these; 0 where there are none)."""
+    num_judged, units, tokens = 0, 0.0, 0
+    for run in runs:
+        rounds = run.answer.rounds or ()
+        quiet = [_ms(one) for kind, one in _kinds(rounds, much) if kind == "others"]
+        if len(quiet) >= _ENOUGH:
+            num_judged += 1
+            units += sum(map(_ms, rounds)) / median(quiet)
+            tokens += sum(map(_tokens, rounds))
+    return num_judged, units / max(tokens, 1)
+
+
+def _token_ms(runs: Sequence[Run]) -> float:
+    rounds = [one for run in runs for one in run.answer.rounds or ()]
+    return sum(map(_ms, rounds)) / sum(map(_tokens, rounds))
+
+
+def _much(plain: Sequence[Run]) -> float:
+    """Milliseconds of drafting that are much beside a plain round."""
+    return _MUCH * median(_ms(one) for run in plain for one in run.answer.rounds or ())
 
 
 def _kinds(rounds: Sequence[Sequence[float]], much: float) -> Iterator[tuple[str, Sequence[float]]]:

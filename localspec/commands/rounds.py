@@ -11,15 +11,16 @@ import click
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def rounds(folder: Path) -> None:
     """Say where the time of each configuration went, by kinds of rounds. FOLDER: --output of `bench speed`."""
-    from localspec.bench.rounds import parts, table
+    from localspec.bench.rounds import pace_table, paces, parts, table
     from localspec.bench.runs import read_runs
     from localspec.bench.speed_report import RUNS
     from localspec.errors import SettingError
 
-    found = parts(read_runs(folder / RUNS))
+    runs = read_runs(folder / RUNS)
+    found = parts(runs)
     if not found:
         raise SettingError(
             f"the runs in {folder} have no rounds beside plain decoding's",
             fix="Measure again: localspec bench speed --output FOLDER. Versions before this one wrote none down.",
         )
-    click.echo(table(found))
+    click.echo(f"{pace_table(paces(runs))}\n\n{table(found)}")

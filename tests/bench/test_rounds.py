@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localspec.bench.contenders import PLAIN
-from localspec.bench.rounds import Part, parts, table
+from localspec.bench.rounds import Part, pace_table, paces, parts, table
 from localspec.bench.runs import Answer, Run, RunLog, read_runs
 from localspec.errors import SettingError
 
@@ -65,6 +65,23 @@ def test_each_configuration_is_compared_on_the_prompts_that_it_answered() -> Non
     )
     assert all(part.cost == pytest.approx(0.0) for part in by_kind(found, "auto").values())
     assert {part.temperature for part in found} == {0.0}  # nothing to compare with at the other
+
+
+def test_an_answer_is_compared_with_its_own_plain_rounds() -> None:
+    """Plain decoding took place in a quick minute, ours in a slow one: hardly faster by the clock, yet it won. Its own
+    first round, which takes ten times as long as others, is part of plain decoding there, too."""
+    slow, guess = [0, 0, 1, 0.0, 19.0, 1.0], [3, 3, 4, 2.0, 19.0, 1.0]
+    own, other = [slow] * 6 + [guess], [guess] * 3
+    first = [0, 0, 1, 0.0, 99.5, 0.5]
+    runs = [run(PLAIN, [first] + [PLAIN_ROUND] * 9), run("auto", own), run("auto", other), run(PLAIN, [first], "b")]
+    [pace] = paces(runs)
+    tokens, ms = 6 + 4 + 12, 6 * 20 + 4 * 22
+    assert (pace.num_answers, pace.num_judged) == (2, 1)
+    assert pace.times_plain == pytest.approx(19 * tokens / ms)
+    assert pace.times_own == pytest.approx(1.9 * 20 * 10 / (6 * 20 + 22))
+    assert "| 0 | chat | auto | 2.01 | 2.68 | 1 of 2 |" in pace_table([pace])
+    [unjudged] = paces([runs[0], runs[2]])
+    assert unjudged.times_own is None
 
 
 def test_runs_are_read_again_from_a_folder_and_nothing_else_is(tmp_path: Path) -> None:

@@ -84,6 +84,17 @@ def test_mlx_runs_beside_mlx_lm_on_the_same_folders(tmp_path: Path) -> None:
     assert list(greedy)[-2:] == ["mlx-lm plain", "mlx-lm draft_model:num=2"]
     assert greedy["draft_model"]["num_same_text"] == greedy["mlx-lm plain"]["num_same_text"] == 1
     assert greedy["mlx-lm draft_model:num=2"]["accepted_length"] >= 1.0
+    said = run("rounds", str(tmp_path / "out"))
+    assert said.exit_code == 0, said.output
+    assert "| 0 | prompts | draft_model | guessed |" in said.stdout and "mlx-lm" not in said.stdout
+    own = [row for row in data["runs"] if row["contender"] == "draft_model" and row["rounds"]]
+    assert f"| 0 of {sum(row['temperature'] == 0.0 and row['workload'] == 'prompts' for row in own)} |" in said.stdout
+
+
+def test_the_rounds_of_no_benchmark_are_refused(tmp_path: Path) -> None:
+    result = run("rounds", str(tmp_path))
+    assert result.exit_code == 2 and "holds no runs of a benchmark" in result.stderr
+    assert run("rounds", str(tmp_path / "none")).exit_code == 2
 
 
 @pytest.mark.real
