@@ -242,6 +242,11 @@ class SequenceState(Protocol):
         """Drop everything pending and all committed tokens from `length` on."""
         ...
 
+    def wait(self) -> None:
+        """Return once a device has run all passes so far, so that what they took can be told from what comes next.
+        Raises BackendError if they failed."""
+        ...
+
     def fork(self) -> SequenceState:
         """An independent copy of the committed tokens. Raises ValueError while nodes are pending."""
         ...

@@ -195,6 +195,11 @@ class State(ABC):
     def truncate(self, length: int) -> None:
         """Drop everything pending and all committed tokens from `length` on. Raises ValueError."""
 
+    def wait(self) -> None:
+        """Return once all passes have run. Raises ValueError."""
+        self.check_open()
+        self.cache.context.wait()
+
     @abstractmethod
     def save(self) -> SavedState:
         """A copy of the committed tokens outside of llama.cpp. Raises ValueError while nodes are pending."""

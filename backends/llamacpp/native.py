@@ -291,6 +291,10 @@ class Context:
         if taps is not None:
             taps.enable(self._pointer)
 
+    def wait(self) -> None:
+        """Return once a device has run what it was given."""
+        self._lib.llama_synchronize(self._pointer)
+
     def read_taps(self, into: NDArray[np.float32]) -> None:
         """Copy the hidden states of the last decode's tokens, in their order, to [T, W]."""
         assert self.taps is not None

@@ -13,6 +13,7 @@ from localspec.protocols import Tokens
 from localspec.tree.mask import check_path
 from localspec.types import NodeIndices
 
+from .border import translated
 from .companion import Companions
 from .layout import Layout
 from .memory import copied, rows_in
@@ -109,6 +110,12 @@ class MlxState:
         self._length = length
         self.companions.truncate(length)
         self._rewind(length)
+
+    def wait(self) -> None:
+        """Return once the device has computed all rows."""
+        self.check_open()
+        with translated("computing"):
+            mx.eval(*self.arrays())
 
     def fork(self) -> MlxState:
         """A copy that shares memory until written to. Raises ValueError while nodes are pending."""

@@ -107,6 +107,9 @@ class TableState:
         """Count down."""
         self.length, self.num_pending = length, 0
 
+    def wait(self) -> None:
+        """Passes take no time."""
+
     def fork(self) -> TableState:
         """A copy."""
         return self.save().open()

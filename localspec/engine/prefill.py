@@ -30,7 +30,10 @@ def read_chunk(
     widths: WidthClass | None = None,
 ) -> bool:
     """Commit the next tokens of the prompt, its last one left out. False where there is nothing left to read.
-    widths: of the passes [default: the model's class]."""
+    widths: of the passes [default: the model's class].
+
+    The last chunk is waited for: else the first round would, which would then count as decoding.
+    """
     last = len(prompt) - 1
     chunk = prompt[state.length : min(last, state.length + most)]
     if not len(chunk):
@@ -38,4 +41,6 @@ def read_chunk(
     step = Step(state, (HostTokens(chunk),), chain_parents(state, len(chunk)), ())
     model.forward([pad(step, widths or model.capabilities.width_class)])
     state.keep(range(len(chunk)))
+    if state.length == last:
+        state.wait()
     return True

@@ -268,6 +268,21 @@ class BackendConformance:
 
         self.with_prefix(16, check)
 
+    def test_waiting_changes_nothing(self) -> None:
+        """Behind a pass that nobody read, with its nodes pending and with them dropped; and on an empty state."""
+
+        def check(rng: np.random.Generator, state: SequenceState, prefix: list[int]) -> None:
+            state.wait()
+            self.run(state, self.tokens(rng, 3), chain_parents(state, 3), ())
+            state.wait()
+            assert state.num_pending == 3 and state.length == len(prefix), f"{state.num_pending}, {state.length}"
+            state.keep(())
+            self.assert_same_future(state, prefix, "after waiting")
+            state.truncate(0)
+            state.wait()
+
+        self.with_prefix(17, check)
+
     def test_a_fork_is_independent(self) -> None:
         """Writing to either leaves the other alone, also after the first is closed."""
 
@@ -512,7 +527,7 @@ class BackendConformance:
                     state.close()
         state = self.model().open()
         state.close()
-        for use in (lambda: state.keep(()), lambda: state.truncate(0), state.fork):
+        for use in (lambda: state.keep(()), lambda: state.truncate(0), state.fork, state.wait):
             try:
                 use()
             except ValueError:

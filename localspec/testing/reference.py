@@ -133,6 +133,10 @@ class ReferenceState:
         for companion in self.companions:
             companion.truncate(length)
 
+    def wait(self) -> None:
+        """Passes are run at once."""
+        self.check_open()
+
     def fork(self) -> ReferenceState:
         """A copy of the committed cells."""
         self.check_open()

@@ -54,6 +54,9 @@ class MarkovState:
     def truncate(self, length: int) -> None:
         self.length, self.num_pending = length, 0
 
+    def wait(self) -> None:
+        pass
+
     def fork(self) -> MarkovState:
         raise NotImplementedError
 
