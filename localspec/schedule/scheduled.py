@@ -148,7 +148,7 @@ class Scheduled:
             values = (self._ask_if_allowed(part, request, prices, parked) for part in free)
             decision.lookup = max(values, default=0.0)
 
-        looking, at_hand = Beside(look_up), 0.0  # of dear drafters
+        looking, at_hand = Beside(look_up), None  # at_hand: of dear drafters; None until one was heard
         sure = self._sure(last, rate) if load is None else None
         if sure is not None:
             at_hand = self._hear(sure, request, prices, parked, meanwhile=looking)
@@ -158,7 +158,9 @@ class Scheduled:
             if part is not sure and (
                 on_trial or record.guard.parked or self._may_beat(record, decision.lookup, at_hand, request.trees)
             ):
-                at_hand = max(at_hand, self._hear(part, request, prices, parked, on_trial=on_trial))
+                heard = self._hear(part, request, prices, parked, on_trial=on_trial)
+                if heard is not None and (heard > 0.0 or not on_trial):
+                    at_hand = max(at_hand or 0.0, heard)
         proposal = self._chosen(request, prices)
         if proposal.num_nodes:
             return proposal
@@ -188,19 +190,20 @@ class Scheduled:
         *,
         on_trial: bool = False,
         meanwhile: Beside | None = None,
-    ) -> float:
-        """What a dear drafter's guesses are worth, which its record is told."""
+    ) -> float | None:
+        """What a dear drafter's guesses are worth, which its record is told; None where it was not asked."""
         decision, record = self._decision, self._record(part.name)
         value = self._ask_if_allowed(part, request, prices, parked, meanwhile)
-        if decision.asked and decision.asked[-1].name == part.name:
-            asked = decision.asked[-1]
-            asked.on_trial = on_trial
-            own = value - prices.rate * asked.ms
-            record.usual_value += _SMOOTHING * (own - record.usual_value)
-            if decision.lookup > 0.0:
-                much = decision.lookup > _MUCH
-                record.beside[much] += _SMOOTHING * (own - record.beside[much])
-            record.trials.observe(asked.ms)
+        if not decision.asked or decision.asked[-1].name != part.name:
+            return None
+        asked = decision.asked[-1]
+        asked.on_trial = on_trial
+        own = value - prices.rate * asked.ms
+        record.usual_value += _SMOOTHING * (own - record.usual_value)
+        if decision.lookup > 0.0:
+            much = decision.lookup > _MUCH
+            record.beside[much] += _SMOOTHING * (own - record.beside[much])
+        record.trials.observe(asked.ms)
         return value
 
     def _ask_if_allowed(
@@ -299,11 +302,12 @@ class Scheduled:
             return True
         return record.usual_value >= -_LEAST_BACK * rate * self._asker.prices(part, self._decision).start
 
-    def _may_beat(self, record: Record, best: float, at_hand: float, trees: bool) -> bool:
+    def _may_beat(self, record: Record, best: float, at_hand: float | None, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters
         have guessed? In a tree all would count, in a chain only the best; of two that take time the second seldom
-        guesses what the first did not. Where nothing was guessed the guard alone decides. Where lookup guesses well the
-        text is easy, and so it is for the others: what counts is what they bring there, not what they bring elsewhere.
+        guesses what the first did not, and where that found nothing the text is hard for both. Where nobody was asked
+        and nothing was guessed the guard alone decides. Where lookup guesses well the text is easy, and so it is for
+        the others: what counts is what they bring there, not what they bring elsewhere.
         """
         if record.guard.parked:
             return True
@@ -311,7 +315,7 @@ class Scheduled:
         if best > 0.0 and record.beside[much] <= (0.5 * best if trees else best):
             record.beside[much] += _FORGETTING * (1.0 - record.beside[much])
             return False
-        if at_hand > 0.0 and record.usual_value <= at_hand:
+        if at_hand is not None and record.usual_value <= at_hand:
             record.usual_value += _FORGETTING * (1.0 - record.usual_value)
             return False
         return True

@@ -112,12 +112,15 @@ def test_a_dear_drafter_is_judged_by_what_it_brings_where_lookup_guesses_too() -
     scheduled = Scheduled([], [make_drafter("draft_model:num=8", draft)], experience)
     record = experience.record("draft_model", True)
     record.usual_value, record.beside = 0.1, [2.0, 0.2]
-    assert scheduled._may_beat(record, 0.3, 0.0, trees=False), "2.0 beside a little from lookup"
-    assert not scheduled._may_beat(record, 1.0, 0.0, trees=False), "0.2 beside much"
+    assert scheduled._may_beat(record, 0.3, None, trees=False), "2.0 beside a little from lookup"
+    assert not scheduled._may_beat(record, 1.0, None, trees=False), "0.2 beside much"
     assert not scheduled._may_beat(record, 0.3, 0.5, trees=False), "another dear one has 0.5 at hand"
-    assert scheduled._may_beat(record, 0.0, 0.0, trees=False)
+    assert scheduled._may_beat(record, 0.0, 0.0, trees=False), "another found nothing, this one mostly something"
+    record.usual_value = -0.1
+    assert scheduled._may_beat(record, 0.0, None, trees=False), "nobody was asked: the guard decides"
+    assert not scheduled._may_beat(record, 0.0, 0.0, trees=False), "where another found nothing it loses"
     for _ in range(400):
-        scheduled._may_beat(record, 1.0, 0.0, trees=False)
+        scheduled._may_beat(record, 1.0, None, trees=False)
     assert record.beside[1] > 0.8, "what is left out is hoped for again"
 
 
