@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from localspec.tree.token_tree import TokenTree
@@ -78,11 +78,15 @@ class Reliability:
         for entry in range(size):
             self._tabulate(entry)
 
-    def chance(self, log_q: float, depth: int | None = None) -> float:
-        """Chance that an edge with this logarithm of a chance comes true if its parent does; at a depth (0: child of
-        the anchor), where that is known."""
-        everywhere = self._tabulated(log_q)
-        return everywhere if depth is None or self._lead <= 0.0 else min(everywhere * self._factor(depth), 1.0)
+    def chances(self, log_q: Iterable[float], depths: Iterable[int] | None = None) -> list[float]:
+        """[N] chance that an edge with such a logarithm of a chance comes true if its parent does; at a depth (0: child
+        of the anchor), where that is known."""
+        found = list(map(self._tabulated, log_q))
+        if depths is not None and self._lead > 0.0:
+            factors = [self._factor(depth) for depth in range(_DEEPEST + 1)]
+            pairs = zip(found, depths, strict=True)
+            found = [min(chance * factors[min(depth, _DEEPEST)], 1.0) for chance, depth in pairs]
+        return found
 
     def _factor(self, depth: int) -> float:
         """By how much guesses at a depth come true more often than the table says."""
@@ -122,8 +126,9 @@ class Reliability:
                 return
             right = [node for node in children if guessed[node] == token]
             if log_q is not None:
-                self._compare(depth, [(log_q[node], node in right) for node in children])
-                self._count_edges(depth, [log_q[node] for node in children], bool(right))
+                said = [self._tabulated(log_q[node]) for node in children]
+                self._compare(depth, zip(said, [node in right for node in children], strict=True))
+                self._count_edges(depth, sum(said), bool(right))
                 for node in children:
                     self._count(log_q[node], node in right)
             self._count_depth(depth, children[0] in right)
@@ -131,20 +136,20 @@ class Reliability:
                 return
             above = right[0]
 
-    def _compare(self, depth: int, edges: Sequence[tuple[float, bool]]) -> None:
-        """Which foretold better what became of all children of a node: the table, or the table and the depth?"""
+    def _compare(self, depth: int, edges: Iterable[tuple[float, bool]]) -> None:
+        """Which foretold better what became of all children of a node: the table, or the table and the depth?
+        edges: the table's chances, and whether they came true."""
         factor = self._factor(depth)
-        for log_q, came_true in edges:
-            table = self._tabulated(log_q)
+        for table, came_true in edges:
             depths = min(max(table * factor, _LEAST), 1.0 - _LEAST)
             table = min(max(table, _LEAST), 1.0 - _LEAST)
             news = math.log(depths / table) if came_true else math.log((1.0 - depths) / (1.0 - table))
             self._lead = max(-_MOST_LEAD, min(_LEAD_MEMORY * (self._lead + news), _MOST_LEAD))
 
-    def _count_edges(self, depth: int, log_q: Sequence[float], came_true: bool) -> None:
+    def _count_edges(self, depth: int, expected: float, came_true: bool) -> None:
         """All children of one node: what the table expects of them together, and whether one came true."""
         place = min(depth, _DEEPEST)
-        self._expected[place] += sum(map(self._tabulated, log_q))
+        self._expected[place] += expected
         self._came[place] += came_true
         if self._expected[place] > _DEPTH_MEMORY:
             self._expected[place] /= 2.0

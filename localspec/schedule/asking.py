@@ -37,9 +37,10 @@ class Plan:
     def expand(self, grower: Grower, nodes: Sequence[int]) -> list[int]:
         """The best of the newest nodes, as many as pay for a pass."""
         reach, record = self._reach, self._record
-        for node in range(len(reach), len(grower)):
+        new = range(len(reach), len(grower))
+        chances = record.reliability.chances(map(grower.log_q, new), map(grower.depth, new))
+        for node, chance in zip(new, chances, strict=True):
             parent = grower.parent(node)
-            chance = record.reliability.chance(grower.log_q(node), grower.depth(node))
             reach.append(chance * (reach[parent] if parent >= 0 else self._factor))
         ranked = sorted(nodes, key=lambda node: -reach[node])
         leaves = [reach[node] for node in ranked]
@@ -182,8 +183,7 @@ def _expect(asked: Asked, record: Record) -> None:
         asked.reach = chain_reach(reliability, proposal.num_nodes)
     else:
         asked.tree = proposal.tree()
-        depth = asked.tree.depth.tolist()
-        asked.chances = [reliability.chance(value, depth[node]) for node, value in enumerate(proposal.log_q)]
+        asked.chances = reliability.chances(proposal.log_q, asked.tree.depth.tolist())
         asked.factor = record.hindsight.factor
         asked.reach = [asked.factor * chance for chance in products(asked.tree, asked.chances)]
 

@@ -39,9 +39,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A drafter was asked for guesses that nobody verifies. ms: what it takes to ask it.  price: tokens that its guard
-    was charged with.  real_ms: what the host was kept from everything else, reading and building included.
-    rate: tokens that a millisecond is worth."""
+    """A drafter that runs a network was asked for guesses that nobody verifies. ms: what it takes to ask it.
+    price: tokens that its guard was charged with.  real_ms: what the host was kept from everything else, reading and
+    building included.  rate: tokens that a millisecond is worth."""
 
     guard: Guard
     ms: float
@@ -63,7 +63,7 @@ class Decision:
     restart_ms: float = 0.0
     lookup: float = 0.0
     asked: list[Asked] = field(default_factory=list)
-    tried: Tried | None = None
+    tried: list[Tried] = field(default_factory=list)
     expected: float | None = None
     open: tuple[list[float], list[Asked]] | None = None
     opinions: Opinions | None = None

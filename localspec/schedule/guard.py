@@ -22,7 +22,7 @@ _SHARE = 0.012  # of the decoding time goes into trials
 _LIMIT = 8.0  # tokens of drawdown
 _TRIALS = 4  # that must gain together
 _CLEAR = 2.0  # tokens that fewer must have gained
-_LEAST_PRICE = 0.1  # tokens that a trial is taken to cost at least
+_LEAST_PRICE = 0.02  # tokens that a trial is taken to cost at least
 _MOST_CREDIT = 3.0  # trials; without a bound a long parked stretch would buy a long losing one
 _SMOOTHING = 0.03
 
@@ -37,15 +37,18 @@ class Guard:
         self._drawdown = 0.0
         self._credit = 0.0  # tokens
         self._in_advance = False
+        self._last_real: float | None = None  # tokens that the last trial really cost
         self._trials: deque[float] = deque(maxlen=_TRIALS)
 
     def as_dict(self) -> dict[str, Any]:
         """For `recall`."""
-        return {"gain": self.gain, "parked": self.parked, "credit": self._credit}
+        return {"gain": self.gain, "parked": self.parked, "credit": self._credit, "trial": self._last_real}
 
     def recall(self, data: Mapping[str, Any]) -> None:
         """Go on from what `as_dict` gave: parked, or on probation. Raises KeyError, TypeError and ValueError."""
         self.gain, self.parked, self._credit = float(data["gain"]), bool(data["parked"]), float(data.get("credit", 0.0))
+        trial = data.get("trial")
+        self._last_real = None if trial is None else float(trial)
         self._drawdown = -0.5 * _LIMIT
 
     def begin(self) -> None:
@@ -68,8 +71,11 @@ class Guard:
 
     def spent(self, price: float, real: float) -> None:
         """A trial that was taken to cost `price` tokens cost so many. What is done once for all trials (a kernel is
-        built) must not forbid the next ones for ever: no more is owed than finding out may cost."""
-        more = max(real, _LEAST_PRICE) - max(price, _LEAST_PRICE)
+        built) must not forbid the next ones: no more is charged than the last one cost, and no more is owed than
+        finding out may cost."""
+        charged = real if self._last_real is None else min(real, max(self._last_real, price))
+        self._last_real = real
+        more = max(charged, _LEAST_PRICE) - max(price, _LEAST_PRICE)
         self._credit = max(self._credit - more, min(self._credit, -_LIMIT))
 
     def idle(self, round_ms: float, plain_ms: float, price: float) -> None:

@@ -45,19 +45,19 @@ class Learning:
         plain = not len(outcome.tree)
         # plain decoding is quicker in a row; and what a trial left to the device the pass waits for
         tried = decision.tried
-        usual = tried is None and (outcome.begun_early or not (plain and decision.begins_early))
+        usual = not tried and (outcome.begun_early or not (plain and decision.begins_early))
         if decision.begins_early:
             self._see_restart(plain, verify_ms - plain_ms, plain_ms)
-        if tried is not None:
+        for one in tried:
             # reading guesses waits behind the pass that had begun, and the next one begins late
-            late_ms = max(verify_ms - plain_ms, 0.0) if experience.by_clock else 0.0
-            tried.guard.spent(tried.price, tried.rate * (tried.real_ms + late_ms))
+            late_ms = max(verify_ms - plain_ms, 0.0) / len(tried) if experience.by_clock else 0.0
+            one.guard.spent(one.price, one.rate * (one.real_ms + late_ms))
         if not experience.by_clock or shared:
             verify_ms = experience.live.verify_ms(width, context, lanes)
         elif verify_ms > 0.0 and usual:
             verify_ms = max(verify_ms - sum(one.hidden_ms for one in asked), _LEAST_OWN * verify_ms)
             experience.live.observe_verify(width, context, verify_ms, early=outcome.begun_early)
-        draft_ms = sum(one.ms for one in asked) + (0.0 if tried is None else tried.ms)
+        draft_ms = sum(one.ms for one in asked) + sum(one.ms for one in tried)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         if not shared:
             experience.observe(len(outcome.tokens), round_ms, plain=plain and usual, greedy=decision.greedy)
@@ -110,7 +110,7 @@ class Learning:
     def _idle(self, parts: Sequence[Drafter], decision: Decision, round_ms: float, plain_ms: float) -> None:
         """Time went by without them. What trials may cost is for all together."""
         records = [(part, self._asker.record(part.name, decision)) for part in parts]
-        idle = sum(record.trials.num > 0 for _, record in records)  # only those that run a network are tried
+        idle = sum(record.trials.num > 0 for _, record in records)  # those that were ever tried
         share_ms = round_ms / max(idle, 1)
         for part, record in records:
             price = decision.lanes * (record.trials.ms + self._asker.entry_ms(part)) / plain_ms

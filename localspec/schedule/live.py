@@ -140,6 +140,7 @@ class LiveCosts:
         self._last = (0, 0)  # lanes, width
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
         self._unpriced = 0  # passes that the cached prices do not know
+        self._plain: dict[tuple[int, int], float] = {}  # asked for several times a round
 
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width, behind what ran last."""
@@ -148,8 +149,11 @@ class LiveCosts:
 
     def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A pass of plain decoding among others of its kind, padded where a wider one is quicker."""
-        alone = self._expected(self.min_width, context, lanes)[1]
-        return min(alone, self.by_nodes(context, lanes)[0][0])
+        known = self._plain.get((lanes, context))
+        if known is None:
+            alone = self._expected(self.min_width, context, lanes)[1]
+            known = self._plain[lanes, context] = min(alone, self.by_nodes(context, lanes)[0][0])
+        return known
 
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""
@@ -205,6 +209,7 @@ class LiveCosts:
             grown = self._grown(rows, context, learned)
             learned.general += step * trust * (ms / grown / (learned.steady if in_a_row else 1.0) - learned.general)
         learned.follow(curve, rows, context, ms)
+        self._plain.clear()
         self._unpriced += 1
         if not in_a_row or learned.again[width].weight < _NEWS or self._unpriced >= _NEWS:
             self._cache.clear()
@@ -235,6 +240,7 @@ class LiveCosts:
                     by_width[int(width)] = _Seen(float(ratio), float(context), _KEPT)
             self._learned[int(load)] = learned
         self._cache.clear()
+        self._plain.clear()
 
     def _of(self, load: int) -> _Learned:
         found = self._learned.get(load)

@@ -52,6 +52,8 @@ class Valuation:
             self._ms = [self._ms[0], *(ms + restart_ms for ms in self._ms[1:])]
         self.rate = rate
         self.max_nodes = min(max_nodes, len(self._ms) - 1)
+        base = self._ms[0]
+        self._prices = [rate * (ms - base) for ms in self._ms[1 : self.max_nodes + 1]]  # of 1, 2, ... nodes
 
     def width(self, num_nodes: int) -> int:
         """Of the pass over so many nodes."""
@@ -68,13 +70,11 @@ class Valuation:
 
     def _best(self, reach: Sequence[float]) -> tuple[int, float]:
         """(how many, their value)."""
-        base, rate, costs = self._ms[0], self.rate, self._ms
         best, nodes, total = 0.0, 0, 0.0
-        for count, chance in enumerate(reach[: self.max_nodes], start=1):
+        for count, (chance, price) in enumerate(zip(reach, self._prices, strict=False), start=1):
             total += chance
-            value = total - rate * (costs[count] - base)
-            if value > best:
-                best, nodes = value, count
+            if total - price > best:
+                best, nodes = total - price, count
         return nodes, best
 
     def best_together(self, reaches: Sequence[Sequence[float]], least: int = 0) -> Choice:
@@ -114,22 +114,21 @@ class Valuation:
         """
         if not leaves:
             return 0
-        now = self._best(sorted(reach, reverse=True))[1]
-        best, chosen = now, 0
+        most = self.max_nodes  # others can never be verified
+        top = sorted(reach, reverse=True)[:most]
+        best, chosen = self._best(top)[1], 0
         second = 0.4 * (1.0 - usual)
         hopeful = sum(leaf >= _FAINT * leaves[0] for leaf in leaves)
         for width in sorted({1, 2, 4, 8, hopeful}):
             if width > hopeful:
                 break
             price = self.rate * extend_ms(width)
-            grown = list(reach)
-            level = list(leaves[:width])
+            grown, level = top, leaves[:width]
             for depth in range(1, _GLIMPSE + 1):
-                if width > 1 and depth == 1:
-                    grown += [leaf * second for leaf in level]
+                others = [leaf * second for leaf in level] if width > 1 and depth == 1 else []
                 level = [leaf * usual for leaf in level]
-                grown += level
-                value = self._best(sorted(grown, reverse=True))[1] - depth * price
+                grown = sorted([*grown, *others, *level], reverse=True)[:most]
+                value = self._best(grown)[1] - depth * price
                 if value > best:
                     best, chosen = value, width
                 if level[0] * usual < _FAINT:

@@ -83,15 +83,15 @@ class _Trial:
 
 
 class Trying:
-    """Of one session: a trial at a time."""
+    """Of one session: a trial of each drafter at a time."""
 
     def __init__(self, experience: Experience, asker: Asker) -> None:
         self._experience, self._asker = experience, asker
-        self._trial: _Trial | None = None
+        self._trials: dict[str, _Trial] = {}
 
     def begin(self) -> None:
         """Another answer."""
-        self._trial = None
+        self._trials.clear()
 
     def price(self, part: Drafter, record: Record, decision: Decision, prices: Valuation) -> float:
         """Tokens that asking it once takes."""
@@ -102,7 +102,7 @@ class Trying:
         """Ask it for guesses that nobody verifies, if its guard has put enough aside."""
         record = self._asker.record(part.name, decision)
         price = self.price(part, record, decision, prices)
-        if self._trial is not None or not record.guard.pays(price):
+        if part.name in self._trials or not record.guard.pays(price):
             return
         started = perf_counter()
         exactly = self._enough_to_learn(part, decision, prices)
@@ -112,8 +112,10 @@ class Trying:
             asked.proposal.meanwhile()
         real_ms = (perf_counter() - started) * 1e3 if self._experience.by_clock else asked.ms
         record.trials.observe(asked.ms)
-        decision.tried = Tried(record.guard, asked.ms, price, real_ms, prices.rate)
-        self._trial = _Trial(Shadow(asked.proposal), part, asked, prices, self._asker.prices(part, decision))
+        if not self._asker.is_free(part):  # who looks things up keeps nobody waiting, and costs what it said
+            decision.tried.append(Tried(record.guard, asked.ms, price, real_ms, prices.rate))
+        drafting = self._asker.prices(part, decision)
+        self._trials[part.name] = _Trial(Shadow(asked.proposal), part, asked, prices, drafting)
 
     def _enough_to_learn(self, part: Drafter, decision: Decision, prices: Valuation) -> int:
         """Length of a chain that is tried: as much as takes little beside a plain round."""
@@ -126,10 +128,12 @@ class Trying:
     def follow(self, outcome: Outcome, decision: Decision) -> None:
         """What became of guesses that nobody verified. What would have been verified of them is decided with that in
         mind: one that learned on other text that its guesses fail would verify none, and never find out."""
-        trial = self._trial
-        if trial is None or not trial.shadow.follow(outcome.tokens):
-            return
-        self._trial = None
+        for trial in tuple(self._trials.values()):
+            if trial.shadow.follow(outcome.tokens):
+                del self._trials[trial.part.name]
+                self._judge(trial, decision)
+
+    def _judge(self, trial: _Trial, decision: Decision) -> None:
         record, path = self._asker.record(trial.part.name, decision), trial.shadow.path()
         record.reliability.observe(trial.shadow.tree, trial.shadow.tokens)
         record.hindsight.observe(sum(trial.asked.reach) / trial.asked.factor, len(path))

@@ -220,13 +220,13 @@ def merge(trees: Sequence[TokenTree]) -> Merged:
     places: list[tuple[int, ...]] = []
     for index, tree in enumerate(trees):
         where: list[int] = []
-        for node in range(len(tree)):
-            parent = where[tree.parent[node]] if tree.parent[node] >= 0 else -1
-            edge = (parent, int(tree.token[node]))
-            value = float(tree.log_q[node]) if tree.log_q is not None else 0.0
+        scores = [0.0] * len(tree) if tree.log_q is None else tree.log_q.tolist()
+        for above, token, value in zip(tree.parent.tolist(), tree.token.tolist(), scores, strict=True):
+            parent = where[above] if above >= 0 else -1
+            edge = (parent, token)
             if edge not in number:
                 number[edge] = len(tokens)
-                tokens.append(edge[1])
+                tokens.append(token)
                 parents.append(parent)
                 log_q.append(value)
                 origin.append(index)

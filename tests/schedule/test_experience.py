@@ -55,7 +55,7 @@ def test_what_is_recalled_is_what_was_known(good: bool) -> None:
     assert new.usual_value == pytest.approx(old.usual_value)
     assert new.trials.num == old.trials.num
     for log_q in (-3.0, -1.0, -0.1, -0.01):
-        assert new.reliability.chance(log_q) == pytest.approx(old.reliability.chance(log_q), abs=0.15)
+        assert new.reliability.chances([log_q])[0] == pytest.approx(old.reliability.chances([log_q])[0], abs=0.15)
     assert again(after.as_dict()).as_dict()["rounds"] == after.recalled
 
 
@@ -91,11 +91,11 @@ def test_today_outweighs_what_is_remembered() -> None:
     """Remembered as always right, and now always wrong: found out as quickly as within a run."""
     experience = again(learned(good=True).as_dict())
     record = experience.record("draft_model", True)
-    before = record.reliability.chance(-0.05)
+    before = record.reliability.chances([-0.05])[0]
     wrong = Proposal("draft_model", (HostTokens(np.array([3], np.int32)),), np.array([-1], np.int32), log_q=(-0.05,))
     for _ in range(60):
         record.reliability.observe(wrong.tree(), [4])
-    assert before > 0.9 and record.reliability.chance(-0.05) < 0.55
+    assert before > 0.9 and record.reliability.chances([-0.05])[0] < 0.55
 
 
 def test_it_is_kept_in_a_file_and_a_broken_one_is_left_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

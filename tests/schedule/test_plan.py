@@ -231,13 +231,13 @@ def test_estimates_start_at_what_the_drafter_says_and_end_at_what_is_true() -> N
     rng = np.random.default_rng(0)
     reliability = Reliability()
     for chance in (0.05, 0.28, 0.5, 0.7, 0.95, 0.999):
-        assert reliability.chance(math.log(chance)) == pytest.approx(min(chance, 0.99), rel=0.15)
+        assert reliability.chances([math.log(chance)])[0] == pytest.approx(min(chance, 0.99), rel=0.15)
     for _ in range(4000):  # in truth every chance is half of what is said
         chance = float(rng.choice([0.28, 0.56, 0.91]))
         tree = TokenTree.from_parents(np.array([7]), np.array([-1]), [math.log(chance)])
         reliability.observe(tree, [7 if rng.random() < chance / 2 else 8])
     for chance in (0.28, 0.56, 0.91):
-        assert reliability.chance(math.log(chance)) == pytest.approx(chance / 2, abs=0.07)
+        assert reliability.chances([math.log(chance)])[0] == pytest.approx(chance / 2, abs=0.07)
     assert reliability.chance_at(0) == pytest.approx(0.29, abs=0.1)
 
 
@@ -277,7 +277,10 @@ def test_a_drafter_that_is_right_at_every_depth_is_not_corrected_by_depth() -> N
             tree = TokenTree.from_parents(tokens, parents, np.log(chances).tolist())
             right = int(np.argmin(np.append(rng.random(3) < chances, False)))
             reliability.observe(tree, [*range(right), 9])
-        factors = [reliability.chance(math.log(0.6), depth) / reliability.chance(math.log(0.6)) for depth in range(3)]
+        factors = [
+            reliability.chances([math.log(0.6)], [depth])[0] / reliability.chances([math.log(0.6)])[0]
+            for depth in range(3)
+        ]
         errors.append(max(abs(factor - 1.0) for factor in factors))
     assert np.median(errors) < 0.03
 
@@ -286,7 +289,7 @@ def test_a_drafter_that_is_right_at_every_depth_is_not_corrected_by_depth() -> N
 def test_a_better_guess_never_counts_less_at_the_start(logs: list[float]) -> None:
     reliability = Reliability()
     low, high = sorted(logs)
-    assert 0.0 <= reliability.chance(low) <= reliability.chance(high) + 1e-12 <= 1.0 + 1e-12
+    assert 0.0 <= reliability.chances([low])[0] <= reliability.chances([high])[0] + 1e-12 <= 1.0 + 1e-12
 
 
 # ---------------------------------------------------------------- the guard
@@ -392,6 +395,26 @@ def test_a_trial_is_paid_for_as_what_it_really_took(real: float, rounds: int) ->
     waited = 0
     while not guard.allows(1.0):
         guard.idle(10.0, 10.0, 1.0)
+        waited += 1
+    assert waited == pytest.approx(rounds, abs=2)
+
+
+@pytest.mark.parametrize(("before", "rounds"), [(1.0, 84), (30.0, 751)])
+def test_what_is_done_once_for_all_trials_does_not_forbid_the_next_ones(before: float, rounds: int) -> None:
+    """A kernel was built in one of them: it counts as the one before, unless that took as long. So after a restart."""
+    guard = Guard()
+    play(guard, 200, lambda rng: (0.0, 10.0), np.random.default_rng(3))
+    guard.spent(1.0, before)
+    again = Guard()
+    again.recall(guard.as_dict())
+    while again.allows(1.0):
+        pass
+    while not again.allows(1.0):
+        again.idle(10.0, 10.0, 1.0)
+    again.spent(1.0, 30.0)
+    waited = 0
+    while not again.allows(1.0):
+        again.idle(10.0, 10.0, 1.0)
         waited += 1
     assert waited == pytest.approx(rounds, abs=2)
 

@@ -171,8 +171,8 @@ def test_guesses_deep_in_the_tree_are_corrected_by_their_depth() -> None:
     for _ in range(800):
         tokens = (1, 2, 5) if rng.random() < 0.3 else (1, 7)
         reliability.observe(tree, tokens if rng.random() < 0.9 else (7,))
-    assert reliability.chance(math.log(0.9), 0) == pytest.approx(0.9, abs=0.08)
-    assert reliability.chance(math.log(0.9), 1) == pytest.approx(0.3, abs=0.08)
+    assert reliability.chances([math.log(0.9)], [0])[0] == pytest.approx(0.9, abs=0.08)
+    assert reliability.chances([math.log(0.9)], [1])[0] == pytest.approx(0.3, abs=0.08)
 
 
 def test_heads_are_measured_where_a_sequence_is_free_and_assumed_where_not() -> None:

@@ -87,6 +87,33 @@ def test_it_comes_back_when_the_text_changes(silent: bool, parked: bool) -> None
     assert sum(map(bool, guesses[1000:])) > 450
 
 
+def test_lookup_comes_back_soon_although_networks_are_left_out_beside_it() -> None:
+    """It costs next to nothing to try: a text that begins to repeat itself need not wait for it as for the others."""
+    costs = Costs(Curve((1, 2, 16), (0,), ((10.0, 14.0, 20.0),)), curve(1.0, 0.0), 0.0)
+    experience = Experience(costs, ReferenceModel(600, seed=5).capabilities, by_clock=False)
+    lookup, others = make_drafter("suffix", None), [Sevens(), Sevens(silent=True)]
+    others[1].name = "other sevens"
+    scheduled, context = Scheduled([lookup], others, experience), Context(PROMPT)
+    scheduled.begin(context)
+    for one in scheduled.parts:
+        experience.record(one.name, True).guard.parked = True
+    request = DraftRequest(
+        context=context, max_nodes=15, max_depth=15, sampler=Sampler(SamplingParams(), 0), stop_tokens=frozenset()
+    )
+    new = np.random.default_rng(4).permutation(np.arange(20, 520)).tolist()
+    said = iter([*new[:400], *new[300:400], *new[300:400]])
+    back = 0
+    for number in range(500):
+        tree = scheduled.propose(request).tree()
+        if len(tree) and not back:
+            back = number
+            break
+        token = next(said)
+        context.extend((token,))
+        scheduled.observe(Outcome(tree, (), (token,), 1, 10.0))
+    assert 400 < back <= 420
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_text_is_plain_decodings_while_drafters_are_tried(temperature: float) -> None:
     target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=9, sharpness=3.0)
