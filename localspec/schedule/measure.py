@@ -71,9 +71,10 @@ def costs(
     model those up to DRAFT_WIDTH.  contexts: committed tokens before the pass; deeper ones that do not fit into the
     context or the time are left out, and a second one may come nearer or have only a few widths measured, the others
     going by those; `notes` says so. One sequence of each model must be free.
-    Of a model that cannot take tokens back only width 1 at the first context is measured.
+    Of a model that cannot take tokens back only width 1 at the first context is measured. What must be built for each
+    width (`Capabilities.width_steps`) is built before, and takes as long as it takes: half a minute was seen.
     """
-    deadline = clock() + seconds
+    tell, deadline = on_progress or (lambda share, what: None), clock() + seconds
     models = [target] if draft is None else [target, draft]
     plain = any(model.capabilities.rewind is Rewind.NEVER for model in models)
     own_ms = Costs.overhead_ms if overhead is None or plain else overhead(target)  # before a sequence is in use
@@ -85,9 +86,13 @@ def costs(
         ]
         room = longest - max(track.widths[-1] for track in tracks)
         depths = _fitting(contexts, room)[: 1 if plain else None]
-        notes = _measure_at(tracks, depths, deadline, on_progress or (lambda share, what: None))
-    if on_progress is not None:
-        on_progress(1.0, "")
+        for track in tracks:
+            if track.model.capabilities.width_steps:
+                tell(0.0, "building what passes of each width need")
+                track.build(depths[0])
+                deadline = clock() + seconds
+        notes = _measure_at(tracks, depths, deadline, tell)
+    tell(1.0, "")
     curves = [track.curve() for track in tracks]
     notes.append(f"{_repeats(tracks)} repeats a point, scatter {_scatter_of(tracks):.0%}")
     return Costs(curves[0], curves[1] if draft is not None else None, own_ms, "by localspec tune", tuple(notes))
@@ -174,6 +179,12 @@ class _Track:
         """The few that the others can go by."""
         narrowest = self.widths[0], self.model.capabilities.width_class.min_width
         return {*narrowest, *_KEY_WIDTHS, min(self.widths[-1], _KEY_WIDTHS[-1])} & set(self.widths)
+
+    def build(self, context: int) -> None:
+        """A first pass of each width, and reading up to a context: what that takes is no pass's price."""
+        for width in self.widths:
+            self.passes.time(width)
+        self.passes.grow(context)
 
     def grow(self, context: int, until: float) -> bool:
         self.context = context

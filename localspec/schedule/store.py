@@ -285,7 +285,9 @@ def _class_key(target: LanguageModel) -> dict[str, Any]:
 
 
 def _pair_key(target: LanguageModel, draft: LanguageModel | None) -> dict[str, Any]:
-    return {**_target_key(target), "draft": None if draft is None else describe_model(draft)}
+    key = {**_target_key(target), "draft": None if draft is None else describe_model(draft)}
+    steps = target.capabilities.width_steps  # tables of other widths may have what was built for them as a pass's price
+    return {**key, "widths": list(steps)} if steps else key
 
 
 def _options_key(path: Path, backend: str, draft: Path | None) -> dict[str, Any]:

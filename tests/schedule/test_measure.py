@@ -110,6 +110,29 @@ def test_a_slow_first_pass_of_each_width_is_left_out() -> None:
     assert np.array(costs.target.ms) == pytest.approx(expected(costs))
 
 
+def test_what_is_built_for_a_width_is_not_its_price_however_long_it_takes() -> None:
+    """Ten times all the time there is, for every width of either model; half a minute was seen."""
+    seen = set[tuple[int, int]]()
+
+    def building(number: int, pass_ms: Callable[[int, int], float]) -> Callable[[int, int], float]:
+        def ms(width: int, context: int) -> float:
+            slow = 0.0 if (number, width) in seen else 40_000.0
+            seen.add((number, width))
+            return slow + pass_ms(width, context)
+
+        return ms
+
+    model = Clockwork(building(0, staircase))
+    draft = Clockwork(building(1, lambda width, context: 0.1 * width), beside=model)
+    for one in (model, draft):
+        one.capabilities = replace(one.capabilities, width_steps=(1, 16, 64))
+    costs = measured(model, seconds=4.0, draft=draft)
+    assert costs.target.widths == (1, 2, 16, 64)
+    assert np.array(costs.target.ms) == pytest.approx(expected(costs))
+    assert costs.draft is not None and costs.draft.widths == (1, 2, 16)
+    assert np.array(costs.draft.ms[0]) == pytest.approx([0.1, 0.2, 1.6])
+
+
 def test_points_that_scatter_are_measured_more_often() -> None:
     rng = np.random.default_rng(0)
     model = Clockwork(lambda width, context: width * (rng.uniform(0.5, 1.5) if width == 12 else 1.0))
