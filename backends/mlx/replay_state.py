@@ -16,7 +16,7 @@ from localspec.types import NodeIndices, TokenIds
 from .border import translated
 from .layout import Layout, chain
 from .memory import Snapshot, arrays_in, restore, snapshot, states_in
-from .state import MlxState
+from .state import MlxState, Owner
 
 _CHUNK = 512  # tokens per pass of a replay
 
@@ -32,7 +32,7 @@ class ReplayState(MlxState):
         self,
         caches: list[Any],
         run: Callable[[mx.array, list[Any], Layout], None],
-        owner: object,
+        owner: Owner,
         on_fork: Callable[[MlxState], MlxState],
         on_close: Callable[[], None],
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +13,19 @@ from localspec.protocols import Tokens
 from localspec.tree.mask import check_path
 from localspec.types import NodeIndices
 
-from .border import translated
 from .companion import Companions
 from .layout import Layout
 from .memory import copied, rows_in
+from .scores import Ledger
+
+
+class Owner(Protocol):
+    """The model whose sequence it is."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """Whoever waits for the device does so by it."""
+        ...
 
 
 class MlxState:
@@ -25,7 +34,7 @@ class MlxState:
     def __init__(
         self,
         caches: list[Any],
-        owner: object,
+        owner: Owner,
         on_fork: Callable[[MlxState], MlxState],
         on_close: Callable[[], None],
     ) -> None:
@@ -114,8 +123,7 @@ class MlxState:
     def wait(self) -> None:
         """Return once the device has computed all rows."""
         self.check_open()
-        with translated("computing"):
-            mx.eval(*self.arrays())
+        self.owner.ledger.fetch(*self.arrays())
 
     def fork(self) -> MlxState:
         """A copy that shares memory until written to. Raises ValueError while nodes are pending."""

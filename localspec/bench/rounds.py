@@ -26,6 +26,7 @@ KINDS = {
 _FIRST, _BEHIND = 3, 2
 _MUCH = 0.2  # of a plain round
 _ENOUGH = 3  # plain rounds, by which an answer's pace is judged
+_UNSEEN = 0.1  # of much drafting, in a round without a look
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,25 +133,28 @@ def _parts(own: Sequence[Run], plain: Sequence[Run]) -> list[Part]:
 
 def _pace(own: Sequence[Run], plain: Sequence[Run]) -> Pace:
     much = _much(plain)
-    num_judged, ours = _in_own_rounds(own, much)
-    _, theirs = _in_own_rounds(plain, much)
+    judged, ours = _in_own_rounds(own, much)
+    prompts = {run.prompt for run in judged}
+    _, theirs = _in_own_rounds([run for run in plain if run.prompt in prompts], much)
     first = own[0]
     place = first.workload, first.temperature, first.contender
     times_own = theirs / ours if ours and theirs else None
-    return Pace(*place, len(own), num_judged, _token_ms(plain) / _token_ms(own), times_own)
+    return Pace(*place, len(own), len(judged), _token_ms(plain) / _token_ms(own), times_own)
 
 
-def _in_own_rounds(runs: Sequence[Run], much: float) -> tuple[int, float]:
-    """(answers with enough plain rounds, what their tokens took in units of these; 0 where there are none)."""
-    num_judged, units, tokens = 0, 0.0, 0
+def _in_own_rounds(runs: Sequence[Run], much: float) -> tuple[list[Run], float]:
+    """(answers with enough plain rounds, what a token took in units of these; 0 where there are none). Only rounds in
+    which nobody looked for guesses are the unit, or what looking takes would cancel out."""
+    judged, units, tokens = list[Run](), 0.0, 0
     for run in runs:
         rounds = run.answer.rounds or ()
-        quiet = [_ms(one) for kind, one in _kinds(rounds, much) if kind == "others"]
+        others = (one for kind, one in _kinds(rounds, much) if kind == "others")
+        quiet = [_ms(one) for one in others if one[3] < _UNSEEN * much]
         if len(quiet) >= _ENOUGH:
-            num_judged += 1
+            judged.append(run)
             units += sum(map(_ms, rounds)) / median(quiet)
             tokens += sum(map(_tokens, rounds))
-    return num_judged, units / max(tokens, 1)
+    return judged, units / max(tokens, 1)
 
 
 def _token_ms(runs: Sequence[Run]) -> float:

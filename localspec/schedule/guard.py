@@ -24,6 +24,7 @@ _TRIALS = 4  # that must gain together
 _CLEAR = 2.0  # tokens that fewer must have gained
 _LEAST_PRICE = 0.02  # tokens that a trial is taken to cost at least
 _MOST_CREDIT = 3.0  # trials; without a bound a long parked stretch would buy a long losing one
+_OFTEN = 0.7  # of what a dear trial cost is remembered behind a cheap one: who is dear now and then is charged for it
 _SMOOTHING = 0.03
 
 
@@ -37,7 +38,7 @@ class Guard:
         self._drawdown = 0.0
         self._credit = 0.0  # tokens
         self._in_advance = False
-        self._last_real: float | None = None  # tokens that the last trial really cost
+        self._last_real: float | None = None  # tokens that one of the last trials really cost
         self._trials: deque[float] = deque(maxlen=_TRIALS)
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,10 +72,11 @@ class Guard:
 
     def spent(self, price: float, real: float) -> None:
         """A trial that was taken to cost `price` tokens cost so many. What is done once for all trials (a kernel is
-        built) must not forbid the next ones: no more is charged than the last one cost, and no more is owed than
-        finding out may cost."""
-        charged = real if self._last_real is None else min(real, max(self._last_real, price))
-        self._last_real = real
+        built) must not forbid the next ones: behind the first one no more is charged than what the last ones cost, and
+        no more is owed than finding out may cost."""
+        before = self._last_real
+        charged = real if before is None else min(real, max(before, price))
+        self._last_real = real if before is None else max(real, _OFTEN * before)
         more = max(charged, _LEAST_PRICE) - max(price, _LEAST_PRICE)
         self._credit = max(self._credit - more, min(self._credit, -_LIMIT))
 

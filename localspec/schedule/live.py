@@ -140,7 +140,7 @@ class LiveCosts:
         self._last = (0, 0)  # lanes, width
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
         self._unpriced = 0  # passes that the cached prices do not know
-        self._plain: dict[tuple[int, int], float] = {}  # asked for several times a round
+        self._plain: dict[int, tuple[int, float]] = {}  # by lanes, at a context: asked for several times a round
 
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width, behind what ran last."""
@@ -149,11 +149,11 @@ class LiveCosts:
 
     def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A pass of plain decoding among others of its kind, padded where a wider one is quicker."""
-        known = self._plain.get((lanes, context))
-        if known is None:
+        known = self._plain.get(lanes)
+        if known is None or known[0] != context:
             alone = self._expected(self.min_width, context, lanes)[1]
-            known = self._plain[lanes, context] = min(alone, self.by_nodes(context, lanes)[0][0])
-        return known
+            known = self._plain[lanes] = context, min(alone, self.by_nodes(context, lanes)[0][0])
+        return known[1]
 
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""

@@ -74,7 +74,11 @@ def costs(
     Of a model that cannot take tokens back only width 1 at the first context is measured. What must be built for each
     width (`Capabilities.width_steps`) is built before, and takes as long as it takes: half a minute was seen.
     """
-    tell, deadline = on_progress or (lambda share, what: None), clock() + seconds
+    tell = on_progress or (lambda share, what: None)
+    if any(model is not None and model.capabilities.width_steps for model in (target, draft)):
+        tell(0.0, "building what passes of each width need")
+        build(target, draft, clock=clock)
+    deadline = clock() + seconds
     models = [target] if draft is None else [target, draft]
     plain = any(model.capabilities.rewind is Rewind.NEVER for model in models)
     own_ms = Costs.overhead_ms if overhead is None or plain else overhead(target)  # before a sequence is in use
@@ -86,16 +90,26 @@ def costs(
         ]
         room = longest - max(track.widths[-1] for track in tracks)
         depths = _fitting(contexts, room)[: 1 if plain else None]
-        for track in tracks:
-            if track.model.capabilities.width_steps:
-                tell(0.0, "building what passes of each width need")
-                track.build(depths[0])
-                deadline = clock() + seconds
         notes = _measure_at(tracks, depths, deadline, tell)
     tell(1.0, "")
     curves = [track.curve() for track in tracks]
     notes.append(f"{_repeats(tracks)} repeats a point, scatter {_scatter_of(tracks):.0%}")
     return Costs(curves[0], curves[1] if draft is not None else None, own_ms, "by localspec tune", tuple(notes))
+
+
+def build(target: LanguageModel, draft: LanguageModel | None = None, *, clock: Clock = perf_counter) -> float:
+    """Have all built that passes of a pair need where each width needs something of its own
+    (`Capabilities.width_steps`), by a first pass of each and by reading; the seconds that it took. What that takes is
+    no pass's price. One sequence of each model must be free."""
+    started = clock()
+    for model in (target, draft):
+        if model is not None and model.capabilities.width_steps:
+            longest = model.info.context_length // 2
+            with Passes(model, clock=clock) as passes:
+                for width in _widths(model, (), longest if model is target else min(longest, DRAFT_WIDTH)):
+                    passes.time(width)
+                passes.grow(min(CONTEXTS[0], longest))
+    return clock() - started
 
 
 def quick(
@@ -179,12 +193,6 @@ class _Track:
         """The few that the others can go by."""
         narrowest = self.widths[0], self.model.capabilities.width_class.min_width
         return {*narrowest, *_KEY_WIDTHS, min(self.widths[-1], _KEY_WIDTHS[-1])} & set(self.widths)
-
-    def build(self, context: int) -> None:
-        """A first pass of each width, and reading up to a context: what that takes is no pass's price."""
-        for width in self.widths:
-            self.passes.time(width)
-        self.passes.grow(context)
 
     def grow(self, context: int, until: float) -> bool:
         self.context = context

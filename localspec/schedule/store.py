@@ -110,6 +110,12 @@ def _load_or_measure_heads(
     return found
 
 
+def is_tuned(target: LanguageModel, draft: LanguageModel | None, folder: Path | None = None) -> bool:
+    """Is there what `localspec tune` found for a loaded pair under the options in force?"""
+    key = _pair_key(target, draft)
+    return _find(_file(folder, _TUNED, key), key, Costs.from_dict, oldest=_DEEP_FORMAT) is not None
+
+
 def keep_costs(target: LanguageModel, draft: LanguageModel | None, costs: Costs, folder: Path | None = None) -> None:
     """Store what `localspec tune` found for a loaded pair under the options in force."""
     key = _pair_key(target, draft)
@@ -287,7 +293,7 @@ def _class_key(target: LanguageModel) -> dict[str, Any]:
 def _pair_key(target: LanguageModel, draft: LanguageModel | None) -> dict[str, Any]:
     key = {**_target_key(target), "draft": None if draft is None else describe_model(draft)}
     steps = target.capabilities.width_steps  # tables of other widths may have what was built for them as a pass's price
-    return {**key, "widths": list(steps)} if steps else key
+    return {**key, "steps": list(steps)} if steps else key
 
 
 def _options_key(path: Path, backend: str, draft: Path | None) -> dict[str, Any]:

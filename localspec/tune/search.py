@@ -77,7 +77,9 @@ def tune(
         if joined is not None:
             result.candidates.append(Candidate(joined, may_join=True))
         keeps = plan.search and not load.fixes(own_settings)
-    if keeps and not plan.fresh:
+        # of several sets only the best ones have tables; of a single one a report without its table is of no use
+        is_kept = len(options) > 1 or store.is_tuned(pair.target, pair.draft)
+    if keeps and is_kept and not plan.fresh:
         stored = _stored(paths, result)
         if stored is not None:
             return stored
@@ -147,6 +149,7 @@ def _look(load: _Loader, candidate: Candidate, until: float) -> None:
     try:
         with load(candidate.options) as pair:
             candidate.device = pair.target.info.device
+            until += measure.build(pair.target, pair.draft)  # comes on top of the time for measuring
             seconds = max(until - perf_counter(), _LEAST)
             candidate.costs = measure.costs(
                 pair.target, pair.draft, seconds=seconds, widths=_FIRST_WIDTHS, contexts=(CONTEXT,)
@@ -162,6 +165,7 @@ def _examine(load: _Loader, candidate: Candidate, until: float, tell: Progress) 
         with load(candidate.options) as pair:
             known = pair.target.capabilities
             candidate.device = pair.target.info.device
+            until += measure.build(pair.target, pair.draft)  # comes on top of the time for measuring
             seconds = max(until - perf_counter(), _LEAST)
             costs = measure.costs(
                 pair.target,

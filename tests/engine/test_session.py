@@ -12,13 +12,14 @@ import pytest
 from localspec.drafters import DraftModel, Ngram, Nothing
 from localspec.engine.answer import TARGET
 from localspec.engine.chat import Chat
+from localspec.engine.prefill import read_chunk
 from localspec.engine.round import Lane, Room, run_round
 from localspec.engine.session import Session
 from localspec.engine.width import pad
 from localspec.errors import PromptError, UnsupportedModelError
 from localspec.protocols import Drafter, HostTokens, Rewind, Scores, Step, WidthClass, chain_parents
 from localspec.sampling import Sampler, SamplingParams
-from localspec.testing.reference import ReferenceModel
+from localspec.testing.reference import ReferenceModel, ReferenceState
 from localspec.verify import Walk
 
 FREE = SamplingParams(temperature=0.9, seed=2, max_tokens=30, ignore_eos=True)
@@ -54,6 +55,36 @@ def test_every_pass_stays_in_the_width_class(make: object) -> None:
     decoding = [width for width in target.widths if width <= 8]
     assert min(target.widths) >= 3 and len(decoding) >= 10
     assert max(target.widths) <= 8 or max(target.widths) == 5  # the prefill of the first prompt is 5 wide
+
+
+class Waited(ReferenceModel):
+    """Counts who waits, and behind how many tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(48, seed=5)
+        self.waits = list[int]()
+
+    def open(self) -> ReferenceState:
+        state, waits = super().open(), self.waits
+        wait = state.wait
+
+        def counted() -> None:
+            waits.append(state.length)
+            wait()
+
+        state.wait = counted  # type: ignore[method-assign]
+        return state
+
+
+def test_a_prompt_is_waited_for_once_when_all_of_it_is_read() -> None:
+    """Else the first round would wait for it, and a device's time for reading would count as decoding."""
+    model = Waited()
+    state, prompt = model.open(), np.arange(30, dtype=np.int32)
+    lengths = []
+    while read_chunk(model, state, prompt, 12):
+        lengths.append(state.length)
+    assert lengths == [12, 24, 29] and model.waits == [29]
+    assert not read_chunk(model, state, prompt, 12) and model.waits == [29]
 
 
 def test_later_turns_prefill_only_what_is_new() -> None:
