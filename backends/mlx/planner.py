@@ -14,7 +14,7 @@ from localspec.protocols import LoadSettings
 
 _MIB = 2**20
 _PROGRAM = 100 * _MIB  # Python, mlx and mlx-lm: their imports alone took 73 MB on Linux
-_STEP, _CUDA_STEP = 256, 1024  # rows by which a cache grows
+_STEP, _CUDA_STEP = 256, 1024  # rows by which a cache grows; on CUDA `cache.BLOCK`
 _BATCH = 512  # tokens of a pass
 _ROWS = 128
 _F32 = 4

@@ -86,19 +86,6 @@ def pace_table(found: Sequence[Pace]) -> str:
     )
 
 
-def _beside_plain(runs: Sequence[Run]) -> Iterator[tuple[list[Run], list[Run]]]:
-    """(a configuration's runs of a workload at a temperature, plain decoding's of the same prompts)."""
-    places = dict.fromkeys((run.workload, run.temperature) for run in runs)
-    for workload, temperature in places:
-        here = [run for run in runs if (run.workload, run.temperature) == (workload, temperature) and run.answer.rounds]
-        for name in dict.fromkeys(run.contender for run in here):
-            own = [run for run in here if run.contender == name]
-            prompts = {run.prompt for run in own}
-            plain = [run for run in here if run.contender == PLAIN and run.prompt in prompts]
-            if plain:
-                yield own, plain
-
-
 def table(found: Sequence[Part]) -> str:
     """Markdown, with what the kinds are."""
     columns = "T", "workload", "configuration", "rounds", "number", "tokens a round", "ms, median", "longest", "cost"
@@ -110,6 +97,19 @@ def table(found: Sequence[Part]) -> str:
     legend = ["cost: time beyond plain decoding of as many tokens, of all the configuration's time."]
     legend += [f"{kind}: {about}." for kind, about in KINDS.items() if any(part.kind == kind for part in found)]
     return "\n".join(lines) + "\n\n" + "  \n".join(legend)
+
+
+def _beside_plain(runs: Sequence[Run]) -> Iterator[tuple[list[Run], list[Run]]]:
+    """(a configuration's runs of a workload at a temperature, plain decoding's of the same prompts)."""
+    places = dict.fromkeys((run.workload, run.temperature) for run in runs)
+    for workload, temperature in places:
+        here = [run for run in runs if (run.workload, run.temperature) == (workload, temperature) and run.answer.rounds]
+        for name in dict.fromkeys(run.contender for run in here):
+            own = [run for run in here if run.contender == name]
+            prompts = {run.prompt for run in own}
+            plain = [run for run in here if run.contender == PLAIN and run.prompt in prompts]
+            if plain:
+                yield own, plain
 
 
 def _parts(own: Sequence[Run], plain: Sequence[Run]) -> list[Part]:

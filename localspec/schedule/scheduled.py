@@ -159,7 +159,7 @@ class Scheduled:
                 on_trial or record.guard.parked or self._may_beat(record, decision.lookup, at_hand, request.trees)
             ):
                 heard = self._hear(part, request, prices, parked, on_trial=on_trial)
-                if heard is not None and (heard > 0.0 or self._shows_nothing(record, on_trial)):
+                if heard is not None:
                     at_hand = max(at_hand or 0.0, heard)
         proposal = self._chosen(request, prices)
         if proposal.num_nodes:
@@ -191,7 +191,8 @@ class Scheduled:
         on_trial: bool = False,
         meanwhile: Beside | None = None,
     ) -> float | None:
-        """What a dear drafter's guesses are worth, which its record is told; None where it was not asked."""
+        """What a dear drafter's guesses are worth, which its record is told. None where that says nothing of the text:
+        it was not asked, could not guess, or nothing came of one that was only on trial."""
         decision, record = self._decision, self._record(part.name)
         value = self._ask_if_allowed(part, request, prices, parked, meanwhile)
         if not decision.asked or decision.asked[-1].name != part.name:
@@ -204,7 +205,8 @@ class Scheduled:
             much = decision.lookup > _MUCH
             record.beside[much] += _SMOOTHING * (own - record.beside[much])
         record.trials.observe(asked.ms)
-        return value
+        tells = not on_trial and not record.guard.parked and asked.proposal.num_nodes > 0
+        return value if value > 0.0 or tells else None
 
     def _ask_if_allowed(
         self,
@@ -301,10 +303,6 @@ class Scheduled:
         if self._asker.is_free(part):
             return True
         return record.usual_value >= -_LEAST_BACK * rate * self._asker.prices(part, self._decision).start
-
-    def _shows_nothing(self, record: Record, on_trial: bool) -> bool:
-        """Did one that usually brings something guess, and nothing of it is worth its time?"""
-        return not on_trial and not record.guard.parked and self._decision.asked[-1].proposal.num_nodes > 0
 
     def _may_beat(self, record: Record, best: float, at_hand: float | None, trees: bool) -> bool:
         """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters

@@ -149,7 +149,6 @@ def _look(load: _Loader, candidate: Candidate, until: float) -> None:
     try:
         with load(candidate.options) as pair:
             candidate.device = pair.target.info.device
-            until += measure.build(pair.target, pair.draft)  # comes on top of the time for measuring
             seconds = max(until - perf_counter(), _LEAST)
             candidate.costs = measure.costs(
                 pair.target, pair.draft, seconds=seconds, widths=_FIRST_WIDTHS, contexts=(CONTEXT,)
