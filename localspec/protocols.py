@@ -164,7 +164,8 @@ class Capabilities:
     it); empty: any.
     host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice
     beats deciding all rows at once.  runs_ahead: a forward returns while a device still works, and reading its scores
-    waits for it.  batches: the steps of one forward run as one pass, in which each takes as many
+    waits for it.  reuses_passes: what was built for a pass runs again for the next one if that is as wide (CUDA graphs),
+    which saves more than a pass of one token takes.  batches: the steps of one forward run as one pass, in which each takes as many
     places as the widest, and at least `width_class.min_width`; otherwise one after another.
     limits: why trees, their exactness or free rewinding are missing.
     """
@@ -181,11 +182,15 @@ class Capabilities:
     limits: tuple[str, ...] = ()
     width_steps: tuple[int, ...] = ()
     runs_ahead: bool = False
+    reuses_passes: bool = False
 
     def reading(self, count: int) -> tuple[int, int]:
         """(how many of so many tokens that are known beforehand the next pass should read, its width): all of them as
         they are, or where each width is dear at first use and padding costs nothing to drop the widest one, padded.
-        What was missed comes in any length, and widths up to 3 are those of every round."""
+        What was missed comes in any length, and widths up to 3 are those of every round. Where passes are reused those
+        few are read one by one, as guesses are."""
+        if self.reuses_passes and count <= _EVERY_ROUND and not self.batches:
+            return 1, 1
         if not self.width_steps or count <= _EVERY_ROUND or self.rewind is not Rewind.FREE:
             return count, count
         widest = max(self.width_steps)

@@ -317,6 +317,7 @@ def _with_context(
         width_class=_GPU_CLASS if on_gpu else _CPU_CLASS if _is_even(path) else _MIXED_CLASS,
         host_scores=True,
         runs_ahead=on_gpu,
+        reuses_passes=on_gpu and native.captures_passes(),
     )
     info = ModelInfo(
         name=weights.text("general.name") or path.stem,

@@ -133,7 +133,7 @@ class LlamaModel:
         outputs = part.outputs
         count = int(np.count_nonzero(outputs))
         wanted = None
-        if self._scores_all and 0 < count < len(outputs) <= _MOST_SCORED:
+        if self._scores_all and count < len(outputs) <= (_MOST_SCORED if count else 1):
             wanted, outputs, count = outputs.nonzero()[0], np.ones_like(outputs), len(outputs)
         extra = self._widen(outputs) if count == 1 else None
         native.forget_errors()
@@ -147,7 +147,7 @@ class LlamaModel:
         if part.features is not None:
             context.read_taps(part.features)
         if wanted is not None:
-            prefix = int(wanted[-1]) + 1 == len(wanted)  # padding stands behind: no need to copy
+            prefix = not len(wanted) or int(wanted[-1]) + 1 == len(wanted)  # padding stands behind: no need to copy
             chosen = slice(len(wanted)) if prefix else wanted
             return Rows(len(wanted), lambda: context.logits(count)[chosen])
         if extra is None:

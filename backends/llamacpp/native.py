@@ -132,6 +132,15 @@ def devices() -> tuple[str, ...]:
     return tuple(str(describe(handle).decode(errors="replace")) for handle in handles)
 
 
+def captures_passes() -> bool:
+    """Has this build devices that keep what was launched for a pass, and launch it at once for the next alike one (CUDA
+    graphs)?"""
+    library()
+    ggml: Any = importlib.import_module("llama_cpp._ggml").libggml
+    ggml.ggml_backend_reg_by_name.argtypes, ggml.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
+    return bool(ggml.ggml_backend_reg_by_name(b"CUDA"))
+
+
 def gpu_memory() -> GpuMemory | None:
     """Free memory of the first GPU of this build, or None. Raises BackendError."""
     lib = library()

@@ -465,6 +465,33 @@ def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(
     assert len(widths) <= 1 + -(-(missed + num_rows) // 64)
 
 
+def test_where_passes_are_reused_a_few_missed_tokens_are_read_one_by_one() -> None:
+    """As guesses are, so that all passes are alike. The rows are those of one pass."""
+    model, usual = ReferenceModel(48, seed=5), ReferenceModel(48, seed=5)
+    model.capabilities = replace(model.capabilities, reuses_passes=True)
+    widths: list[int] = []
+    forward = model.forward
+
+    def noting(given: Sequence[Step]) -> list[Scores]:
+        widths.extend(step.num_tokens for step in given)
+        return forward(given)
+
+    model.forward = noting  # type: ignore[method-assign]
+    rows = []
+    for one in (model, usual):
+        cache, context = DraftCache(one), Context([3, 4, 5, 6, 7, 8])
+        cache.begin(context)
+        found = [cache.start().rows((0,))]
+        for missed in (1, 2, 3, 5):
+            context.extend([(7 * place) % 40 for place in range(missed)])
+            found.append(cache.start().rows((0,)))
+        rows.append(found)
+    assert np.array_equal(*rows)
+    assert widths == [5, 1, *[1] * 2, *[1] * 3, 4, 9]  # what is fed is committed by nobody here, and fed again
+    batched = replace(model.capabilities, batches=True)
+    assert batched.reading(2) == (2, 2)  # others are in that pass, and wait for the narrower ones
+
+
 def test_what_cannot_be_dropped_for_nothing_is_not_padded() -> None:
     known = replace(ReferenceModel(48).capabilities, width_steps=(1, 16, 64))
     assert [known.reading(count) for count in (2, 5, 64, 200)] == [(2, 2), (5, 64), (64, 64), (64, 64)]
