@@ -164,8 +164,9 @@ class Capabilities:
     it); empty: any.
     host_scores: logits already lie in host memory, so `Scores.rows` is free and row-by-row choice
     beats deciding all rows at once.  runs_ahead: a forward returns while a device still works, and reading its scores
-    waits for it.  reuses_passes: what was built for a pass runs again for the next one if that is as wide (CUDA graphs),
-    which saves more than a pass of one token takes.  batches: the steps of one forward run as one pass, in which each takes as many
+    waits for it.  reuses_passes: what was built for a pass (CUDA graphs) runs again for the next one if that is as
+    wide, which saves more than a pass of one token takes.
+    batches: the steps of one forward run as one pass, in which each takes as many
     places as the widest, and at least `width_class.min_width`; otherwise one after another.
     limits: why trees, their exactness or free rewinding are missing.
     """

@@ -486,7 +486,7 @@ def test_where_passes_are_reused_a_few_missed_tokens_are_read_one_by_one() -> No
             context.extend([(7 * place) % 40 for place in range(missed)])
             found.append(cache.start().rows((0,)))
         rows.append(found)
-    assert np.array_equal(*rows)
+    assert np.array_equal(rows[0], rows[1])
     assert widths == [5, 1, *[1] * 2, *[1] * 3, 4, 9]  # what is fed is committed by nobody here, and fed again
     batched = replace(model.capabilities, batches=True)
     assert batched.reading(2) == (2, 2)  # others are in that pass, and wait for the narrower ones
