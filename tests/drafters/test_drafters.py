@@ -476,7 +476,7 @@ def test_where_passes_are_reused_a_few_missed_tokens_are_read_one_by_one() -> No
         widths.extend(step.num_tokens for step in given)
         return forward(given)
 
-    model.forward = noting  # type: ignore[method-assign]
+    model.forward = noting  # type: ignore[assignment, method-assign]
     rows = []
     for one in (model, usual):
         cache, context = DraftCache(one), Context([3, 4, 5, 6, 7, 8])
