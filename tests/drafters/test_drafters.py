@@ -30,7 +30,6 @@ from localspec.protocols import (
     HostTokens,
     Outcome,
     Proposal,
-    Rewind,
     SavedDraft,
     Scores,
     SequenceState,
@@ -99,6 +98,17 @@ class TestDraftModelOnADevice(DrafterConformance):
         model = super().target()
         model.capabilities = replace(model.capabilities, host_scores=False)
         return model
+
+
+class TestDraftModelThatRunsAhead(DrafterConformance):
+    """Its next pass begins behind each round, and tokens are fed one by one."""
+
+    draws = True
+
+    def drafter(self, target: ReferenceModel) -> Drafter:
+        draft = target.perturbed(0.2)
+        draft.capabilities = replace(draft.capabilities, runs_ahead=True, reuses_passes=True)
+        return DraftModel(draft, num=4)
 
 
 class TestTreeOfADraftModel(DrafterConformance):
@@ -432,80 +442,3 @@ def test_a_draft_model_drafter_without_a_draft_model_is_refused() -> None:
 def test_the_registry_names_are_the_drafters_own() -> None:
     assert set(DRAFTERS) == {"nothing", "draft_model", "cross_tokenizer", "ngram", "suffix", "grammar", *KINDS}
     assert all(DrafterSpec.parse(name).name == name for name in DRAFTERS)
-
-
-@pytest.mark.parametrize("missed", [1, 2, 5, 7, 21, 45, 130])
-@pytest.mark.parametrize("num_rows", [1, 3])
-def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(
-    missed: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rows are those of one pass, and nothing is read twice."""
-    steps = (1, 16, 64)
-    model, usual = ReferenceModel(48, seed=5), ReferenceModel(48, seed=5)
-    model.capabilities = replace(model.capabilities, width_steps=steps)
-    widths: list[int] = []
-    forward = model.forward
-
-    def noting(given: Sequence[Step]) -> list[Scores]:
-        widths.extend(step.num_tokens for step in given)
-        return forward(given)
-
-    monkeypatch.setattr(model, "forward", noting)
-    rows = []
-    for one in (model, usual):
-        cache, context = DraftCache(one), Context([3, 4, 5, 6])
-        cache.begin(context)
-        cache.start(num_rows)
-        if one is model:
-            widths.clear()
-        context.extend([(7 * place) % 40 for place in range(missed)])
-        rows.append(cache.start(num_rows).rows(range(num_rows)))
-    assert np.array_equal(rows[0], rows[1])
-    assert set(widths) <= {1, 2, 3, 64}
-    assert len(widths) <= 1 + -(-(missed + num_rows) // 64)
-
-
-def test_where_passes_are_reused_a_few_missed_tokens_are_read_one_by_one() -> None:
-    """As guesses are, so that all passes are alike. The rows are those of one pass."""
-    model, usual = ReferenceModel(48, seed=5), ReferenceModel(48, seed=5)
-    model.capabilities = replace(model.capabilities, reuses_passes=True)
-    widths: list[int] = []
-    forward = model.forward
-
-    def noting(given: Sequence[Step]) -> list[Scores]:
-        widths.extend(step.num_tokens for step in given)
-        return forward(given)
-
-    model.forward = noting  # type: ignore[assignment, method-assign]
-    rows = []
-    for one in (model, usual):
-        cache, context = DraftCache(one), Context([3, 4, 5, 6, 7, 8])
-        cache.begin(context)
-        found = [cache.start().rows((0,))]
-        for missed in (1, 2, 3, 5):
-            context.extend([(7 * place) % 40 for place in range(missed)])
-            found.append(cache.start().rows((0,)))
-        rows.append(found)
-    assert np.array_equal(rows[0], rows[1])
-    assert widths == [5, 1, *[1] * 2, *[1] * 3, 4, 9]  # what is fed is committed by nobody here, and fed again
-    batched = replace(model.capabilities, batches=True)
-    assert batched.reading(2) == (2, 2)  # others are in that pass, and wait for the narrower ones
-
-
-def test_what_cannot_be_dropped_for_nothing_is_not_padded() -> None:
-    known = replace(ReferenceModel(48).capabilities, width_steps=(1, 16, 64))
-    assert [known.reading(count) for count in (2, 5, 64, 200)] == [(2, 2), (5, 64), (64, 64), (64, 64)]
-    for rewind in (Rewind.REPLAY, Rewind.NEVER):
-        assert replace(known, rewind=rewind).reading(5) == (5, 5)
-
-
-def test_reading_what_was_missed_is_not_padded_beyond_the_context() -> None:
-    model = ReferenceModel(48, seed=5, context_length=40)
-    model.capabilities = replace(model.capabilities, width_steps=(1, 8, 64))
-    usual = ReferenceModel(48, seed=5, context_length=40)
-    rows = []
-    for one in (model, usual):
-        cache = DraftCache(one)
-        cache.begin(Context([(7 * place) % 40 for place in range(35)]))
-        rows.append(cache.start().rows((0,)))
-    assert np.array_equal(rows[0], rows[1])
