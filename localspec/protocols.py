@@ -91,11 +91,6 @@ class Scores(Protocol):
         """N."""
         ...
 
-    @property
-    def is_stale(self) -> bool:
-        """Did a later pass overwrite them?"""
-        ...
-
     def argmax(self) -> Tokens:
         """[N] the best token of each row, the lowest id among equals."""
         ...

@@ -436,13 +436,8 @@ class HostScores:
         self._generation = generation if generation is not None else [0]
         self._born = self._generation[0]
 
-    @property
-    def is_stale(self) -> bool:
-        """Has the model run another pass?"""
-        return self._generation[0] != self._born
-
     def _fresh(self) -> Logits:
-        if self.is_stale:
+        if self._generation[0] != self._born:
             raise StaleScoresError(
                 "scores were read after the model's next forward pass",
                 fix="Read what is needed before calling forward again.",

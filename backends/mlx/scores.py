@@ -91,8 +91,6 @@ class DeviceTop:
 class DeviceScores:
     """Logits [N, V] on the device. Never stale: arrays are values in MLX, so a later pass makes new ones."""
 
-    is_stale = False
-
     def __init__(self, logits: mx.array, ledger: Ledger) -> None:
         self._logits = logits
         self._ledger = ledger

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from localspec.drafters.guesser import ANCHOR
 from localspec.protocols import (
     HostTokens,
     LanguageModel,
-    Rewind,
     SavedDraft,
     Scores,
     Step,
@@ -25,23 +23,11 @@ from localspec.types import Probabilities
 _PREFILL_CHUNK = 512
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """The first pass over a conversation of so many tokens that ends with `anchor`, which runs already."""
-
-    length: int
-    anchor: int
-    scores: Scores
-
-
 class DraftCache:
     """Feeds a model what it has not seen and the guesses, and commits those guesses that came true.
 
     Fed guesses are numbered from 0 since `start`; their parent is such a number, or ANCHOR: the
     conversation's last token. ANCHOR - 1 is the token before that one, as far back as `start` gave rows.
-
-    Where passes run ahead of the host the next round's first one begins as soon as it is known what to feed, while the
-    host finishes this round and plans the next. If no round comes it is dropped, as guesses are.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -53,12 +39,6 @@ class DraftCache:
         self._pending: list[Tokens] = []  # segments that are pending in the state, in order
         self._parents: list[int] = []  # of the pending nodes
         self._base = 0  # pending nodes before the first guess
-        known = model.capabilities
-        # what many sequences share would have to wait for this one
-        self._runs_ahead = known.runs_ahead and not known.batches and known.rewind is Rewind.FREE
-        self._begun: _Begun | None = None
-        self._is_alone = True  # nobody else runs the model between two rounds
-        self._num_rows = 0  # that were asked for in this round
 
     @property
     def length(self) -> int:
@@ -77,7 +57,6 @@ class DraftCache:
         """Follow another context: of what is cached the common prefix stays, the rest is read, but for the anchor:
         its row starts the guessing."""
         self._context = context
-        self._is_alone = True
         same = common_prefix(np.array(self._committed, np.int32), context.tokens)
         self._reset_to(min(same, len(context) - 1))
         self._read(len(context) - 1)
@@ -93,14 +72,6 @@ class DraftCache:
 
     def start(self, num_rows: int = 1) -> Scores:
         """Forget earlier guesses, feed what is missing; scores [num_rows, V] of the last tokens, the anchor's last."""
-        begun, self._begun, self._num_rows = self._begun, None, num_rows
-        if begun is not None and begun.scores.num_rows == num_rows:
-            self._is_alone = not begun.scores.is_stale
-            if self._is_alone and (begun.length, begun.anchor) == (len(self._context), self._context.anchor):
-                return begun.scores
-        return self._start(num_rows)
-
-    def _start(self, num_rows: int) -> Scores:
         tokens = self._context.tokens
         last = len(tokens) - num_rows
         self._reset_to(min(self._state.length, last))
@@ -142,7 +113,6 @@ class DraftCache:
 
     def observe(self) -> None:
         """Commit the fed tokens that the context now holds, whoever proposed them; forget the others."""
-        num_rows, self._num_rows, self._begun = self._num_rows, 0, None
         if not self._pending:
             return
         fed = np.concatenate([segment.numpy() for segment in self._pending]).tolist()
@@ -158,8 +128,6 @@ class DraftCache:
                 break
             path.append(node)
         self._commit(path, emitted[: len(path)])
-        if num_rows and self._runs_ahead and self._is_alone and self.free > 0:
-            self._begun = _Begun(len(self._context), self._context.anchor, self._start(num_rows))
 
     def save(self) -> tuple[SavedDraft, ...]:
         """A copy of what is committed, if anything is; guesses are forgotten."""
@@ -175,7 +143,7 @@ class DraftCache:
             return
         longest = max(own, key=lambda one: len(one.tokens))
         self._state.close()
-        self._committed, self._pending, self._parents, self._begun = [], [], [], None
+        self._committed, self._pending, self._parents = [], [], []
         try:
             self._state = longest.state.open()
         except BaseException:
@@ -195,7 +163,7 @@ class DraftCache:
     def _reset_to(self, length: int) -> None:
         self._state.truncate(length)
         del self._committed[length:]
-        self._pending, self._parents, self._begun = [], [], None
+        self._pending, self._parents = [], []
 
     def _forward(self, tokens: Tokens, parents: list[int], rows: tuple[int, ...] | None) -> Scores:
         [scores] = self.model.forward([Step(self._state, (tokens,), np.array(parents, np.int32), rows)])

@@ -246,7 +246,7 @@ class Scheduled:
     def observe(self, outcome: Outcome) -> None:
         """The outcome, for all; and what it teaches, where guesses were verified only once the next pass runs."""
         self._catch_up()
-        for part in (*self._dear, *self._free):  # their next pass may run while the others look at what came
+        for part in self.parts:
             part.observe(outcome)
         started = perf_counter()
         plain, decision = not len(outcome.tree), self._decision

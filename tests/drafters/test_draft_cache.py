@@ -7,12 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from localspec.context import Context
 from localspec.drafters.draft_cache import DraftCache
-from localspec.drafters.guesser import ANCHOR
-from localspec.protocols import HostTokens, Rewind, Scores, Step
+from localspec.protocols import Rewind, Scores, Step
 from localspec.testing.reference import ReferenceModel
 
 
@@ -72,109 +70,6 @@ def test_where_passes_are_reused_a_few_missed_tokens_are_read_one_by_one() -> No
     assert widths == [5, 1, *[1] * 2, *[1] * 3, 4, 9]  # what is fed is committed by nobody here, and fed again
     batched = replace(model.capabilities, batches=True)
     assert batched.reading(2) == (2, 2)  # others are in that pass, and wait for the narrower ones
-
-
-class _Counted:
-    """How often a model ran, and a drafter's cache over one whose passes run ahead of the host."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, context_length: int = 64) -> None:
-        self.model = ReferenceModel(48, seed=5, context_length=context_length)
-        self.model.capabilities = replace(self.model.capabilities, runs_ahead=True)
-        self.passes = 0
-        forward = self.model.forward
-
-        def counted(given: Sequence[Step]) -> list[Scores]:
-            self.passes += 1
-            return forward(given)
-
-        monkeypatch.setattr(self.model, "forward", counted)
-        self.cache, self.context = DraftCache(self.model), Context([3, 4, 5, 6])
-        self.cache.begin(self.context)
-        self.passes = 0
-
-    def expected(self, num_rows: int = 1) -> NDArray[np.float32]:
-        cache = DraftCache(ReferenceModel(48, seed=5))
-        cache.begin(self.context)
-        return cache.start(num_rows).rows(range(num_rows)).copy()
-
-
-@pytest.mark.parametrize("num_rows", [1, 3])
-def test_the_next_pass_begins_as_soon_as_it_is_known_what_to_feed(
-    num_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = _Counted(monkeypatch)
-    for guess, emitted in ((7, [7, 8]), (9, [11]), (12, [12, 13])):  # all come true, none, all
-        assert np.array_equal(one.cache.start(num_rows).rows(range(num_rows)), one.expected(num_rows))
-        one.cache.extend(HostTokens(np.array([guess], np.int32)), [ANCHOR])
-        one.context.extend(emitted)
-        one.passes = 0
-        one.cache.observe()
-        assert one.passes == 1  # begun
-        assert np.array_equal(one.cache.start(num_rows).rows(range(num_rows)), one.expected(num_rows))
-        assert one.passes == 1
-        one.context.extend([20])
-        one.cache.observe()
-
-
-def test_a_drafter_that_is_not_asked_begins_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = _Counted(monkeypatch)
-    one.cache.start()
-    for emitted in (7, 8, 9):
-        one.context.extend([emitted])
-        one.cache.observe()
-    assert one.passes == 2
-    assert np.array_equal(one.cache.start().rows((0,)), one.expected())
-
-
-def test_a_begun_pass_that_others_overwrote_or_that_fits_no_more_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = _Counted(monkeypatch)
-    one.cache.start()
-    one.context.extend([7])
-    one.cache.observe()
-    one.context.truncate(4)
-    one.context.extend([8])  # as long, and another text
-    assert np.array_equal(one.cache.start().rows((0,)), one.expected())
-    one.context.extend([9])
-    one.cache.observe()
-    other = DraftCache(one.model)
-    other.begin(Context([1, 2, 3]))
-    assert np.array_equal(one.cache.start().rows((0,)), one.expected())
-    one.context.extend([10])
-    before = one.passes
-    one.cache.observe()
-    assert one.passes == before  # others are at work, so begun passes would be run twice
-    one.cache.begin(one.context)
-    one.cache.start()
-    one.context.extend([11])
-    before = one.passes
-    one.cache.observe()
-    assert one.passes == before + 1  # another answer: perhaps they are not any more
-
-
-def test_no_pass_begins_for_which_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = _Counted(monkeypatch, context_length=6)
-    one.cache.start()
-    one.context.extend([7])
-    one.cache.observe()
-    one.cache.start()
-    before = one.passes
-    one.context.extend([8])
-    one.cache.observe()
-    assert one.passes == before and one.cache.free == 0
-
-
-def test_what_is_saved_knows_nothing_of_a_begun_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = _Counted(monkeypatch)
-    one.cache.start()
-    one.context.extend([7])
-    one.cache.observe()
-    [saved] = one.cache.save()
-    assert saved.tokens.tolist() == [3, 4, 5, 6]
-    assert np.array_equal(one.cache.start().rows((0,)), one.expected())
-    one.context.extend([8])
-    one.cache.observe()
-    one.cache.restore([saved])
-    assert np.array_equal(one.cache.start().rows((0,)), one.expected())
 
 
 def test_what_cannot_be_dropped_for_nothing_is_not_padded() -> None:

@@ -100,14 +100,14 @@ class TestDraftModelOnADevice(DrafterConformance):
         return model
 
 
-class TestDraftModelThatRunsAhead(DrafterConformance):
-    """Its next pass begins behind each round, and tokens are fed one by one."""
+class TestDraftModelThatReusesPasses(DrafterConformance):
+    """Tokens are fed one by one."""
 
     draws = True
 
     def drafter(self, target: ReferenceModel) -> Drafter:
         draft = target.perturbed(0.2)
-        draft.capabilities = replace(draft.capabilities, runs_ahead=True, reuses_passes=True)
+        draft.capabilities = replace(draft.capabilities, reuses_passes=True)
         return DraftModel(draft, num=4)
 
 
