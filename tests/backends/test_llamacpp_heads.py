@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +30,7 @@ from tests.backends.llamacpp_heads import (
     loaded,
     write_head,
 )
+from tests.folders import kept_folder
 
 pytestmark = pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.cpp: pip install llama-cpp-python")
 
@@ -43,8 +41,7 @@ pytestmark = pytest.mark.skipif(not BACKEND.is_installed(), reason="needs llama.
 @cache
 def beside(kind: str, batch: bool = False) -> tuple[LanguageModel, DraftHead]:
     """A head of this kind and its target, kept for all tests of the suite."""
-    folder = Path(tempfile.mkdtemp(prefix="localspec-heads-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = kept_folder()
     if kind == "mtp":
         target = write_architecture(folder / "target.gguf", "qwen35", mtp=True)
     else:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import pytest
@@ -33,6 +32,7 @@ from localspec.testing.reference import random_tree
 from localspec.tree.token_tree import TokenTree
 from localspec.types import Logits, NodeIndices
 from tests.backends.llamacpp_backend import BACKEND, module
+from tests.folders import kept_folder
 
 PLAIN = LoadSettings(context=448, num_sequences=3, threads=1)
 TREES = replace(PLAIN, trees=True)
@@ -48,7 +48,7 @@ def closed_in_the_end() -> Iterator[None]:
 
 @cache
 def file(name: str, jitter: float = 0.0) -> Path:
-    return write_architecture(Path(mkdtemp(prefix="localspec-")) / f"{name}.gguf", name, jitter=jitter)
+    return write_architecture(kept_folder() / f"{name}.gguf", name, jitter=jitter)
 
 
 @cache

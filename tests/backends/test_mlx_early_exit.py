@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from localspec.sampling import SamplingParams
 from localspec.schedule.machine import describe_head
 from localspec.testing.files import write_safetensors
 from localspec.testing.heads import HeadConformance
+from tests.folders import kept_folder
 
 BACKEND = get_backend("mlx")
 pytestmark = pytest.mark.skipif(not BACKEND.is_installed(), reason='needs MLX: pip install "localspec[mlx-cpu]"')
@@ -29,7 +29,7 @@ LAYERS = 2
 
 @cache
 def folder() -> Path:
-    return write_safetensors(Path(mkdtemp()) / "three", num_layers=3)
+    return write_safetensors(kept_folder() / "three", num_layers=3)
 
 
 @cache
