@@ -133,6 +133,7 @@ class LlamaModel:
         outputs = part.outputs
         count = int(np.count_nonzero(outputs))
         wanted = None
+        # one token of which no row is wanted, too: a draft model reads such between its guesses, and all shall be alike
         if self._scores_all and count < len(outputs) <= (_MOST_SCORED if count else 1):
             wanted, outputs, count = outputs.nonzero()[0], np.ones_like(outputs), len(outputs)
         extra = self._widen(outputs) if count == 1 else None

@@ -14,6 +14,19 @@ from localspec.protocols import Rewind, Scores, Step
 from localspec.testing.reference import ReferenceModel
 
 
+def noted_widths(model: ReferenceModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the tokens of each pass."""
+    widths: list[int] = []
+    forward = model.forward
+
+    def noting(given: Sequence[Step]) -> list[Scores]:
+        widths.extend(step.num_tokens for step in given)
+        return forward(given)
+
+    monkeypatch.setattr(model, "forward", noting)
+    return widths
+
+
 @pytest.mark.parametrize("missed", [1, 2, 5, 7, 21, 45, 130])
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(
@@ -23,14 +36,7 @@ def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(
     steps = (1, 16, 64)
     model, usual = ReferenceModel(48, seed=5), ReferenceModel(48, seed=5)
     model.capabilities = replace(model.capabilities, width_steps=steps)
-    widths: list[int] = []
-    forward = model.forward
-
-    def noting(given: Sequence[Step]) -> list[Scores]:
-        widths.extend(step.num_tokens for step in given)
-        return forward(given)
-
-    monkeypatch.setattr(model, "forward", noting)
+    widths = noted_widths(model, monkeypatch)
     rows = []
     for one in (model, usual):
         cache, context = DraftCache(one), Context([3, 4, 5, 6])
@@ -45,18 +51,11 @@ def test_where_widths_are_dear_what_was_missed_is_read_in_few_of_them(
     assert len(widths) <= 1 + -(-(missed + num_rows) // 64)
 
 
-def test_where_passes_are_reused_a_few_missed_tokens_are_read_one_by_one() -> None:
+def test_where_passes_are_reused_a_few_missed_tokens_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """As guesses are, so that all passes are alike. The rows are those of one pass."""
     model, usual = ReferenceModel(48, seed=5), ReferenceModel(48, seed=5)
     model.capabilities = replace(model.capabilities, reuses_passes=True)
-    widths: list[int] = []
-    forward = model.forward
-
-    def noting(given: Sequence[Step]) -> list[Scores]:
-        widths.extend(step.num_tokens for step in given)
-        return forward(given)
-
-    model.forward = noting  # type: ignore[assignment, method-assign]
+    widths = noted_widths(model, monkeypatch)
     rows = []
     for one in (model, usual):
         cache, context = DraftCache(one), Context([3, 4, 5, 6, 7, 8])
