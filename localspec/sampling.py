@@ -239,6 +239,15 @@ class Sampler:
         """[N, 2] noise keys of the tokens at these positions, for `Scores.winners`."""
         return noise.keys(self.seed, Purpose.TOKEN, positions)
 
+    def draw_ahead(self, position: int, count: int, vocab_size: int) -> None:
+        """Draw what is kept of the noise of `count` positions from that one on (`noise.py`), for whoever asks next, of
+        rows of so many tokens. Changes nothing that is chosen."""
+        if self.is_greedy or self._truncates or self.constraint is not None:
+            return  # only a few tokens get noise there
+        groups = noise.num_groups(vocab_size)
+        for one in range(position, position + count):
+            noise.ceilings(noise.key(self.seed, Purpose.TOKEN, one), groups)
+
     def _allowed(self, row: Logits, context: Context) -> tuple[Logits, TokenIds | None]:
         """A weighed row after the grammar; and the ids of its entries, ascending, where it was cut down to few. Empty
         where nothing is left."""

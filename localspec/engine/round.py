@@ -40,6 +40,7 @@ from localspec.types import Logits
 from localspec.verify import Acceptance, Trial, Verdict
 
 _WAITED = 5e-5  # seconds; reading takes less where nothing is waited for
+_MOST_DRAWN = 128  # positions in a round whose noise is drawn ahead; more would push out what was drawn (`noise.py`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def run_round(
         else:
             scores, width = taken
         on_host = model.capabilities.host_scores
-        verify_ms = _wait(drafted, proposals, scores, on_host=on_host)
+        verify_ms = _wait(model, lanes, proposals, scores, drafted)
         trials = [
             Trial(proposal, rows, lane.context, lane.sampler, lane.stop_tokens, on_host, _tolerance(lane))
             for lane, proposal, rows in zip(lanes, proposals, scores, strict=True)
@@ -191,20 +192,35 @@ def run_round(
     return results
 
 
-def _wait(drafted: float, proposals: Sequence[Proposal], scores: Sequence[Scores], *, on_host: bool) -> float:
+def _wait(
+    model: LanguageModel, lanes: Sequence[Lane], proposals: Sequence[Proposal], scores: Sequence[Scores], drafted: float
+) -> float:
     """Do what was put off until now, then wait for the scores where they come to the host by themselves; milliseconds
     of the pass, which began at `drafted`."""
     launched = perf_counter()
     for proposal in proposals:
         if proposal.meanwhile is not None:
             proposal.meanwhile()
+    if model.capabilities.runs_ahead:
+        _draw_ahead(lanes, proposals, model.vocab_size)
     free = perf_counter()
-    if on_host:
+    if model.capabilities.host_scores:
         for one in scores:
             one.rows((0,))
     done = perf_counter()
     own = 0.0 if done - free > _WAITED else free - launched  # the pass was over before, so that was no part of it
     return (done - drafted - own) * 1e3
+
+
+def _draw_ahead(lanes: Sequence[Lane], proposals: Sequence[Proposal], vocab_size: int) -> None:
+    """The noise that choosing the tokens of this pass and guessing the next ones will ask for: the host has nothing
+    else to do while a device runs the pass, and noise depends on positions alone."""
+    left = _MOST_DRAWN
+    for lane, proposal in zip(lanes, proposals, strict=True):
+        levels = int(proposal.depth().max(initial=-1)) + 1
+        count = min(2 * (levels + 1), left)
+        left -= count
+        lane.sampler.draw_ahead(len(lane.context), count, vocab_size)
 
 
 @dataclass(frozen=True, slots=True)

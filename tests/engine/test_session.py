@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from localspec import noise
 from localspec.drafters import DraftModel, Ngram, Nothing
 from localspec.engine.answer import TARGET
 from localspec.engine.chat import Chat
@@ -20,7 +21,7 @@ from localspec.errors import PromptError, UnsupportedModelError
 from localspec.protocols import Drafter, HostTokens, Rewind, Scores, Step, WidthClass, chain_parents
 from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.reference import ReferenceModel, ReferenceState
-from localspec.verify import Walk
+from localspec.verify import Trial, Verdict, Walk
 
 FREE = SamplingParams(temperature=0.9, seed=2, max_tokens=30, ignore_eos=True)
 
@@ -55,6 +56,39 @@ def test_every_pass_stays_in_the_width_class(make: object) -> None:
     decoding = [width for width in target.widths if width <= 8]
     assert min(target.widths) >= 3 and len(decoding) >= 10
     assert max(target.widths) <= 8 or max(target.widths) == 5  # the prefill of the first prompt is 5 wide
+
+
+class Watched(Walk):
+    """Notes for each round how often choosing had to draw what noise is kept for a position."""
+
+    def __init__(self) -> None:
+        self.drawn: list[int] = []
+
+    def accept(self, trial: Trial) -> Verdict:
+        before = noise.ceilings.cache_info().misses
+        verdict = super().accept(trial)
+        self.drawn.append(noise.ceilings.cache_info().misses - before)
+        return verdict
+
+
+def test_noise_is_drawn_while_a_device_runs_the_pass() -> None:
+    texts, drawn = [], []
+    for ahead in (False, True):
+        noise.ceilings.cache_clear()
+        target, rule = model(), Watched()
+        target.capabilities = replace(target.capabilities, runs_ahead=ahead)
+        with Session(target, drafter_of(target), acceptance=rule) as session:
+            texts.append(session.generate([1, 2, 3], FREE).tokens)
+        drawn.append(rule.drawn)
+    assert texts[0] == texts[1]
+    assert sum(drawn[0]) > 0 and not any(drawn[1]), "one token in a round was not guessed, and nobody drew for it"
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), replace(FREE, top_p=0.9)])
+def test_noise_that_nobody_asks_for_is_not_drawn_ahead(params: SamplingParams) -> None:
+    before = noise.ceilings.cache_info().misses
+    Sampler(params, 71).draw_ahead(10, 8, 257)
+    assert noise.ceilings.cache_info().misses == before
 
 
 class Waited(ReferenceModel):
