@@ -31,12 +31,13 @@ class Grower:
     """A tree in the making. Offered nodes are numbered from 0 in the order of offering; -1 is the anchor.
 
     max_nodes: the budget.  branching: most children of a node at each depth; its length is the most
-    levels: (1,) * 5 is a chain, (3, 2, 1) a fixed fan-out, (16,) * 8 lets the scores decide.
+    levels: (1,) * 5 is a chain, (3, 2, 1) a fixed fan-out, (16,) * 8 lets the scores decide. Levels that the budget
+    does not reach are left out.
     """
 
     def __init__(self, max_nodes: int, branching: Sequence[int]) -> None:
         self.max_nodes = max_nodes
-        self.branching = tuple(branching)
+        self.branching = tuple(branching[: max(max_nodes, 0)])  # a deeper path has more nodes than there may be
         self._tokens: list[int] = []
         self._parents: list[int] = []
         self._log_q: list[float] = []
