@@ -42,6 +42,18 @@ def measure_heads(
     return found
 
 
+def build_heads(target: LanguageModel, heads: Sequence[DraftHead]) -> None:
+    """Have all built that guesses need, where passes need something built in every process
+    (`Capabilities.width_steps`), by making each kind of them once. One sequence of the target must be free."""
+    known = target.capabilities
+    if not known.width_steps or known.rewind is Rewind.NEVER:
+        return
+    for head in heads:
+        with Passes(target) as passes, closing(head.open(passes.state)) as beside:
+            passes.grow(min(CONTEXTS[0], max(target.info.context_length // 2, 1)))
+            _Track(head, beside, passes, perf_counter).once()
+
+
 def pays_to_wait(info: HeadInfo, costs: Costs) -> bool:
     """Is a tree worth waiting for a device level by level? Only of a head of one pass, and where all levels together
     take little beside a pass of the target. A chain is guessed without waiting."""
@@ -78,6 +90,13 @@ class _Track:
         self._beside, self._passes, self._clock = beside, passes, clock
         self._start: dict[int, float] = {}
         self._extend: dict[int, list[float]] = {}
+
+    def once(self) -> None:
+        """Start and one level of each width."""
+        for width in [0, *self._widths]:
+            if width:
+                self._time(0)
+            self._time(width)
 
     def measure(self, context: int, until: float) -> None:
         """Start and one level of each width, again and again; the first time is warming up."""

@@ -27,9 +27,9 @@ from localspec.schedule.classes import class_to_use, is_inside
 from localspec.schedule.classes import find as find_classes
 from localspec.schedule.cost import Costs, HeadCosts
 from localspec.schedule.experience import Experience
-from localspec.schedule.heads import assumed_heads, measure_heads
+from localspec.schedule.heads import assumed_heads, build_heads, measure_heads
 from localspec.schedule.machine import describe_files, describe_head, describe_machine, describe_model
-from localspec.schedule.measure import Overhead, Progress, assumed, quick
+from localspec.schedule.measure import Overhead, Progress, assumed, build, quick
 
 FORMAT = 2
 _FIRST_FORMAT = 1  # options, classes, bounds and heads mean what they always did
@@ -67,7 +67,9 @@ def load_or_measure(
 ) -> Costs:
     """The costs of a loaded pair: as `localspec tune` found them, else as measured in short before, else measured in
     short now and stored; and those of heads. One sequence of each model must be free for that. Where measuring is not
-    allowed (`set_automatic`) they are assumed instead, and `Costs.measured` is empty."""
+    allowed (`set_automatic`) they are assumed instead, and `Costs.measured` is empty.
+    Where each width needs something built in every process (`Capabilities.width_steps`), it is built here, not in the
+    middle of the first answers."""
     found = _load_or_measure_pair(target, draft, on_progress, overhead, folder)
     return replace(found, heads=_load_or_measure_heads(target, heads, found, folder)) if heads else found
 
@@ -83,6 +85,7 @@ def _load_or_measure_pair(
     for kind in (_TUNED, _QUICK):
         stored = _find(_file(folder, kind, key), key, Costs.from_dict, oldest=_DEEP_FORMAT)
         if stored is not None:
+            build(target, draft)
             return stored
     if not _automatic:
         return assumed(target, draft)
@@ -101,6 +104,7 @@ def _load_or_measure_heads(
 
     stored = _find(_file(folder, _HEADS, key), key, read)
     if stored is not None:
+        build_heads(target, heads)
         return stored
     if not _automatic:
         return assumed_heads(heads, costs.target.at(1, 0), target.info.num_parameters)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +16,15 @@ from localspec.engine.session import Session
 from localspec.engine.stats import Stats
 from localspec.protocols import Drafter, DraftRequest, HostTokens, Outcome, Proposal, SavedDraft, SequenceState
 from localspec.sampling import SamplingParams
+from localspec.schedule import store
 from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs, Curve, HeadCosts
 from localspec.schedule.experience import Experience
 from localspec.schedule.heads import assumed_heads, measure_heads
 from localspec.schedule.router import Trials
 from localspec.schedule.scheduled import Scheduled
-from localspec.testing.reference import ReferenceModel
-from localspec.testing.reference_head import ReferenceBlockHead, ReferenceHead
+from localspec.testing.reference import Array, ReferenceModel
+from localspec.testing.reference_head import ReferenceBlockHead, ReferenceHead, ReferenceHeadState
 from localspec.tree.token_tree import TokenTree
 
 PROMPT = [3, 9, 27, 17, 3, 9]
@@ -186,3 +189,36 @@ def test_heads_are_measured_where_a_sequence_is_free_and_assumed_where_not() -> 
         assert HeadCosts.from_dict(one.as_dict()) == one
     guessed = assumed_heads(heads, 10.0, target.info.num_parameters)
     assert guessed["dspark"].extend.at(1, 0) < 0.1 * guessed["dspark"].start.at(1, 0)
+
+
+class Noting(ReferenceHead):
+    """Remembers how many rows it was asked for behind each other guess."""
+
+    def __init__(self, target: ReferenceModel) -> None:
+        super().__init__(target)
+        self.num_rows = 0
+
+    def row(self, beside: ReferenceHeadState, token: int, hidden: Array, depth: int) -> Array:
+        self.num_rows += 1
+        return super().row(beside, token, hidden, depth)
+
+
+@pytest.mark.parametrize("steps", [(), (1, 16)])
+def test_what_guesses_of_a_head_need_is_built_when_its_times_are_known_already(
+    steps: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where each process must build something; times that were stored are used as they are."""
+    monkeypatch.setattr(store, "_automatic", True)
+    target = ReferenceModel(48, context_length=200)
+    for role in ("target", "head"):
+        (tmp_path / role).write_bytes(b"weights")
+    target.info = replace(target.info, path=tmp_path / "target")
+    target.capabilities = replace(target.capabilities, width_steps=steps)
+    head = Noting(target)
+    head.info = replace(head.info, path=tmp_path / "head")
+    first = store.load_or_measure(target, folder=tmp_path, heads=[head])
+    assert head.num_rows > 0
+    head.num_rows = 0
+    again = store.load_or_measure(target, folder=tmp_path, heads=[head])
+    assert again.heads == first.heads and target.num_open == 0
+    assert head.num_rows == (5 * 1 + sum((1, 2, 4, 8)) if steps else 0)

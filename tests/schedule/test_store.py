@@ -30,10 +30,12 @@ class Counting(ReferenceModel):
         if not file.exists():
             file.write_bytes(b"weights")
         self.num_passes = 0
+        self.widths: list[int] = []
         self.info = replace(self.info, path=file, runtime="numpy 1", options=(("threads", 1),))
 
     def forward(self, steps: Sequence[Step]) -> list[Scores]:
         self.num_passes += 1
+        self.widths += [step.num_tokens for step in steps]
         return super().forward(steps)
 
 
@@ -60,6 +62,17 @@ def test_the_second_load_measures_nothing(model: Counting, folder: Path) -> None
     model.num_passes = 0
     assert store.load_or_measure(model, folder=folder) == first
     assert model.num_passes == 0
+
+
+def test_what_each_process_must_build_for_a_width_is_built_before_the_first_answer(
+    model: Counting, folder: Path
+) -> None:
+    model.capabilities = replace(model.capabilities, width_steps=(1, 16, 64))
+    first = store.load_or_measure(model, folder=folder)
+    model.widths.clear()
+    assert store.load_or_measure(model, folder=folder) == first
+    assert {1, 16}.issubset(model.widths), "64 and the context do not fit into 96 cells twice"
+    model.open().close()  # the sequence was given back
 
 
 def test_what_tune_found_is_preferred_and_not_replaced(model: Counting, folder: Path) -> None:
