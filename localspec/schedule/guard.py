@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-_SHARE = 0.012  # of the decoding time goes into trials
+_SHARE = 0.008  # of the decoding time goes into trials; with what looking takes (`rest.py`) that stays below 2%
 _LIMIT = 8.0  # tokens of drawdown
 _TRIALS = 4  # that must gain together
 _CLEAR = 2.0  # tokens that fewer must have gained

@@ -82,7 +82,7 @@ def test_what_trials_cost_before_is_still_owed() -> None:
     after.recall(json.loads(json.dumps(guard.as_dict())))
     after.begin()
     assert after.parked and not after.pays(2.0), "another process is no reason for another trial"
-    for _ in range(200):
+    for _ in range(300):
         after.idle(1.0, 1.0, 2.0)
     assert after.pays(2.0), "the share that is put aside has paid for the last one"
 

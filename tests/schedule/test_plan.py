@@ -379,10 +379,10 @@ def test_the_first_trial_of_an_answer_is_made_in_advance_and_paid_for_later() ->
         guard.idle(10.0, 10.0, 1.0)
         rounds += 1
         guard.begin()
-    assert 60 <= rounds <= 100  # 1.2% of them
+    assert 90 <= rounds <= 150  # 0.8% of them
 
 
-@pytest.mark.parametrize(("real", "rounds"), [(1.0, 84), (4.0, 334), (0.2, 18), (1000.0, 751)])
+@pytest.mark.parametrize(("real", "rounds"), [(1.0, 126), (4.0, 501), (0.2, 26), (1000.0, 1126)])
 def test_a_trial_is_paid_for_as_what_it_really_took(real: float, rounds: int) -> None:
     """It was taken to cost 1. Of a thousand (kernels were built) no more than the limit is owed."""
     guard = Guard()
@@ -399,7 +399,7 @@ def test_a_trial_is_paid_for_as_what_it_really_took(real: float, rounds: int) ->
     assert waited == pytest.approx(rounds, abs=2)
 
 
-@pytest.mark.parametrize(("before", "rounds"), [([1.0], 84), ([30.0], 751), ([1.0, 30.0, 1.0], 751)])
+@pytest.mark.parametrize(("before", "rounds"), [([1.0], 126), ([30.0], 1126), ([1.0, 30.0, 1.0], 1126)])
 def test_what_is_done_once_for_all_trials_does_not_forbid_the_next_ones(before: list[float], rounds: int) -> None:
     """A kernel was built in one of them: it counts as the one before, unless one of the last took as long. So after a
     restart."""
@@ -426,7 +426,7 @@ def test_a_trial_that_gained_is_followed_up_at_once(brought: float, expected: in
     """Some that gain little end the parking, or a single one that gains much."""
     guard = Guard()
     play(guard, 200, lambda rng: (0.0, 10.0), np.random.default_rng(3))
-    for _ in range(100):
+    for _ in range(150):
         guard.idle(10.0, 10.0, 1.0)
     trials = 0
     while guard.parked:
