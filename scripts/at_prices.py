@@ -48,9 +48,10 @@ class Clock:
         """As `time.perf_counter`."""
         return (perf_counter() - self._inside) * self._host + self._priced
 
-    def charge(self, model: LanguageModel, curve: Curve) -> None:
-        """Have that model's passes take what the curve says."""
+    def charge(self, model: LanguageModel, curve: Curve, change_ms: float = 0.0) -> None:
+        """Have that model's passes take what the curve says, and more behind one of another width."""
         forward: Callable[[Sequence[Step]], list[Scores]] = model.forward
+        last = 0
 
         def priced(steps: Sequence[Step]) -> list[Scores]:
             started = perf_counter()
@@ -60,6 +61,11 @@ class Clock:
                     one.rows((0,))  # a pass that runs on would be waited for later
             self._inside += perf_counter() - started
             self._priced += sum(curve.at(step.num_tokens, step.state.length) for step in steps) * 1e-3
+            nonlocal last
+            width, before = sum(step.num_tokens for step in steps), last
+            last = width
+            if width != before:
+                self._priced += change_ms * 1e-3
             return scores
 
         model.forward = priced  # type: ignore[method-assign]
@@ -76,6 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("costs", type=Path)
     parser.add_argument("--widths", default="1:", metavar="MIN:MAX", help="of the width class there")
+    parser.add_argument(
+        "--change", type=float, default=0.0, metavar="MS", help="that a target pass takes longer behind another width"
+    )
+    parser.add_argument("--chains", action="store_true", help="the target verifies no trees, as on GPUs")
     parser.add_argument("--host", type=float, default=1.0, help="how many times as slow its processor is")
     parser.add_argument("--config", action="append", help="as in bench speed [default: auto, draft_model:num=3]")
     parser.add_argument(
@@ -108,9 +118,10 @@ def measure(options: argparse.Namespace, names: Sequence[str]) -> Any:
     settings = LoadSettings(context=1024, num_sequences=6 + 2 * len(names), flash_attention=True, cache_type="bf16")
     target, draft = (load_model(bundled_path("tiny", role), "llamacpp", settings) for role in ("target", "draft"))
     given = WidthClass(int(least), int(most) if most else None, "given", measured=True)
-    target.capabilities = replace(target.capabilities, width_class=given)
+    trees = target.capabilities.exact_trees and not options.chains
+    target.capabilities = replace(target.capabilities, width_class=given, exact_trees=trees)
     clock = Clock(options.host)
-    clock.charge(target, costs.target)
+    clock.charge(target, costs.target, options.change)
     if costs.draft is None:
         raise UsageError(f"{options.costs} was measured without a draft model")
     clock.charge(draft, costs.draft)
