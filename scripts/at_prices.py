@@ -54,18 +54,17 @@ class Clock:
         last = 0
 
         def priced(steps: Sequence[Step]) -> list[Scores]:
+            nonlocal last
             started = perf_counter()
             scores = forward(steps)
             for one in scores:
                 if one.num_rows:
                     one.rows((0,))  # a pass that runs on would be waited for later
             self._inside += perf_counter() - started
-            self._priced += sum(curve.at(step.num_tokens, step.state.length) for step in steps) * 1e-3
-            nonlocal last
             width, before = sum(step.num_tokens for step in steps), last
             last = width
-            if width != before:
-                self._priced += change_ms * 1e-3
+            ms = sum(curve.at(step.num_tokens, step.state.length) for step in steps)
+            self._priced += (ms + (change_ms if width != before else 0.0)) * 1e-3
             return scores
 
         model.forward = priced  # type: ignore[method-assign]

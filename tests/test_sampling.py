@@ -16,9 +16,10 @@ from localspec import noise
 from localspec.constraint import Constraint
 from localspec.context import Context
 from localspec.errors import SettingError, StaleScoresError
+from localspec.host_scores import HostScores
 from localspec.noise import Purpose
 from localspec.ranking import group_maxima, gumbel_argmax, top_ids
-from localspec.sampling import HostScores, Sampler, SamplingParams, Tolerance, log_softmax_at
+from localspec.sampling import Sampler, SamplingParams, Tolerance, log_softmax_at
 from localspec.types import BoolMask, Logits, TokenIds
 
 

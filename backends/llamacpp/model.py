@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localspec.errors import BackendError, ContextFullError
+from localspec.host_scores import HostScores
 from localspec.protocols import Capabilities, ModelInfo, Scores, Step
-from localspec.sampling import HostScores
 from localspec.types import Logits, TokenIds
 
 from . import native

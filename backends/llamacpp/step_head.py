@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from localspec.host_scores import HostScores
 from localspec.protocols import HeadInfo, Scores, Tokens
-from localspec.sampling import HostScores
 from localspec.types import Logits, NodeIndices, Probabilities, TokenIds
 
 from .companion import Companion, SavedCompanion

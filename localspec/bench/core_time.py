@@ -14,6 +14,7 @@ import numpy as np
 from localspec.context import Context
 from localspec.drafters.shape import MOST_CHILDREN
 from localspec.engine.round import Lane, Room, run_round
+from localspec.host_scores import HostScores
 from localspec.protocols import (
     Capabilities,
     DraftRequest,
@@ -28,7 +29,7 @@ from localspec.protocols import (
     Step,
     WidthClass,
 )
-from localspec.sampling import HostScores, Sampler, SamplingParams
+from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.reference import ByteTokenizer
 from localspec.tree.grow import Grower
 from localspec.tree.mask import depths

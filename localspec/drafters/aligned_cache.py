@@ -10,8 +10,8 @@ from localspec.context import Context
 from localspec.drafters.draft_cache import DraftCache
 from localspec.drafters.mirror import MAP, Mirror
 from localspec.fingerprint import Relation
+from localspec.host_scores import HostScores
 from localspec.protocols import HostTokens, LanguageModel, SavedDraft, Scores, Tokens
-from localspec.sampling import HostScores
 from localspec.types import Probabilities
 
 

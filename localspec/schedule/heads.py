@@ -93,10 +93,10 @@ class _Track:
 
     def once(self) -> None:
         """Start and one level of each width."""
-        for width in [0, *self._widths]:
+        for width in self._widths or [0]:
+            self._time(0)
             if width:
-                self._time(0)
-            self._time(width)
+                self._time(width)
 
     def measure(self, context: int, until: float) -> None:
         """Start and one level of each width, again and again; the first time is warming up."""

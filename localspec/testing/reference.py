@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localspec.errors import BackendError, ContextFullError
+from localspec.host_scores import HostScores
 from localspec.protocols import Capabilities, ModelInfo, Rewind, Scores, Step, WidthClass
-from localspec.sampling import HostScores
 from localspec.tree.mask import check_path, depths
 from localspec.types import NodeIndices, TokenIds
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from localspec.host_scores import HostScores
 from localspec.protocols import HeadInfo, Scores, SequenceState, Tokens
-from localspec.sampling import HostScores
 from localspec.testing.reference import HIDDEN, Array, Cell, Companion, ReferenceModel, ReferenceState, normed
 from localspec.tree.mask import depths
 from localspec.types import Logits, Probabilities

@@ -22,10 +22,11 @@ from localspec.audit.run import audit_part
 from localspec.bench import equality
 from localspec.bench.prompts import Prompt, load_prompts
 from localspec.exactness import Bound
+from localspec.host_scores import HostScores
 from localspec.loading import get_backend, open_pair
 from localspec.pair import Pair
 from localspec.protocols import LanguageModel, LoadSettings, Scores, Step
-from localspec.sampling import HostScores, Tolerance
+from localspec.sampling import Tolerance
 from localspec.testing.files import write_gguf, write_safetensors
 from localspec.testing.reference import Cell, ReferenceModel, ReferenceState
 from localspec.tree.mask import ancestor_mask

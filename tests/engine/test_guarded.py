@@ -18,9 +18,10 @@ from localspec.engine.round import Lane, Room, RoundResult, run_round
 from localspec.engine.session import Session
 from localspec.errors import SettingError, UnknownNameError, UnsupportedModelError
 from localspec.exactness import Bound, Exactness, Mode
+from localspec.host_scores import HostScores
 from localspec.pair import Pair
 from localspec.protocols import Drafter, HostTokens, Outcome, Rewind, Scores, Step, WidthClass, chain_parents
-from localspec.sampling import HostScores, Sampler, SamplingParams, Tolerance
+from localspec.sampling import Sampler, SamplingParams, Tolerance
 from localspec.schedule import bound as measuring
 from localspec.schedule import store
 from localspec.schedule.cost import Costs, Curve

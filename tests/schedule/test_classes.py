@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from localspec.host_scores import HostScores
 from localspec.protocols import LoadSettings, Scores, Step, WidthClass
-from localspec.sampling import HostScores
 from localspec.schedule import classes
 from localspec.schedule.classes import Classes, class_to_use, is_inside, worth_a_deeper_look
 from localspec.testing.reference import ReferenceModel

@@ -14,8 +14,9 @@ from localspec.context import Context
 from localspec.drafters import make_drafter
 from localspec.drafters.combined import Combined
 from localspec.engine.session import Session
+from localspec.host_scores import HostScores
 from localspec.protocols import Drafter, DraftRequest, Scores, Step
-from localspec.sampling import HostScores, Sampler, SamplingParams
+from localspec.sampling import Sampler, SamplingParams
 from localspec.schedule.asking import Asker, Beside
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.decision import Decision

@@ -71,7 +71,7 @@ def test_what_each_process_must_build_for_a_width_is_built_before_the_first_answ
     first = store.load_or_measure(model, folder=folder)
     model.widths.clear()
     assert store.load_or_measure(model, folder=folder) == first
-    assert {1, 16}.issubset(model.widths), "64 and the context do not fit into 96 cells twice"
+    assert {1, 16}.issubset(model.widths), "64 is more than half of its context"
     model.open().close()  # the sequence was given back
 
 

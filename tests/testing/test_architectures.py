@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from localspec.errors import UnsupportedModelError
+from localspec.host_scores import HostScores
 from localspec.protocols import Capabilities, LanguageModel, Rewind, Scores, Step, WidthClass
-from localspec.sampling import HostScores
 from localspec.testing.architectures import Finding, examine, table
 from localspec.testing.reference import HIDDEN, Cell, ReferenceModel, ReferenceState
 from scripts.architectures import write_section

@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 import localspec.tune.search as search_module
 from cli import main
 from localspec.errors import SettingError
+from localspec.host_scores import HostScores
 from localspec.pair import Pair
 from localspec.protocols import Capabilities, LoadSettings, Rewind, WidthClass
-from localspec.sampling import HostScores
 from localspec.schedule import store
 from localspec.schedule.classes import Classes
 from localspec.schedule.cost import Costs, Curve

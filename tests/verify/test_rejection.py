@@ -13,8 +13,9 @@ from scipy import stats
 from localspec.context import Context
 from localspec.drafters import DraftModel, Ngram
 from localspec.engine.session import Session
+from localspec.host_scores import HostScores
 from localspec.protocols import Drafter, HostTokens, Proposal, Step, chain_parents
-from localspec.sampling import HostScores, Law, Sampler, SamplingParams
+from localspec.sampling import Law, Sampler, SamplingParams
 from localspec.testing.reference import ReferenceModel
 from localspec.types import Logits
 from localspec.verify import Rejection, Trial, Walk, make_acceptance, rejection

@@ -18,6 +18,7 @@ from scipy import stats
 from localspec.context import Context
 from localspec.drafters import DraftModel, guesser
 from localspec.engine.session import Session
+from localspec.host_scores import HostScores
 from localspec.protocols import (
     Capabilities,
     Drafter,
@@ -29,7 +30,7 @@ from localspec.protocols import (
     Step,
     WidthClass,
 )
-from localspec.sampling import HostScores, Law, Sampler, SamplingParams
+from localspec.sampling import Law, Sampler, SamplingParams
 from localspec.testing.reference import ByteTokenizer
 from localspec.types import Logits
 from localspec.verify import rejection
