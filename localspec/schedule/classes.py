@@ -148,18 +148,20 @@ def find(
     *,
     contexts: Sequence[int] = CONTEXTS,
     seconds: float = 10.0,
+    rows: int | None = None,
     on_progress: Callable[[float, str], None] | None = None,
     clock: Clock = perf_counter,
 ) -> Classes:
     """Compare the rows of these widths, trial by trial until the time is over (one trial at least, of the most telling
     widths if there is no time for all). One sequence of the model must be free. A model that cannot take tokens back
-    has width 1 only."""
+    has width 1 only. rows: that narrow widths are compared over in a trial [default: as many as there is time for]."""
     known = model.capabilities
     room = model.info.context_length
     tested = sorted({width for width in widths if 1 <= width <= min(known.max_width, room // 2)}) or [1]
     if known.rewind is Rewind.NEVER:
         tested = [1]
-    fitting = [context for context in contexts if context + tested[-1] <= room] or [max(0, room - tested[-1])]
+    longest = max(tested[-1], rows or 0)
+    fitting = [context for context in contexts if context + longest <= room] or [max(0, room - longest)]
     end = clock() + seconds
     labels: dict[int, list[int]] = {}
     differences: dict[tuple[int, int], Difference] = {}
@@ -167,7 +169,7 @@ def find(
     with Passes(model, seed=1, clock=clock) as passes:
         # all narrow widths together run about three passes per token; two trials should fit into the time
         affordable = int(seconds * 1e3 / 6.0 / max(passes.time(1), 1e-3))
-        narrow = min(max(affordable, _NARROW[0]), _NARROW[1], tested[-1])
+        narrow = min(max(affordable, _NARROW[0]), _NARROW[1], tested[-1]) if rows is None else rows
         while len(used) < _MOST_TRIALS and len(tested) > 1:
             context = fitting[len(used) % len(fitting)]
             if used and clock() >= end:
@@ -178,7 +180,7 @@ def find(
                 passes.truncate(0)
             if not passes.grow(context, end if used else float("inf")):
                 break
-            trial = _Trial(passes, passes.random(tested[-1]), tested, narrow)
+            trial = _Trial(passes, passes.random(max(tested[-1], narrow)), tested, narrow)
             trial.run(end, clock, least=0 if used else _LEAST_WIDTHS)
             if used and len(trial.label) < len(tested):
                 break
@@ -194,15 +196,17 @@ def find(
     return Classes(tuple(tested), tuple(map(tuple, groups.values())), tuple(used), differences)
 
 
-def worth_a_deeper_look(claimed: WidthClass, found: Classes) -> tuple[int, ...]:
-    """The widths to compare behind `DEEP` tokens, where that is all that is missing for width 1 to join a measured
-    class; else none."""
+def worth_a_deeper_look(claimed: WidthClass, found: Classes) -> tuple[tuple[int, ...], int]:
+    """(the widths to compare behind `DEEP` tokens, over how many rows), where that is all that is missing for width 1
+    to join a measured class; else no widths."""
     narrowest = claimed.min_width
-    if not claimed.measured or narrowest == 1 or not found.contexts or max(found.contexts) >= DEEP:
-        return ()
+    if not claimed.measured or narrowest == 1 or not found.contexts or _reaches(found, narrowest):
+        return (), 0
     if not {1, narrowest} <= set(found.widths) or found.between(1, narrowest).num_unequal:
-        return ()
-    return tuple(width for width in found.widths if width <= max(narrowest, 4))
+        return (), 0
+    widths = tuple(width for width in found.widths if width <= max(narrowest, 4))
+    missing = max(_MANY - found.between(1, narrowest).num_rows, _NARROW[0])
+    return widths, -(-missing // widths[-1]) * widths[-1]  # whole passes of each
 
 
 def class_to_use(

@@ -207,12 +207,12 @@ def _examine(load: _Loader, candidate: Candidate, until: float, tell: Progress) 
 def _deeper(target: LanguageModel, found: Classes, costs: Costs) -> Classes:
     """The same with one more trial deep in the context, if that decides whether width 1 joins the class and reading up
     to there takes no more than a few seconds."""
-    widths = classes.worth_a_deeper_look(target.capabilities.width_class, found)
+    widths, rows = classes.worth_a_deeper_look(target.capabilities.width_class, found)
     widest = costs.target.widths[-1]
     reading_seconds = costs.target.at(widest, classes.DEEP) / widest * classes.DEEP / 1e3
     if not widths or reading_seconds > _DEEPER or target.info.context_length < classes.DEEP + 64:
         return found
-    return found.plus(classes.find(target, widths, contexts=(classes.DEEP,), seconds=0.5 * _DEEPER))
+    return found.plus(classes.find(target, widths, contexts=(classes.DEEP,), seconds=0.5 * _DEEPER, rows=rows))
 
 
 def _inside(known: Capabilities, width_class: WidthClass) -> Capabilities:

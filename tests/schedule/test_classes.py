@@ -141,7 +141,12 @@ def test_neighbours_of_another_group_are_not_bridged() -> None:
     assert (best.min_width, best.max_width) == (4, None)
 
 
-def deep(error: Callable[[int, int, int], float], contexts: Sequence[int] = (300, 600)) -> Classes:
+def deep(
+    error: Callable[[int, int, int], float],
+    contexts: Sequence[int] = (300, 600),
+    seconds: float = 600.0,
+    rows: int | None = None,
+) -> Classes:
     """Found with an error that depends on the context as well: error(width, place, context)."""
 
     class Deep(Rounding):
@@ -151,7 +156,7 @@ def deep(error: Callable[[int, int, int], float], contexts: Sequence[int] = (300
             return super().forward(steps)
 
     model = Deep(lambda width, place: 0.0, context_length=700)
-    return classes.find(model, (1, 2, 4), contexts=contexts, seconds=600.0, clock=ticking(1.0))
+    return classes.find(model, (1, 2, 4), contexts=contexts, seconds=seconds, rows=rows, clock=ticking(1.0))
 
 
 @pytest.mark.slow
@@ -179,11 +184,11 @@ def test_width_one_alone_is_the_class_where_wider_passes_cost_more_than_they_bri
 def test_a_deeper_look_is_taken_only_where_it_decides() -> None:
     claimed = WidthClass(2, None, "read in the source")
     shallow = deep(lambda width, place, context: 0.0, (20, 300))
-    assert worth_a_deeper_look(claimed, shallow) == (1, 2, 4)
-    assert worth_a_deeper_look(WidthClass(1), shallow) == ()
-    assert worth_a_deeper_look(replace(claimed, measured=False), shallow) == ()
-    assert worth_a_deeper_look(claimed, deep(lambda width, place, context: 0.0)) == ()
-    assert worth_a_deeper_look(claimed, deep(lambda width, place, context: float(width == 1), (20,))) == ()
+    assert worth_a_deeper_look(claimed, shallow) == ((1, 2, 4), 8)
+    assert worth_a_deeper_look(WidthClass(1), shallow) == ((), 0)
+    assert worth_a_deeper_look(replace(claimed, measured=False), shallow) == ((), 0)
+    assert worth_a_deeper_look(claimed, deep(lambda width, place, context: 0.0)) == ((), 0)
+    assert worth_a_deeper_look(claimed, deep(lambda width, place, context: float(width == 1), (20,))) == ((), 0)
     both = shallow.plus(deep(lambda width, place, context: 0.0, (600,)))
     assert class_to_use(claimed, both)[0].min_width == 1 and set(both.contexts) == {20, 300, 600}
     other = shallow.plus(deep(lambda width, place, context: float(width == 1), (600,)))
@@ -191,6 +196,19 @@ def test_a_deeper_look_is_taken_only_where_it_decides() -> None:
     wide = classes.find(Rounding(lambda width, place: 0.0), WIDTHS, contexts=(5,), seconds=60.0, clock=ticking(1.0))
     assert wide.plus(other).groups == ((1,), (2, 3, 4, 8, 16)), "old bug: widths tested once went with width 1"
     assert other.between(2, 4).num_rows > shallow.between(2, 4).num_rows
+
+
+def test_a_machine_that_was_slow_to_look_looks_at_as_many_rows_as_decide() -> None:
+    """Old bug: 12 rows, and 4 more deep in the context, were too few to let width 1 join, so it stayed alone and
+    nothing was ever guessed."""
+    claimed, cheap = WidthClass(2, None, "read in the source"), lambda one: float(one.max_width == 1)
+    short = deep(lambda width, place, context: 0.0, (20,), seconds=0.0)
+    assert class_to_use(claimed, short, cheap)[0].max_width == 1
+    widths, rows = worth_a_deeper_look(claimed, short)
+    assert (widths, rows) == ((1, 2, 4), 28)
+    both = short.plus(deep(lambda width, place, context: 0.0, (600,), seconds=0.0, rows=rows))
+    best, _ = class_to_use(claimed, both, cheap)
+    assert (best.min_width, best.max_width, best.plain_only) == (1, None, False)
 
 
 @pytest.mark.real
