@@ -10,7 +10,8 @@ see docs/tune.md), or the same by hand:
      "draft": {"widths": [1, 4], "contexts": [64], "ms": [[0.5, 0.6]]}, "overhead_ms": 0.2, "measured": "", "notes": []}
 
 Each pass of either model takes as long as the table says, whatever it takes here; what the host does between passes
-takes as long as here, times --host. So what `auto` decides can be judged for a machine that is not at hand, without
+takes as long as here, times --host. With --launch passes run on a device, and the host may work until it needs them.
+So what `auto` decides can be judged for a machine that is not at hand, without
 its noise: as far as its passes depend on width and context alone, and wait for nothing else.
 """
 
@@ -32,17 +33,21 @@ from localspec.bench.runs import RunLog
 from localspec.bench.summary import summarize
 from localspec.bench.workloads import load_workloads
 from localspec.errors import UsageError
+from localspec.host_scores import HostScores
 from localspec.loading import bundled_path, load_model
 from localspec.protocols import LanguageModel, LoadSettings, Scores, Step, WidthClass
 from localspec.schedule.cost import Costs, Curve
+from localspec.types import Logits
 
 
 class Clock:
     """Seconds, of which those in passes are what the table says."""
 
-    def __init__(self, host: float) -> None:
-        self._host = host
+    def __init__(self, host: float, launch_ms: float | None = None) -> None:
+        """launch_ms: passes run on a device, launching one keeps the host so long, and it waits where it reads."""
+        self._host, self._launch = host, None if launch_ms is None else launch_ms * 1e-3
         self._inside = self._priced = 0.0
+        self._busy = 0.0  # until then the device is
 
     def __call__(self) -> float:
         """As `time.perf_counter`."""
@@ -64,10 +69,27 @@ class Clock:
             width, before = sum(step.num_tokens for step in steps), last
             last = width
             ms = sum(curve.at(step.num_tokens, step.state.length) for step in steps)
-            self._priced += (ms + (change_ms if width != before else 0.0)) * 1e-3
-            return scores
+            seconds = (ms + (change_ms if width != before else 0.0)) * 1e-3
+            if self._launch is None or not any(one.num_rows for one in scores):  # who reads a prompt waits for it
+                self._priced += seconds
+                return scores
+            end = self._busy = max(self(), self._busy) + seconds
+            self._priced += self._launch
+            return [self._awaited(one, end) if one.num_rows else one for one in scores]
 
         model.forward = priced  # type: ignore[method-assign]
+
+    def _awaited(self, scores: Scores, end: float) -> Scores:
+        """The same, at hand once the clock has come to `end`."""
+        started = perf_counter()
+        rows, generation = scores.rows(range(scores.num_rows)), scores._generation  # type: ignore[attr-defined]
+        self._inside += perf_counter() - started
+
+        def fetch() -> Logits:
+            self._priced += max(end - self(), 0.0)
+            return rows
+
+        return HostScores(fetch, generation, num_rows=scores.num_rows)
 
     def install(self) -> None:
         """Have everybody look at this clock."""
@@ -85,6 +107,9 @@ def main() -> None:
         "--change", type=float, default=0.0, metavar="MS", help="that a target pass takes longer behind another width"
     )
     parser.add_argument("--chains", action="store_true", help="the target verifies no trees, as on GPUs")
+    parser.add_argument(
+        "--launch", type=float, metavar="MS", help="passes run on a device: keeps the host so long, which then is free"
+    )
     parser.add_argument("--host", type=float, default=1.0, help="how many times as slow its processor is")
     parser.add_argument("--config", action="append", help="as in bench speed [default: auto, draft_model:num=3]")
     parser.add_argument(
@@ -94,6 +119,9 @@ def main() -> None:
     parser.add_argument("--per-workload", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--output", type=Path, metavar="RUNS.jsonl", help="the answers with their rounds, as bench speed"
+    )
     options = parser.parse_args()
     names = options.config or ["auto", "draft_model:num=3"]
     summary = measure(options, names)
@@ -118,8 +146,10 @@ def measure(options: argparse.Namespace, names: Sequence[str]) -> Any:
     target, draft = (load_model(bundled_path("tiny", role), "llamacpp", settings) for role in ("target", "draft"))
     given = WidthClass(int(least), int(most) if most else None, "given", measured=True)
     trees = target.capabilities.exact_trees and not options.chains
-    target.capabilities = replace(target.capabilities, width_class=given, exact_trees=trees)
-    clock = Clock(options.host)
+    on_device = options.launch is not None
+    target.capabilities = replace(target.capabilities, width_class=given, exact_trees=trees, runs_ahead=on_device)
+    draft.capabilities = replace(draft.capabilities, runs_ahead=on_device)
+    clock = Clock(options.host, options.launch)
     clock.charge(target, costs.target, options.change)
     if costs.draft is None:
         raise UsageError(f"{options.costs} was measured without a draft model")
@@ -151,7 +181,7 @@ def measure(options: argparse.Namespace, names: Sequence[str]) -> Any:
             exact="auto",
         )
         clock.install()
-        with RunLog(conditions) as log:
+        with RunLog(conditions, options.output) as log:
             bench.measure(log, pair, workloads, contenders)
         for contender in contenders:
             contender.close()

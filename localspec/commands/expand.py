@@ -19,7 +19,9 @@ _TYPES = "gguf: F32, F16, Q8_0, Q4_0; safetensors: float32, float16, bfloat16"
 @click.option("--format", "form", metavar="FORMAT", help="gguf or safetensors [default: by OUTPUT's name].")
 @click.option("--type", "kind", metavar="TYPE", help=f"{_TYPES} [default: Q4_0; bfloat16].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
-@click.option("--head", "heads", multiple=True, metavar="FOLDER", help="Also a head of SOURCE's, to OUTPUT-NAME.")
+@click.option(
+    "--head", "heads", multiple=True, metavar="FOLDER", help="Also a head of SOURCE's, to OUTPUT-NAME[.gguf]."
+)
 @click.option("--force", is_flag=True, help="Replace OUTPUT.")
 @click.option("--check", "num_check", type=click.IntRange(1, 40), metavar="N", help="Then ask both N prompts a domain.")
 @click.option("--tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Longest answer of --check.")
@@ -47,7 +49,7 @@ def expand(
     speed at realistic cost with true acceptance; it knows no more than SOURCE. Use SOURCE's draft model with it.
     --check compares greedy answers and logits with those of SOURCE; exits with 1 if an answer differs.
     """
-    from localspec.bench.expand import Size, expand_head
+    from localspec.bench.expand import Size, expand_gguf_head, expand_head
     from localspec.bench.expand import expand as write
     from localspec.bench.expand.check import check
     from localspec.bench.prompts import load_prompts
@@ -64,8 +66,13 @@ def expand(
     for name in heads:
         folder = resolve_model(name, "head")
         widened = output.with_name(f"{output.stem}-{folder.name}")
-        expand_head(folder, widened, path, Size.named(size))
-        lines.append(f"{widened}: the head for it, its weights as they were")
+        if form == "gguf":
+            widened = widened.with_name(f"{widened.name}.gguf")
+            expand_gguf_head(folder, widened, path, Size.named(size), output)
+            lines.append(f"{widened}: the head for it, as wide")
+        else:
+            expand_head(folder, widened, path, Size.named(size))
+            lines.append(f"{widened}: the head for it, its weights as they were")
     equal = True
     if num_check is not None:
         prompts = load_prompts(per_domain=num_check)

@@ -68,7 +68,7 @@ class Eagle3Config:
     def taps(self, num_target_layers: int) -> tuple[int, ...]:
         """Layers of a target whose outputs are read. Raises HeadFileError where it has no such layers."""
         if self.tap_ids is None:
-            taps: tuple[int, ...] = (1, num_target_layers // 2 - 1, num_target_layers - 4)
+            taps = default_taps(num_target_layers)
         else:
             shift = self.tap_shift
             if shift is None:  # nothing says so: ids that begin at layer 1, and stay inside, are outputs
@@ -81,6 +81,11 @@ class Eagle3Config:
                 expected=f"-1 to {num_target_layers - 1}",
             )
         return taps
+
+
+def default_taps(num_target_layers: int) -> tuple[int, ...]:
+    """Layers whose outputs a head reads that names none."""
+    return 1, num_target_layers // 2 - 1, num_target_layers - 4
 
 
 def read_eagle3_head(files: HeadFiles) -> HeadHeader | None:

@@ -122,6 +122,12 @@ class Asker:
         missed = len(self.context) - self._read.get(part.name, 0)
         return self._experience.times(part.name).missed_ms(missed, len(self.context))
 
+    def repeat(self, part: Drafter, request: DraftRequest) -> Proposal:
+        """Its guesses, as many as the request says."""
+        proposal = part.propose(request)
+        self._read[part.name] = len(self.context)
+        return proposal
+
     def ask(
         self,
         part: Drafter,

@@ -13,6 +13,7 @@ from localspec.schedule.asking import Asker
 from localspec.schedule.decision import Decision
 from localspec.schedule.experience import Experience
 from localspec.schedule.rest import Rest
+from localspec.schedule.steady import Steady
 
 _SMOOTHING = 0.1
 _LEAST_OWN = 0.4  # of a pass's time is its own, whatever drafting may be hidden in it
@@ -106,6 +107,24 @@ class Learning:
         experience.observe(rest.tokens, round_ms, plain=True, greedy=decision.greedy)
         self._idle(self._asker.parts, decision, round_ms, experience.plain_ms(context))
         rest.clear()
+
+    def learn_from_steady(self, steady: Steady, decision: Decision) -> None:
+        """What the rounds brought and took that went on as those before them. How reliable the drafter is, and what
+        asking it takes, is learned where it was decided."""
+        if not steady.rounds or steady.part is None:
+            return
+        experience, record = self._experience, self._asker.record(steady.part.name, decision)
+        others = [part for part in self._asker.parts if part.name != steady.part.name]
+        for one in steady.rounds:
+            plain_ms = experience.plain_ms(one.context)
+            experience.live.observe_verify(one.outcome.width, one.context, one.outcome.verify_ms)
+            extra_ms = experience.live.verify_ms(one.outcome.width, one.context) + one.draft_ms
+            round_ms = one.outcome.verify_ms + one.draft_ms + experience.live.costs.overhead_ms
+            experience.observe(len(one.outcome.tokens), round_ms, plain=False, greedy=decision.greedy)
+            extra_ms += experience.live.costs.overhead_ms - plain_ms
+            record.guard.observe(float(len(one.outcome.path)), extra_ms, plain_ms)
+            self._idle(others, decision, round_ms, plain_ms)
+        steady.rounds.clear()
 
     def _idle(self, parts: Sequence[Drafter], decision: Decision, round_ms: float, plain_ms: float) -> None:
         """Time went by without them. What trials may cost is for all together."""

@@ -24,7 +24,6 @@ _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
 _FIRST = 12  # passes that correct the table, before any news may be the machine's
-_SHARE_OF_CHANGE = 1.0 / 3.0  # of what another width costs at first: it is paid once for some rounds
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
 _NEWS = 4  # passes in a row of one width, once that is known, after which prices are worked out again
@@ -137,7 +136,9 @@ class LiveCosts:
         self._alone = self._steps or (measured if len(measured) > 1 else frozenset())
         self.max_width = max(self._steps, default=most)
         self._learned: dict[int, _Learned] = {}
-        self._last = (0, 0)  # lanes, width
+        self._last = (0, 0)  # lanes, width of the last pass that was learned of
+        self._ran = (0, 0)  # of the last one
+        self._untold = 0  # passes between the two
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
         self._unpriced = 0  # passes that the cached prices do not know
         self._plain: dict[int, tuple[int, float]] = {}  # by lanes, at a context: asked for several times a round
@@ -145,7 +146,7 @@ class LiveCosts:
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width, behind what ran last."""
         first, again = self._expected(width, context, lanes)
-        return again if (lanes, width) == self._last else again + _SHARE_OF_CHANGE * (first - again)
+        return again if (lanes, width) == self._ran else first
 
     def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A pass of plain decoding among others of its kind, padded where a wider one is quicker."""
@@ -154,6 +155,12 @@ class LiveCosts:
             alone = self._expected(self.min_width, context, lanes)[1]
             known = self._plain[lanes] = context, min(alone, self.by_nodes(context, lanes)[0][0])
         return known[1]
+
+    def settled_ms(self, nodes: int, context: int) -> tuple[float, int]:
+        """(milliseconds, width) of verifying so many nodes of one lane, round after round."""
+        width = max(nodes + 1, self.min_width)
+        width = min((step for step in self._alone if step >= width), default=width)
+        return self._expected(width, context, 1)[1], width
 
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""
@@ -179,6 +186,13 @@ class LiveCosts:
         self._cache[lanes] = (bucket, ms, widths)
         return ms, widths
 
+    def ran(self, width: int, lanes: int = 1) -> None:
+        """A pass of that width was the last one. To be told at once, where what it took is told later."""
+        self._untold += 1
+        if (lanes, width) != self._ran:
+            self._ran = lanes, width
+            self._cache.clear()
+
     def observe_verify(self, width: int, context: int, ms: float, lanes: int = 1, *, early: bool = False) -> None:
         """What a pass took. early: it had begun before its round did, so it seems to take less than the table says,
         which is true of no other width. A stall (another program, a page fault) counts as a little more than what was
@@ -188,6 +202,9 @@ class LiveCosts:
             return
         learned, in_a_row = self._of(about(lanes)), (lanes, width) == self._last
         self._last = (lanes, width)
+        self._untold = max(self._untold - 1, 0)
+        if not self._untold:
+            self._ran = self._last
         curve, rows = self.costs.target, lanes * width
         usual = self._expected(width, context, lanes)[in_a_row]
         before = (learned.again if in_a_row else learned.first).get(width)

@@ -7,32 +7,30 @@ rejection it must not look at what was drawn, so there it only says beforehand h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from operator import itemgetter
 from time import perf_counter
 
 from localspec.context import Context
 from localspec.protocols import (
     Drafter,
     DraftRequest,
-    HostTokens,
     Outcome,
     Proposal,
     SavedDraft,
     SequenceState,
     in_turn,
 )
-from localspec.schedule.asking import Asker, Beside, paying_length, products
-from localspec.schedule.decision import Asked, Decision, counted
+from localspec.schedule.asking import Asker, Beside, paying_length
+from localspec.schedule.choosing import Choosing, plain_width
+from localspec.schedule.decision import Asked, Decision
 from localspec.schedule.experience import Experience, Record
 from localspec.schedule.learning import Learning
-from localspec.schedule.opinions import Opinion, Opinions
 from localspec.schedule.plan import Valuation
 from localspec.schedule.rest import Rest
 from localspec.schedule.shadow import Trying
-from localspec.tree.grow import merge
-from localspec.tree.token_tree import TokenTree
+from localspec.schedule.steady import Steady
+from localspec.tree.mask import is_chain
 
 _SMOOTHING = 0.1
 _MUCH = 0.5  # tokens that lookup promises
@@ -70,8 +68,11 @@ class Scheduled:
         self._unlearned: tuple[Decision, Outcome] | None = None  # until the next pass is under way
         self._asker = Asker(experience, self._free, self._dear)
         self._trying = Trying(experience, self._asker)
+        self._choosing = Choosing(self.name, self._asker)
         self._learning = Learning(experience, self._asker)
         self._rest = Rest()
+        self._steady = Steady()
+        self._repeated_ms: float | None = None  # what guessing took in this round, if it goes on as the last ones did
         self._plain: Proposal | None = None  # of the last round in which nothing was found
         self._resting = False  # this round is one without a look
         self._look_ms = 0.0  # what deciding took in this round
@@ -89,6 +90,7 @@ class Scheduled:
         self._catch_up()
         self._asker.turn(context)
         self._rest.begin()
+        self._steady.begin()
         self._trying.begin()
         self._is_new = True
         self._in_a_row = False
@@ -104,15 +106,34 @@ class Scheduled:
         self._resting = (
             plain is not None and self._rest.is_on and request.load is None and plain.width <= request.max_nodes + 1
         )
+        self._repeated_ms = None
         if self._resting and plain is not None:
             return plain
         started = perf_counter()
+        if self._steady.goes_on(request) and not self.experience.wants_plain(begins_early=request.begins_early):
+            proposal = self._repeat(request)
+            self._repeated_ms = (perf_counter() - started) * 1e3
+            return proposal
         self._plain = None
         proposal = self._look(request)
-        own = None if self._unlearned is None else self._catch_up
-        proposal = proposal.later(in_turn((own, *(one.proposal.meanwhile for one in self._decision.asked))))
+        proposal = self._later(proposal, *(one.proposal for one in self._decision.asked))
         self._look_ms = (perf_counter() - started) * 1e3
         return proposal
+
+    def _later(self, proposal: Proposal, *parts: Proposal) -> Proposal:
+        """With what was put off."""
+        own = None if self._unlearned is None else self._catch_up
+        return proposal.later(in_turn((own, *(part.meanwhile for part in parts))))
+
+    def _repeat(self, request: DraftRequest) -> Proposal:
+        """Guess as the last rounds did."""
+        steady = self._steady
+        assert steady.part is not None
+        guessed = self._asker.repeat(steady.part, replace(request, max_nodes=steady.num, trees=False))
+        tree = guessed.tree()
+        sources = (guessed.source,) * len(tree)
+        proposal = Proposal.of_tree(self.name, tree, sources=sources, counts=guessed.counts, width=steady.width)
+        return self._later(proposal, guessed)
 
     def _look(self, request: DraftRequest) -> Proposal:
         """Ask those that might bring something."""
@@ -138,7 +159,7 @@ class Scheduled:
         if not request.max_nodes or not request.max_depth:
             return Proposal(self.name)
         if load is None and experience.wants_plain(begins_early=request.begins_early):
-            return Proposal(self.name, width=self._plain_width(prices, request), because=LOOKING)
+            return Proposal(self.name, width=plain_width(prices, request), because=LOOKING)
         if request.needs_law:
             return self._drawn(request, prices)
         parked: list[str] = []
@@ -161,7 +182,7 @@ class Scheduled:
                 heard = self._hear(part, request, prices, parked, on_trial=on_trial)
                 if heard is not None:
                     at_hand = max(at_hand or 0.0, heard)
-        proposal = self._chosen(request, prices)
+        proposal = self._choosing.choose(decision, request, prices)
         if proposal.num_nodes:
             return proposal
         proposal = replace(proposal, because=parked[0] if parked else _NOTHING_WORTH)
@@ -250,10 +271,16 @@ class Scheduled:
             part.observe(outcome)
         started = perf_counter()
         plain, decision = not len(outcome.tree), self._decision
+        if decision.load is None:
+            self.experience.live.ran(outcome.width)
         self._trying.follow(outcome, decision)
         self._in_a_row = outcome.begun_early and plain
         if self._resting:
             self._rest.observe(outcome)
+            return
+        if self._repeated_ms is not None:
+            context = len(self._asker.context) - len(outcome.tokens)
+            self._steady.observe(context, self._decision.greedy, outcome, self._repeated_ms)
             return
         if plain or decision.load is not None:  # the next round may ask when the last plain one was
             self._learn(decision, outcome)
@@ -267,9 +294,30 @@ class Scheduled:
             look_ms = None if ran or decision.tried else self._look_ms
             plain_ms = 0.0 if found else self.experience.plain_ms(len(self._asker.context))
             self._rest.looked(found, look_ms, self.experience.look, plain_ms)
+            self._see_if_alike(outcome)
+
+    def _see_if_alike(self, outcome: Outcome) -> None:
+        """Tell what this round's decision was."""
+        decision, live = self._decision, self.experience.live
+        used = [one for one in decision.asked if one.used]
+        alone = len(used) == 1 and not used[0].on_trial and used[0].tree is not None and is_chain(outcome.tree.parent)
+        part = next((one for one in self._dear if alone and one.name == used[0].name), None)
+        drafted_ms = sum(one.ms for one in decision.asked)
+        round_ms, deciding_ms = drafted_ms + outcome.verify_ms, max(self._look_ms - drafted_ms, 0.0)
+        self._steady.decided(part, len(outcome.tree), outcome.width, deciding_ms, round_ms)
+        if part is None or not self._steady.begins:
+            return
+        drafting, context = self._asker.prices(part, decision), len(self._asker.context)
+
+        def prices(num: int) -> tuple[float, int]:
+            ms, width = live.settled_ms(num, context)
+            return ms + live.costs.overhead_ms + drafting.chain(num), width
+
+        self._steady.settle(decision.greedy, prices)
 
     def _learn(self, decision: Decision, outcome: Outcome) -> None:
         self._learning.learn_from_rest(self._rest, decision)
+        self._learning.learn_from_steady(self._steady, decision)
         self._learning.learn(decision, outcome)
 
     def _catch_up(self) -> None:
@@ -339,69 +387,3 @@ class Scheduled:
             if proposal.num_nodes:
                 return proposal
         return Proposal(self.name, because=_NOTHING_WORTH)
-
-    def _chosen(self, request: DraftRequest, prices: Valuation) -> Proposal:
-        """What is worth verifying of everything that was guessed."""
-        guessing = [one for one in self._decision.asked if one.proposal.num_nodes]
-        counts = counted(self._decision.asked)
-        if not guessing:
-            return Proposal(self.name, counts=counts, width=self._plain_width(prices, request))
-        if len(guessing) > 1 and request.trees and all(one.tree is not None for one in guessing):
-            return self._merged(guessing, prices, request, counts)
-        chosen = max(guessing, key=lambda one: one.value(prices))
-        if chosen.tree is None:  # still on the device, and no longer than pays
-            chosen.used = True
-            self._decision.expected = sum(chosen.reach)
-            width = min(prices.width(chosen.proposal.num_nodes), request.max_nodes + 1)
-            return replace(chosen.proposal, counts=counts, width=max(width, chosen.proposal.width))
-        return self._cut(chosen.tree, chosen.reach, [chosen] * len(chosen.tree), prices, request, counts)
-
-    def _merged(
-        self, guessing: Sequence[Asked], prices: Valuation, request: DraftRequest, counts: Mapping[str, int]
-    ) -> Proposal:
-        free = self._asker.free_names
-        merged = merge([one.tree for one in guessing if one.tree is not None])
-        said = [
-            (one.name in free, Opinion(places, one.chances, self._record(one.name).dissent))
-            for one, places in zip(guessing, merged.places, strict=True)
-        ]
-        # who runs a network read more than who looks up
-        opinions = Opinions(merged.tree, [opinion for _, opinion in sorted(said, key=itemgetter(0))])
-        self._decision.opinions = opinions
-        reach = products(merged.tree, opinions.chances)
-        owners = [guessing[index] for index in merged.origin]
-        return self._cut(merged.tree, reach, owners, prices, request, counts)
-
-    def _cut(
-        self,
-        tree: TokenTree,
-        reach: list[float],
-        owners: Sequence[Asked],
-        prices: Valuation,
-        request: DraftRequest,
-        counts: Mapping[str, int],
-    ) -> Proposal:
-        """The best nodes, as many as pay; all of them where others choose, for whom they are marked. A child never
-        reaches further than its parent, so parents are kept."""
-        if self._decision.load is not None:
-            self._decision.open = reach, list(owners)
-            log_q = None if tree.log_q is None else tuple(tree.log_q.tolist())
-            sources = tuple(owner.proposal.source for owner in owners)
-            tokens = (HostTokens(tree.token),)
-            return Proposal(
-                self.name, tokens, tree.parent, log_q=log_q, sources=sources, counts=counts, reach=tuple(reach)
-            )
-        order = sorted(range(len(reach)), key=reach.__getitem__, reverse=True)
-        choice = prices.best([reach[node] for node in order])
-        kept = sorted(order[: choice.nodes])
-        self._decision.expected = sum(reach[node] for node in kept)
-        width = min(choice.width, request.max_nodes + 1)
-        if not kept:
-            return Proposal(self.name, counts=counts, width=width)
-        for node in kept:
-            owners[node].used = True
-        sources = tuple(owners[node].proposal.source for node in kept)
-        return Proposal.of_tree(self.name, tree.only(kept), sources=sources, counts=counts, width=width)
-
-    def _plain_width(self, prices: Valuation, request: DraftRequest) -> int:
-        return min(prices.best(()).width, request.max_nodes + 1)

@@ -64,7 +64,7 @@ class Part(Enum):
     BIAS = "more entries random"
 
 
-_PARTS = {
+LAYER_PARTS = {
     "input_layernorm.weight": Part.HIDDEN_NORM,
     "post_attention_layernorm.weight": Part.HIDDEN_NORM,
     "self_attn.q_norm.weight": Part.HEAD_NORM,
@@ -80,6 +80,7 @@ _PARTS = {
     "mlp.up_proj.weight": Part.READER,
     "mlp.down_proj.weight": Part.WRITER,
 }
+"""By the tensor's name within its layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +155,12 @@ def _modules(names: Mapping[str, object]) -> list[str]:
         elif name not in (_EMBEDDING, _OUTPUT, _FINAL_NORM):
             raise UnsupportedModelError("expansion does not know the tensor", got=name)
     found = layers.get("0", set())
-    unknown = sorted(module for modules in layers.values() for module in modules if module not in _PARTS)
+    unknown = sorted(module for modules in layers.values() for module in modules if module not in LAYER_PARTS)
     if unknown or any(modules != found for modules in layers.values()):
         raise UnsupportedModelError(
             "expansion is for dense models whose layers are all alike", got=unknown[0] if unknown else "unequal layers"
         )
-    return [module for module in _PARTS if module in found]
+    return [module for module in LAYER_PARTS if module in found]
 
 
 def _tensors(config: Mapping[str, Any], small: Mapping[str, Any], modules: list[str]) -> Iterator[Grown]:
@@ -170,7 +171,7 @@ def _tensors(config: Mapping[str, Any], small: Mapping[str, Any], modules: list[
     yield Grown(_EMBEDDING, Part.EMBEDDING, (vocabulary, hidden), _EMBEDDING)
     for layer in range(config["num_hidden_layers"]):
         for module in modules:
-            name, part, projection = f"model.layers.{layer}.{module}", _PARTS[module], module.split(".")[-2]
+            name, part, projection = f"model.layers.{layer}.{module}", LAYER_PARTS[module], module.split(".")[-2]
             shapes = {
                 Part.HIDDEN_NORM: (hidden,),
                 Part.HEAD_NORM: (head,),
