@@ -17,7 +17,7 @@ _MEMORY = 200.0  # observations after which older ones count half
 _KEPT = 1.0  # rounds at a width that outlive the process
 _TRUST = 1.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
-_OPTIMISM = 0.9
+_OPTIMISM, _HOPE = 0.9, 0.95
 _SCATTER, _STEEP = 0.06, 3000.0  # of a pass's time; cells of context for which a row may take what the first one does
 _LEAST = 0.3  # of what the table says and a width's passes took, however far the context is from theirs
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
@@ -157,10 +157,12 @@ class LiveCosts:
         return known[1]
 
     def settled_ms(self, nodes: int, context: int) -> tuple[float, int]:
-        """(milliseconds, width) of verifying so many nodes of one lane, round after round."""
+        """(milliseconds, width) of verifying so many nodes of one lane, round after round. A width that was not seen in
+        a row lately is flattered a little, so that it is."""
         width = max(nodes + 1, self.min_width)
         width = min((step for step in self._alone if step >= width), default=width)
-        return self._expected(width, context, 1)[1], width
+        seen = self._of(1).again.get(width)
+        return self._expected(width, context, 1)[1] * (_HOPE if seen is None or seen.weight < _KNOWN else 1.0), width
 
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""

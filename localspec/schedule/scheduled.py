@@ -15,6 +15,7 @@ from localspec.context import Context
 from localspec.protocols import (
     Drafter,
     DraftRequest,
+    HostTokens,
     Outcome,
     Proposal,
     SavedDraft,
@@ -130,10 +131,12 @@ class Scheduled:
         steady = self._steady
         assert steady.part is not None
         guessed = self._asker.repeat(steady.part, replace(request, max_nodes=steady.num, trees=False))
-        tree = guessed.tree()
-        sources = (guessed.source,) * len(tree)
-        proposal = Proposal.of_tree(self.name, tree, sources=sources, counts=guessed.counts, width=steady.width)
-        return self._later(proposal, guessed)
+        sources, width = (guessed.source,) * guessed.num_nodes, steady.width if guessed.num_nodes else 0
+        if all(isinstance(segment, HostTokens) for segment in guessed.tokens):
+            tree, counts = guessed.tree(), guessed.counts
+            return self._later(Proposal.of_tree(self.name, tree, sources=sources, counts=counts, width=width), guessed)
+        steady.stop()  # of guesses on a device drafting would seem to take nothing, and the pass more
+        return self._later(replace(guessed, source=self.name, sources=sources, width=width), guessed)
 
     def _look(self, request: DraftRequest) -> Proposal:
         """Ask those that might bring something."""

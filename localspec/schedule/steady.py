@@ -44,11 +44,16 @@ class Steady:
         self._decided = 0, 0  # (guesses, width) of the last decisions
         self._alike = self._left = 0
         self._deciding_ms = 0.0
+        self._stopped = False
         self._came: dict[str, _Came] = {}
 
     def begin(self) -> None:
         """Another answer: decide first."""
         self._alike = self._left = 0
+
+    def stop(self) -> None:
+        """Decide in every round from now on."""
+        self._stopped, self._left = True, 0
 
     def goes_on(self, request: DraftRequest) -> bool:
         """Is this round one like the last ones?"""
@@ -70,7 +75,7 @@ class Steady:
         self.part, self._decided = part, (max(num, before), width)
         self._alike += part is not None
         pays = int(self._deciding_ms / (_SHARE * round_ms)) if round_ms > 0.0 else 0
-        self._left = min(pays, _MOST) if self._alike >= _PATIENCE else 0
+        self._left = min(pays, _MOST) if self._alike >= _PATIENCE and not self._stopped else 0
 
     @property
     def begins(self) -> bool:
@@ -91,7 +96,7 @@ class Steady:
 
     def observe(self, context: int, greedy: bool, outcome: Outcome, draft_ms: float) -> None:
         """What became of a round that went on. One without guesses is the last."""
-        self._left = self._left - 1 if len(outcome.tree) else 0
+        self._left = max(self._left - 1, 0) if len(outcome.tree) else 0
         self.rounds.append(Repeated(context, outcome, draft_ms))
         assert self.part is not None
         if len(outcome.tree) == self.num:
