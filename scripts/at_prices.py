@@ -53,23 +53,23 @@ class Clock:
         """As `time.perf_counter`."""
         return (perf_counter() - self._inside) * self._host + self._priced
 
-    def charge(self, model: LanguageModel, curve: Curve, change_ms: float = 0.0) -> None:
-        """Have that model's passes take what the curve says, and more behind one of another width."""
+    def charge(self, model: LanguageModel, curve: Curve, change_ms: Sequence[float] = ()) -> None:
+        """Have that model's passes take what the curve says, and the first ones of another width more."""
         forward: Callable[[Sequence[Step]], list[Scores]] = model.forward
-        last = 0
+        last, alike = 0, 0
 
         def priced(steps: Sequence[Step]) -> list[Scores]:
-            nonlocal last
+            nonlocal last, alike
             started = perf_counter()
             scores = forward(steps)
             for one in scores:
                 if one.num_rows:
                     one.rows((0,))  # a pass that runs on would be waited for later
             self._inside += perf_counter() - started
-            width, before = sum(step.num_tokens for step in steps), last
-            last = width
+            width = sum(step.num_tokens for step in steps)
+            last, alike = width, alike + 1 if width == last else 0
             ms = sum(curve.at(step.num_tokens, step.state.length) for step in steps)
-            seconds = (ms + (change_ms if width != before else 0.0)) * 1e-3
+            seconds = (ms + (change_ms[alike] if alike < len(change_ms) else 0.0)) * 1e-3
             if self._launch is None or not any(one.num_rows for one in scores):  # who reads a prompt waits for it
                 self._priced += seconds
                 return scores
@@ -104,7 +104,12 @@ def main() -> None:
     parser.add_argument("costs", type=Path)
     parser.add_argument("--widths", default="1:", metavar="MIN:MAX", help="of the width class there")
     parser.add_argument(
-        "--change", type=float, default=0.0, metavar="MS", help="that a target pass takes longer behind another width"
+        "--change",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="MS",
+        help="that the first target pass behind one of another width takes longer, the second one, ...",
     )
     parser.add_argument("--chains", action="store_true", help="the target verifies no trees, as on GPUs")
     parser.add_argument(

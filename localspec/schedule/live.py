@@ -17,12 +17,13 @@ _MEMORY = 200.0  # observations after which older ones count half
 _KEPT = 1.0  # rounds at a width that outlive the process
 _TRUST = 1.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
-_OPTIMISM, _HOPE = 0.9, 0.95
+_OPTIMISM, _HOPE = 0.9, 0.97
 _SCATTER, _STEEP = 0.06, 3000.0  # of a pass's time; cells of context for which a row may take what the first one does
 _LEAST = 0.3  # of what the table says and a width's passes took, however far the context is from theirs
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
+_OFTEN = 8  # passes of a width in a row before it is hoped for nothing
 _FIRST = 12  # passes that correct the table, before any news may be the machine's
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
@@ -75,14 +76,15 @@ class _Trend:
 @dataclass(slots=True)
 class _Learned:
     """With about so many lanes: passes by width, behind one of another width and behind one of the same; all of them;
-    how often any was seen; what a pass in a row takes over a first one; how passes, by their rows,
-    grow with the context where the table does not know; and how fast all are just now."""
+    how often any was seen; what a pass in a row takes over a first one; how many of each width were in a row; how
+    passes, by their rows, grow with the context where the table does not know; and how fast all are just now."""
 
     first: dict[int, _Seen] = field(default_factory=dict)
     again: dict[int, _Seen] = field(default_factory=dict)
     general: float = 1.0  # of what the table and the growth say together
     count: int = 0
     steady: float = 1.0
+    in_a_row: dict[int, int] = field(default_factory=dict)
     trends: dict[int, _Trend] = field(default_factory=dict)
     slope: float = 0.0  # milliseconds a row and cell of context
     haste: Haste = field(default_factory=Haste)
@@ -157,12 +159,15 @@ class LiveCosts:
         return known[1]
 
     def settled_ms(self, nodes: int, context: int) -> tuple[float, int]:
-        """(milliseconds, width) of verifying so many nodes of one lane, round after round. A width that was not seen in
-        a row lately is flattered a little, so that it is."""
+        """(milliseconds, width) of verifying so many nodes of one lane, round after round. A width that was seldom seen
+        in a row is hoped to gain by it what others do, and a little more, so that it is tried."""
         width = max(nodes + 1, self.min_width)
         width = min((step for step in self._alone if step >= width), default=width)
-        seen = self._of(1).again.get(width)
-        return self._expected(width, context, 1)[1] * (_HOPE if seen is None or seen.weight < _KNOWN else 1.0), width
+        learned = self._of(1)
+        first, again = self._expected(width, context, 1)
+        if learned.in_a_row.get(width, 0) < _OFTEN:
+            again = min(again, _HOPE * first * learned.steady)
+        return again, width
 
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""
@@ -203,7 +208,7 @@ class LiveCosts:
         if width < 1 or ms <= 0.0:
             return
         learned, in_a_row = self._of(about(lanes)), (lanes, width) == self._last
-        self._last = (lanes, width)
+        self._last = lanes, width
         self._untold = max(self._untold - 1, 0)
         if not self._untold:
             self._ran = self._last
@@ -220,6 +225,7 @@ class LiveCosts:
         (learned.again if in_a_row else learned.first).setdefault(width, _Seen(ratio, context)).add(
             ratio, context, trust
         )
+        learned.in_a_row[width] = learned.in_a_row.get(width, 0) + in_a_row
         if in_a_row and width in learned.first:
             learned.steady += 0.05 * trust * (min(ratio / learned.first[width].ratio, 1.0) - learned.steady)
         learned.count += 1

@@ -7,6 +7,7 @@ rejection it must not look at what was drawn, so there it only says beforehand h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -313,6 +314,8 @@ class Scheduled:
         drafting, context = self._asker.prices(part, decision), len(self._asker.context)
 
         def prices(num: int) -> tuple[float, int]:
+            if num >= live.max_width:
+                return math.inf, num + 1
             ms, width = live.settled_ms(num, context)
             return ms + live.costs.overhead_ms + drafting.chain(num), width
 

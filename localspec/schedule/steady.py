@@ -20,6 +20,8 @@ _MOST = 4  # rounds without it
 _SMOOTHING = 0.1
 _NEWS = 0.02  # that a round is of how often guesses come true
 _ENOUGH = 20  # rounds that say so
+_STAYING = 1.01  # what passes of the same width are worth more: another one costs some passes
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +85,17 @@ class Steady:
         return self._left > 0
 
     def settle(self, greedy: bool, prices: Callable[[int], tuple[float, int]]) -> None:
-        """Take as many guesses as brought most in the time that they take, where that is known: at most as many as were
-        decided. prices: (milliseconds of a round, width) by guesses, if those before it were alike."""
+        """Take as many guesses as brought most in the time that they take, where that is known: up to one more than
+        were decided. prices: (milliseconds of a round, width) by guesses, if those before it were alike."""
         assert self.part is not None
-        most, best = self._decided[0], 0.0
+        most, best, chosen = self._decided[0], 0.0, (self.num, self.width)
         came = self._came.setdefault(f"{self.part.name} {greedy}", _Came())
-        for num in range(1, most + 1) if came.rounds >= _ENOUGH else (most,):
+        for num in range(1, most + 2) if came.rounds >= _ENOUGH else (most,):
             ms, width = prices(num)
-            value = (1.0 + sum(came.shares[:num])) / ms
+            value = (1.0 + came.expected(num)) / ms * (_STAYING if width == self.width else 1.0)
             if value >= best:
-                best, self.num, self.width = value, num, width
+                best, chosen = value, (num, width)
+        self.num, self.width = chosen
 
     def observe(self, context: int, greedy: bool, outcome: Outcome, draft_ms: float) -> None:
         """What became of a round that went on. One without guesses is the last."""
@@ -109,12 +112,22 @@ class _Came:
     def __init__(self) -> None:
         self.rounds = 0
         self.shares: list[float] = []
+        self._counts: list[int] = []
+
+    def expected(self, num: int) -> float:
+        """Of so many guesses; the first one beyond what was made is taken to come true as the last one did."""
+        shares = self.shares[:num]
+        if 1 < len(shares) < num:
+            shares.append(shares[-1] ** 2 / max(shares[-2], shares[-1], _LEAST))
+        return sum(shares)
 
     def add(self, num: int, accepted: int) -> None:
         """One more round."""
         self.rounds += 1
         while len(self.shares) < num:
-            self.shares.append(1.0 if not self.shares else self.shares[-1])
-        share = max(_NEWS, 1.0 / self.rounds)
+            self.shares.append(0.0)
+            self._counts.append(0)
         for depth in range(num):
+            self._counts[depth] += 1
+            share = max(_NEWS, 1.0 / self._counts[depth])
             self.shares[depth] += share * ((accepted > depth) - self.shares[depth])
