@@ -19,7 +19,7 @@ from localspec.protocols import HeadInfo, Scores, Tokens
 from localspec.types import Logits, Probabilities, TokenIds
 
 from .block_rows import Confidence, Place, Rows
-from .companion import Companion, SavedCompanion
+from .companion import Companion, SavedCompanion, Waiting
 from .head import CellCompanion, LlamaHead
 from .head_context import zeros
 from .memory import Memory, Pass
@@ -55,7 +55,7 @@ class BlockCompanion(CellCompanion):
 
     def __init__(self, head: BlockHead, cells: LlamaState, num_missing: int) -> None:
         self.head, self.cells, self.num_missing = head, cells, num_missing
-        self._waiting = np.zeros((0, head.taps.width), np.float32)
+        self._waiting = Waiting(head.taps.width)
 
     @property
     def end(self) -> int:
@@ -64,7 +64,7 @@ class BlockCompanion(CellCompanion):
 
     def feed(self, tokens: TokenIds, features: Features) -> None:
         """See `Companion`."""
-        self._waiting = np.concatenate([self._waiting, features])
+        self._waiting.add(features)
         most = self.context.max_batch
         while len(self._waiting) >= most:
             self._read(most)
@@ -75,10 +75,10 @@ class BlockCompanion(CellCompanion):
             self._read(len(self._waiting))
 
     def _read(self, count: int) -> None:
-        chunk = self._waiting[:count]
+        chunk = self._waiting.first(count)
         _pass(self.cells, zeros(count), np.zeros(count, np.int8), lambda part: self.context.read_states(part, chunk))
         self.cells.keep(range(count))
-        self._waiting = self._waiting[count:]
+        self._waiting.drop(count)
 
     def guess(self, anchor: int) -> Rows:
         """The rows of the block behind `anchor`."""
@@ -99,7 +99,7 @@ class BlockCompanion(CellCompanion):
     def truncate(self, length: int) -> None:
         """See `Companion`."""
         kept = max(0, length - self.num_missing)
-        self._waiting = self._waiting[: max(0, kept - self.cells.length)]
+        self._waiting.cut(kept - self.cells.length)
         self.num_missing = min(self.num_missing, length)
         self.cells.truncate(min(kept, self.cells.length))
 

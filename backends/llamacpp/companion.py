@@ -71,6 +71,42 @@ class Companion(ABC):
         """Give its memory back. Twice does nothing."""
 
 
+class Waiting:
+    """Rows [N, W] that come a few at a time and leave many at a time. Joining all of them each time would copy
+    megabytes a round where a head is seldom asked."""
+
+    def __init__(self, width: int) -> None:
+        self._rows: Features = np.empty((0, width), np.float32)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, rows: Features) -> None:
+        """Some more."""
+        end = self._count + len(rows)
+        if end > len(self._rows):
+            larger = np.empty((max(end, 2 * len(self._rows)), self._rows.shape[1]), np.float32)
+            larger[: self._count] = self._rows[: self._count]
+            self._rows = larger
+        self._rows[self._count : end] = rows
+        self._count = end
+
+    def first(self, count: int) -> Features:
+        """[count, W] until others are added or dropped."""
+        return self._rows[:count]
+
+    def drop(self, count: int) -> None:
+        """The first ones wait no more."""
+        rest = self._rows[count : self._count].copy()
+        self._rows[: len(rest)] = rest
+        self._count = len(rest)
+
+    def cut(self, count: int) -> None:
+        """Keep the first ones, at most so many."""
+        self._count = min(self._count, max(count, 0))
+
+
 class Recording:
     """Tokens and features of a state's pending nodes, for its companions. A node that no pass has run has none.
 

@@ -18,7 +18,7 @@ from localspec.host_scores import HostScores
 from localspec.protocols import HeadInfo, Scores, Tokens
 from localspec.types import Logits, NodeIndices, Probabilities, TokenIds
 
-from .companion import Companion, SavedCompanion
+from .companion import Companion, SavedCompanion, Waiting
 from .head import CellCompanion, LlamaHead
 from .head_context import HeadContext
 from .memory import Memory, Pass
@@ -43,7 +43,7 @@ class StepCompanion(CellCompanion):
         self.head, self.cells, self.num_missing = head, cells, num_missing
         self._recent = deque(recent, _NUM_RECENT)
         self._tokens: TokenIds = np.zeros(0, np.int32)
-        self._waiting = np.zeros((0, head.taps.width), np.float32)
+        self._waiting = Waiting(head.taps.width)
         self._states: list[Features] = []  # [E] of the pending pairs, the head's own
 
     @property
@@ -59,7 +59,7 @@ class StepCompanion(CellCompanion):
         """See `Companion`."""
         self.drop_guesses()
         self._tokens = np.concatenate([self._tokens, tokens])
-        self._waiting = np.concatenate([self._waiting, features])
+        self._waiting.add(features)
         most = self.context.max_batch
         while len(self._waiting) >= most:
             self._read(most)
@@ -70,7 +70,7 @@ class StepCompanion(CellCompanion):
         self._states = []
 
     def _read(self, count: int) -> None:
-        states = self.head.encode(self.context, self._waiting[:count])
+        states = self.head.encode(self.context, self._waiting.first(count))
         tokens = self._tokens[:count]
         if self._recent:
             pairs, partners = tokens, np.concatenate([self._recent[-1][None], states[:-1]])
@@ -80,7 +80,8 @@ class StepCompanion(CellCompanion):
             self._run(pairs, np.arange(-1, len(pairs) - 1, dtype=np.int32), partners, scored=False)
             self.cells.keep(range(len(pairs)))
         self._recent.extend(states[-_NUM_RECENT:].copy())
-        self._tokens, self._waiting = self._tokens[count:], self._waiting[count:]
+        self._tokens = self._tokens[count:]
+        self._waiting.drop(count)
 
     def start(self, anchor: int) -> Logits:
         """[1, V] the row behind the anchor. Before anything was read it is paired with zeros."""
@@ -126,7 +127,8 @@ class StepCompanion(CellCompanion):
         self.drop_guesses()
         kept = max(0, length - self.num_missing)
         waiting = max(0, kept - self._num_read)
-        self._tokens, self._waiting = self._tokens[:waiting], self._waiting[:waiting]
+        self._tokens = self._tokens[:waiting]
+        self._waiting.cut(waiting)
         self.num_missing = min(self.num_missing, length)
         dropped = self._num_read - kept
         if dropped > 0:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from localspec.protocols import HostTokens, LoadSettings, Step, chain_parents
 from localspec.testing.gguf_architectures import write_architecture
@@ -238,3 +240,23 @@ def test_closing_ends_the_feeding(kind: str, target_path: Path, tmp_path: Path) 
         with pytest.raises(ValueError, match="another model"):
             head.open(foreign)
         other.close()
+
+
+# ---------------------------------------------------------------- what waits for a head
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "drop", "cut"]), st.integers(0, 9)), max_size=40))
+def test_what_waits_is_what_came_and_did_not_leave(steps: list[tuple[str, int]]) -> None:
+    waiting, rows, next_row = module("companion").Waiting(3), np.zeros((0, 3), np.float32), 0
+    for what, count in steps:
+        if what == "add":
+            new = np.arange(next_row, next_row + 3 * count, dtype=np.float32).reshape(count, 3)
+            waiting.add(new)
+            rows, next_row = np.concatenate([rows, new]), next_row + 3 * count
+        elif what == "drop":
+            waiting.drop(min(count, len(rows)))
+            rows = rows[count:]
+        else:
+            waiting.cut(len(rows) - count)
+            rows = rows[: max(len(rows) - count, 0)]
+        assert len(waiting) == len(rows) and np.array_equal(waiting.first(len(rows)), rows)
