@@ -12,10 +12,15 @@ import pytest
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("wide_ms", "faster"), [(10.5, True), (40.0, False)])
-def test_speeds_are_those_of_the_table(root: Path, tmp_path: Path, wide_ms: float, faster: bool) -> None:
+@pytest.mark.parametrize(
+    ("wide_ms", "faster", "device"), [(10.5, True, ()), (40.0, False, ()), (10.5, True, ("--launch", "1"))]
+)
+def test_speeds_are_those_of_the_table(
+    root: Path, tmp_path: Path, wide_ms: float, faster: bool, device: tuple[str, ...]
+) -> None:
     """Where the host takes no time plain decoding takes what its width costs, whatever it takes here; a chain of three
-    wins where passes over four tokens cost hardly more, and loses where they cost four times as much."""
+    wins where passes over four tokens cost hardly more, and loses where they cost four times as much. On a device, too,
+    where the first two passes of an answer take more."""
     prices = {
         "target": {"widths": [1, 4, 16], "contexts": [64], "ms": [[10.0, wide_ms, 4 * wide_ms]]},
         "draft": {"widths": [1, 16], "contexts": [64], "ms": [[0.2, 0.4]]},
@@ -26,11 +31,15 @@ def test_speeds_are_those_of_the_table(root: Path, tmp_path: Path, wide_ms: floa
     path = tmp_path / "prices.json"
     path.write_text(json.dumps(prices))
     command = [sys.executable, "scripts/at_prices.py", str(path), "--config", "draft_model:num=3", "--at", "0"]
-    command += ["--host", "0"]
+    command += ["--host", "0", *device, *(["--change", "4", "2"] if device else [])]
+    command += ["--output", str(tmp_path / "runs.jsonl")]
     command += ["--workload", "prose", "--per-workload", "1", "--repeats", "1", "--tokens", "32"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     run = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True, timeout=300)
     [row] = [line.split() for line in run.stdout.splitlines() if "prose" in line]
     plain, chain = float(row[2]), float(row[5])
-    assert plain == 100.0  # passes of 10 ms
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()[1:]]
+    [rounds] = [one["rounds"] for one in runs if one["contender"] == "plain"]
+    assert [pytest.approx(one[4], abs=0.01) for one in rounds[:3]] == ([14.0, 12.0, 10.0] if device else [10.0] * 3)
+    assert plain == pytest.approx(len(rounds) / (len(rounds) * 0.01 + (0.006 if device else 0.0)), abs=0.1)
     assert (chain > 1.5 * plain) if faster else (chain < plain)

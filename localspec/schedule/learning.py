@@ -111,18 +111,16 @@ class Learning:
     def learn_from_steady(self, steady: Steady, decision: Decision) -> None:
         """What the rounds brought and took that went on as those before them. How reliable the drafter is, and what
         asking it takes, is learned where it was decided."""
-        if not steady.rounds or steady.part is None:
-            return
-        experience, record = self._experience, self._asker.record(steady.part.name, decision)
-        others = [part for part in self._asker.parts if part.name != steady.part.name]
+        experience = self._experience
         for one in steady.rounds:
             plain_ms = experience.plain_ms(one.context)
             experience.live.observe_verify(one.outcome.width, one.context, one.outcome.verify_ms)
-            extra_ms = experience.live.verify_ms(one.outcome.width, one.context) + one.draft_ms
             round_ms = one.outcome.verify_ms + one.draft_ms + experience.live.costs.overhead_ms
             experience.observe(len(one.outcome.tokens), round_ms, plain=False, greedy=decision.greedy)
-            extra_ms += experience.live.costs.overhead_ms - plain_ms
-            record.guard.observe(float(len(one.outcome.path)), extra_ms, plain_ms)
+            verify_ms = experience.live.verify_ms(one.outcome.width, one.context) + experience.live.costs.overhead_ms
+            guard = self._asker.record(one.part.name, decision).guard
+            guard.observe(float(len(one.outcome.path)), verify_ms + one.draft_ms - plain_ms, plain_ms)
+            others = [part for part in self._asker.parts if part is not one.part]
             self._idle(others, decision, round_ms, plain_ms)
         steady.rounds.clear()
 

@@ -90,6 +90,7 @@ class Scheduled:
         """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again,
         and with several lanes each when it is first asked, so that reading counts as what it costs."""
         self._catch_up()
+        self._learning.learn_from_steady(self._steady, self._decision)
         self._asker.turn(context)
         self._rest.begin()
         self._steady.begin()
@@ -344,6 +345,7 @@ class Scheduled:
     def close(self) -> None:
         """Close all."""
         self._catch_up()
+        self._learning.learn_from_steady(self._steady, self._decision)
         for part in self.parts:
             part.close()
 

@@ -26,8 +26,9 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """A round that guessed as the last ones did. context: tokens.  draft_ms: what its guesses took."""
+    """A round that guessed as the last ones did. part: who guessed.  context: tokens.  draft_ms: what that took."""
 
+    part: Drafter
     context: int
     outcome: Outcome
     draft_ms: float
@@ -100,8 +101,8 @@ class Steady:
     def observe(self, context: int, greedy: bool, outcome: Outcome, draft_ms: float) -> None:
         """What became of a round that went on. One without guesses is the last."""
         self._left = max(self._left - 1, 0) if len(outcome.tree) else 0
-        self.rounds.append(Repeated(context, outcome, draft_ms))
         assert self.part is not None
+        self.rounds.append(Repeated(self.part, context, outcome, draft_ms))
         if len(outcome.tree) == self.num:
             self._came.setdefault(f"{self.part.name} {greedy}", _Came()).add(self.num, len(outcome.path))
 

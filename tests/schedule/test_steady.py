@@ -16,6 +16,7 @@ from localspec.protocols import Drafter, DraftRequest, Outcome
 from localspec.sampling import Sampler, SamplingParams
 from localspec.schedule.cost import Costs, Curve
 from localspec.schedule.experience import Experience
+from localspec.schedule.guard import Guard
 from localspec.schedule.scheduled import Scheduled
 from localspec.schedule.steady import Steady
 from localspec.testing.reference import ReferenceModel
@@ -128,8 +129,18 @@ def test_a_session_repeats_what_it_decided_and_says_the_same(
     lookup, drafter = make_drafter("ngram:min=4", None), make_drafter("draft_model:num=8", draft)
     auto = Scheduled([lookup], [drafter], Experience(COSTS, target.capabilities))
     auto._steady._deciding_ms = 100.0  # as on a slow host
+    judged, judge = [0], Guard.observe
+
+    def gained(self: Guard, brought: float, extra_ms: float, plain_ms: float) -> None:
+        judged[0] += 1
+        judge(self, brought, extra_ms, plain_ms)
+
+    monkeypatch.setattr(Guard, "observe", gained)
     with Session(target, auto) as session:
         answer = session.generate(PROMPT, params)
+    assert not auto._steady.rounds, "what an answer's last rounds brought is learned, too"
+    guessed = answer.stats.num_rounds - sum(answer.stats.plain_rounds.values())
+    assert judged[0] >= guessed - 1, "as of rounds that were decided, but the very last one"
     with Session(ReferenceModel(48, seed=5, sharpness=3.0), make_drafter("nothing", None)) as session:
         assert answer.tokens == session.generate(PROMPT, params).tokens
     assert repeated[0] > 5
