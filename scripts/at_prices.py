@@ -70,10 +70,10 @@ class Clock:
             last, alike = width, alike + 1 if width == last else 0
             ms = sum(curve.at(step.num_tokens, step.state.length) for step in steps)
             seconds = (ms + (change_ms[alike] if alike < len(change_ms) else 0.0)) * 1e-3
-            if self._launch is None or not any(one.num_rows for one in scores):  # who reads a prompt waits for it
-                self._priced += seconds
-                return scores
             end = self._busy = max(self(), self._busy) + seconds
+            if self._launch is None or not any(one.num_rows for one in scores):  # who reads a prompt waits for it
+                self._priced += end - self()
+                return scores
             self._priced += self._launch
             return [self._awaited(one, end) if one.num_rows else one for one in scores]
 
@@ -106,10 +106,10 @@ def main() -> None:
     parser.add_argument(
         "--change",
         type=float,
-        nargs="+",
+        action="append",
         default=[],
         metavar="MS",
-        help="that the first target pass behind one of another width takes longer, the second one, ...",
+        help="that the first target pass behind one of another width takes longer; again: the second one, ...",
     )
     parser.add_argument("--chains", action="store_true", help="the target verifies no trees, as on GPUs")
     parser.add_argument(

@@ -31,7 +31,7 @@ def test_speeds_are_those_of_the_table(
     path = tmp_path / "prices.json"
     path.write_text(json.dumps(prices))
     command = [sys.executable, "scripts/at_prices.py", str(path), "--config", "draft_model:num=3", "--at", "0"]
-    command += ["--host", "0", *device, *(["--change", "4", "2"] if device else [])]
+    command += ["--host", "0", *device, *(["--change", "4", "--change", "2"] if device else [])]
     command += ["--output", str(tmp_path / "runs.jsonl")]
     command += ["--workload", "prose", "--per-workload", "1", "--repeats", "1", "--tokens", "32"]
     environment = {**os.environ, "PYTHONPATH": str(root)}

@@ -205,8 +205,9 @@ def worth_a_deeper_look(claimed: WidthClass, found: Classes) -> tuple[tuple[int,
     if not {1, narrowest} <= set(found.widths) or found.between(1, narrowest).num_unequal:
         return (), 0
     widths = tuple(width for width in found.widths if width <= max(narrowest, 4))
-    missing = max(_MANY - found.between(1, narrowest).num_rows, _NARROW[0])
-    return widths, -(-missing // widths[-1]) * widths[-1]  # whole passes of each
+    below = [width for width in found.widths if width < narrowest]
+    missing = _MANY - min(found.between(width, narrowest).num_rows for width in below)
+    return widths, max(missing, _NARROW[0]) + widths[-1] - 1  # a pass that is not full is left out
 
 
 def class_to_use(

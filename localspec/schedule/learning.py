@@ -16,6 +16,7 @@ from localspec.schedule.rest import Rest
 from localspec.schedule.steady import Steady
 
 _SMOOTHING = 0.1
+_STALL = 2.0  # drafting that takes so many times what was expected is not the drafter's fault
 _LEAST_OWN = 0.4  # of a pass's time is its own, whatever drafting may be hidden in it
 RESTART = 2
 """Rounds behind a guess that take longer where passes begin early."""
@@ -115,11 +116,13 @@ class Learning:
         for one in steady.rounds:
             plain_ms = experience.plain_ms(one.context)
             experience.live.observe_verify(one.outcome.width, one.context, one.outcome.verify_ms)
-            round_ms = one.outcome.verify_ms + one.draft_ms + experience.live.costs.overhead_ms
+            expected_ms = self._asker.prices(one.part, decision).chain(len(one.outcome.tree))
+            other_ms = min(one.draft_ms, _STALL * expected_ms) + experience.live.costs.overhead_ms
+            round_ms = one.outcome.verify_ms + other_ms
             experience.observe(len(one.outcome.tokens), round_ms, plain=False, greedy=decision.greedy)
-            verify_ms = experience.live.verify_ms(one.outcome.width, one.context) + experience.live.costs.overhead_ms
+            extra_ms = experience.live.in_a_row_ms(one.outcome.width, one.context) + other_ms - plain_ms
             guard = self._asker.record(one.part.name, decision).guard
-            guard.observe(float(len(one.outcome.path)), verify_ms + one.draft_ms - plain_ms, plain_ms)
+            guard.observe(float(len(one.outcome.path)), extra_ms, plain_ms)
             others = [part for part in self._asker.parts if part is not one.part]
             self._idle(others, decision, round_ms, plain_ms)
         steady.rounds.clear()

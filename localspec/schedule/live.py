@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ _LEAST = 0.3  # of what the table says and a width's passes took, however far th
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
+_PADDED = 3  # widths that a pass of few nodes is thought to be padded to
 _OFTEN = 8  # passes of a width in a row before it is hoped for nothing
 _FIRST = 12  # passes that correct the table, before any news may be the machine's
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
@@ -140,7 +142,7 @@ class LiveCosts:
         self._learned: dict[int, _Learned] = {}
         self._last = (0, 0)  # lanes, width of the last pass that was learned of
         self._ran = (0, 0)  # of the last one
-        self._untold = 0  # passes between the two
+        self._is_told = False  # by `ran`
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
         self._unpriced = 0  # passes that the cached prices do not know
         self._plain: dict[int, tuple[int, float]] = {}  # by lanes, at a context: asked for several times a round
@@ -158,16 +160,25 @@ class LiveCosts:
             known = self._plain[lanes] = context, min(alone, self.by_nodes(context, lanes)[0][0])
         return known[1]
 
+    def in_a_row_ms(self, width: int, context: int) -> float:
+        """A pass of one lane behind others of its width."""
+        return self._expected(width, context, 1)[1]
+
     def settled_ms(self, nodes: int, context: int) -> tuple[float, int]:
-        """(milliseconds, width) of verifying so many nodes of one lane, round after round. A width that was seldom seen
-        in a row is hoped to gain by it what others do, and a little more, so that it is tried."""
-        width = max(nodes + 1, self.min_width)
-        width = min((step for step in self._alone if step >= width), default=width)
+        """(milliseconds, width) of verifying so many nodes of one lane, round after round: padded where a wider pass is
+        quicker. A width that was seldom seen in a row is hoped to gain by it what others do, and a little more, so that
+        it is tried. Infinitely many where there is no such pass."""
+        if nodes >= self.max_width:
+            return math.inf, nodes + 1
+        least = max(nodes + 1, self.min_width)
+        widths = sorted(step for step in self._alone if step >= least)[:_PADDED] or [least]
+        return min((self._hoped_ms(width, context), width) for width in widths)
+
+    def _hoped_ms(self, width: int, context: int) -> float:
         learned = self._of(1)
         first, again = self._expected(width, context, 1)
-        if learned.in_a_row.get(width, 0) < _OFTEN:
-            again = min(again, _HOPE * first * learned.steady)
-        return again, width
+        seldom = learned.in_a_row.get(width, 0) < _OFTEN
+        return min(again, _HOPE * first * learned.steady) if seldom else again
 
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""
@@ -195,7 +206,7 @@ class LiveCosts:
 
     def ran(self, width: int, lanes: int = 1) -> None:
         """A pass of that width was the last one. To be told at once, where what it took is told later."""
-        self._untold += 1
+        self._is_told = True
         if (lanes, width) != self._ran:
             self._ran = lanes, width
             self._cache.clear()
@@ -209,8 +220,7 @@ class LiveCosts:
             return
         learned, in_a_row = self._of(about(lanes)), (lanes, width) == self._last
         self._last = lanes, width
-        self._untold = max(self._untold - 1, 0)
-        if not self._untold:
+        if not self._is_told:
             self._ran = self._last
         curve, rows = self.costs.target, lanes * width
         usual = self._expected(width, context, lanes)[in_a_row]

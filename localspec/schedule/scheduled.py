@@ -7,7 +7,6 @@ rejection it must not look at what was drawn, so there it only says beforehand h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -133,7 +132,9 @@ class Scheduled:
         steady = self._steady
         assert steady.part is not None
         guessed = self._asker.repeat(steady.part, replace(request, max_nodes=steady.num, trees=False))
-        sources, width = (guessed.source,) * guessed.num_nodes, steady.width if guessed.num_nodes else 0
+        if not guessed.num_nodes:
+            return self._later(replace(guessed, source=self.name), guessed)
+        sources, width = (guessed.source,) * guessed.num_nodes, steady.width
         if all(isinstance(segment, HostTokens) for segment in guessed.tokens):
             tree, counts = guessed.tree(), guessed.counts
             return self._later(Proposal.of_tree(self.name, tree, sources=sources, counts=counts, width=width), guessed)
@@ -307,16 +308,15 @@ class Scheduled:
         used = [one for one in decision.asked if one.used]
         alone = len(used) == 1 and not used[0].on_trial and used[0].tree is not None and is_chain(outcome.tree.parent)
         part = next((one for one in self._dear if alone and one.name == used[0].name), None)
-        drafted_ms = sum(one.ms for one in decision.asked)
-        round_ms, deciding_ms = drafted_ms + outcome.verify_ms, max(self._look_ms - drafted_ms, 0.0)
+        drafted_ms = sum(one.ms for one in used)
+        deciding_ms = max(self._look_ms - drafted_ms - sum(one.real_ms for one in decision.tried), 0.0)
+        round_ms = drafted_ms + outcome.verify_ms
         self._steady.decided(part, len(outcome.tree), outcome.width, deciding_ms, round_ms)
         if part is None or not self._steady.begins:
             return
         drafting, context = self._asker.prices(part, decision), len(self._asker.context)
 
         def prices(num: int) -> tuple[float, int]:
-            if num >= live.max_width:
-                return math.inf, num + 1
             ms, width = live.settled_ms(num, context)
             return ms + live.costs.overhead_ms + drafting.chain(num), width
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 from localspec.protocols import Drafter, DraftRequest, Outcome
 
@@ -21,7 +23,6 @@ _SMOOTHING = 0.1
 _NEWS = 0.02  # that a round is of how often guesses come true
 _ENOUGH = 20  # rounds that say so
 _STAYING = 1.01  # what passes of the same width are worth more: another one costs some passes
-_LEAST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,14 @@ class Steady:
         self._alike = self._left = 0
         self._deciding_ms = 0.0
         self._stopped = False
-        self._came: dict[str, _Came] = {}
+        self._came: dict[tuple[str, bool], _Came] = {}
+        self._too_many: set[tuple[str, int]] = set()  # guesses that a drafter did not make when asked for one more
 
     def begin(self) -> None:
-        """Another answer: decide first."""
+        """Another answer: decide first, and see again what one guess more would bring."""
         self._alike = self._left = 0
+        for came in self._came.values():
+            came.forget(self.num)
 
     def stop(self) -> None:
         """Decide in every round from now on."""
@@ -71,12 +75,15 @@ class Steady:
     def decided(self, part: Drafter | None, num: int, width: int, deciding_ms: float, round_ms: float) -> None:
         """A look came out so; None: otherwise than for one drafter's chain. deciding_ms: what it took besides its
         guesses."""
-        self._deciding_ms += _SMOOTHING * (deciding_ms - self._deciding_ms) if self._deciding_ms else deciding_ms
         before, seen = self._decided
         if part is None or part is not self.part or width not in (seen, self.width):
             self._alike, before = 0, 0
         self.part, self._decided = part, (max(num, before), width)
-        self._alike += part is not None
+        if part is None:
+            self._left = 0
+            return
+        self._alike += 1
+        self._deciding_ms += _SMOOTHING * (deciding_ms - self._deciding_ms) if self._deciding_ms else deciding_ms
         pays = int(self._deciding_ms / (_SHARE * round_ms)) if round_ms > 0.0 else 0
         self._left = min(pays, _MOST) if self._alike >= _PATIENCE and not self._stopped else 0
 
@@ -86,12 +93,15 @@ class Steady:
         return self._left > 0
 
     def settle(self, greedy: bool, prices: Callable[[int], tuple[float, int]]) -> None:
-        """Take as many guesses as brought most in the time that they take, where that is known: up to one more than
-        were decided. prices: (milliseconds of a round, width) by guesses, if those before it were alike."""
+        """Take as many guesses as were decided; once it is known how often they come true, as many as brought most in
+        the time that they take, up to one more than that. prices: (milliseconds of a round, width) by guesses, if those
+        before it were alike."""
         assert self.part is not None
-        most, best, chosen = self._decided[0], 0.0, (self.num, self.width)
-        came = self._came.setdefault(f"{self.part.name} {greedy}", _Came())
-        for num in range(1, most + 2) if came.rounds >= _ENOUGH else (most,):
+        most, best, chosen = self._decided[0], 0.0, self._decided
+        came = self._came_of(self.part, greedy)
+        for num in range(1, most + 2) if came.rounds >= _ENOUGH else ():
+            if (self.part.name, num) in self._too_many:
+                continue
             ms, width = prices(num)
             value = (1.0 + came.expected(num)) / ms * (_STAYING if width == self.width else 1.0)
             if value >= best:
@@ -100,35 +110,48 @@ class Steady:
 
     def observe(self, context: int, greedy: bool, outcome: Outcome, draft_ms: float) -> None:
         """What became of a round that went on. One without guesses is the last."""
-        self._left = max(self._left - 1, 0) if len(outcome.tree) else 0
+        num = len(outcome.tree)
+        self._left = max(self._left - 1, 0) if num else 0
+        if self._stopped:
+            return
         assert self.part is not None
         self.rounds.append(Repeated(self.part, context, outcome, draft_ms))
-        if len(outcome.tree) == self.num:
-            self._came.setdefault(f"{self.part.name} {greedy}", _Came()).add(self.num, len(outcome.path))
+        if num == self.num:
+            self._came_of(self.part, greedy).add(num, len(outcome.path))
+        elif self.num > self._decided[0]:
+            self._too_many.add((self.part.name, self.num))
+
+    def _came_of(self, part: Drafter, greedy: bool) -> _Came:
+        return self._came.setdefault((part.name, greedy), _Came())
 
 
 class _Came:
-    """How often so many guesses came true, of those that were made whatever the text was."""
+    """How often each guess of a chain came true behind those that had, of chains that were made whatever the text
+    was."""
 
     def __init__(self) -> None:
         self.rounds = 0
-        self.shares: list[float] = []
+        self._shares: list[float] = []
         self._counts: list[int] = []
 
     def expected(self, num: int) -> float:
-        """Of so many guesses; the first one beyond what was made is taken to come true as the last one did."""
-        shares = self.shares[:num]
-        if 1 < len(shares) < num:
-            shares.append(shares[-1] ** 2 / max(shares[-2], shares[-1], _LEAST))
-        return sum(shares)
+        """Of so many guesses; one beyond those that were made is taken to come true as often as the last one."""
+        shares = self._shares[:num]
+        shares += shares[-1:] * (num - len(shares))
+        total: float = sum(accumulate(shares, mul))
+        return total
 
     def add(self, num: int, accepted: int) -> None:
         """One more round."""
         self.rounds += 1
-        while len(self.shares) < num:
-            self.shares.append(0.0)
-            self._counts.append(0)
-        for depth in range(num):
+        for depth in range(min(num, accepted + 1)):
+            if depth == len(self._shares):
+                self._shares.append(0.0)
+                self._counts.append(0)
             self._counts[depth] += 1
-            share = max(_NEWS, 1.0 / self._counts[depth])
-            self.shares[depth] += share * ((accepted > depth) - self.shares[depth])
+            news = max(_NEWS, 1.0 / self._counts[depth])
+            self._shares[depth] += news * ((accepted > depth) - self._shares[depth])
+
+    def forget(self, num: int) -> None:
+        """What came of guesses beyond so many."""
+        del self._shares[max(num, 1) :], self._counts[max(num, 1) :]

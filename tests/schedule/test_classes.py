@@ -184,7 +184,7 @@ def test_width_one_alone_is_the_class_where_wider_passes_cost_more_than_they_bri
 def test_a_deeper_look_is_taken_only_where_it_decides() -> None:
     claimed = WidthClass(2, None, "read in the source")
     shallow = deep(lambda width, place, context: 0.0, (20, 300))
-    assert worth_a_deeper_look(claimed, shallow) == ((1, 2, 4), 8)
+    assert worth_a_deeper_look(claimed, shallow) == ((1, 2, 4), 11)
     assert worth_a_deeper_look(WidthClass(1), shallow) == ((), 0)
     assert worth_a_deeper_look(replace(claimed, measured=False), shallow) == ((), 0)
     assert worth_a_deeper_look(claimed, deep(lambda width, place, context: 0.0)) == ((), 0)
@@ -205,7 +205,7 @@ def test_a_machine_that_was_slow_to_look_looks_at_as_many_rows_as_decide() -> No
     short = deep(lambda width, place, context: 0.0, (20,), seconds=0.0)
     assert class_to_use(claimed, short, cheap)[0].max_width == 1
     widths, rows = worth_a_deeper_look(claimed, short)
-    assert (widths, rows) == ((1, 2, 4), 28)
+    assert (widths, rows) == ((1, 2, 4), 31)
     both = short.plus(deep(lambda width, place, context: 0.0, (600,), seconds=0.0, rows=rows))
     best, _ = class_to_use(claimed, both, cheap)
     assert (best.min_width, best.max_width, best.plain_only) == (1, None, False)

@@ -109,7 +109,8 @@ def _expand(
     if output.exists():
         raise SettingError(f"{output} exists", fix="Name another output.")
     parts = safetensors.read_folder(head) if head.is_dir() else []
-    if sum(_plain(name) == _FC for _, tensors in parts for name in tensors) != 1:
+    found = [tensor for _, tensors in parts for name, tensor in tensors.items() if _plain(name) == _FC]
+    if len(found) != 1 or found[0].shape[-1] % summarize(target).hidden_size:
         raise UnsupportedModelError(
             "only a folder whose head reads all taps through one matrix can be expanded", got=head.name, expected=_FC
         )
@@ -124,7 +125,7 @@ def _expand(
         if "num_target_layers" in config:
             config["num_target_layers"] = size.num_layers
         shapes = {name: tensor.shape for _, tensors in parts for name, tensor in tensors.items()}
-        if is_eagle3(shapes) and _TAPS not in {*config, *config.get("eagle_config", {})}:
+        if is_eagle3(shapes) and _TAPS not in {*config, *(config.get("eagle_config") or {})}:
             config[_TAPS] = default_taps(summarize(target).num_layers)  # of the expanded one they would be others
         (partial / "config.json").write_text(json.dumps(config, indent=1))
         partial.rename(output)
@@ -147,7 +148,7 @@ def _write(
         for tensor in tensors.values():
             old.seek(tensor.start)
             raw, count = old.read(tensor.num_bytes), math.prod(tensor.shape)
-            values = np.frombuffer(raw, f"V{len(raw) // count}").reshape(tensor.shape)
+            values = np.frombuffer(raw, f"V{len(raw) // count if count else 1}").reshape(tensor.shape)
             made.append(changed(_plain(tensor.name), values))
             shape, length = list(made[-1].shape), made[-1].nbytes
             header[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [end, end := end + length]}
