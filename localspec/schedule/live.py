@@ -24,7 +24,6 @@ _LEAST = 0.3  # of what the table says and a width's passes took, however far th
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
-_PADDED = 3  # widths that a pass of few nodes is thought to be padded to
 _OFTEN = 8  # passes of a width in a row before it is hoped for nothing
 _FIRST = 12  # passes that correct the table, before any news may be the machine's
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
@@ -165,20 +164,17 @@ class LiveCosts:
         return self._expected(width, context, 1)[1]
 
     def settled_ms(self, nodes: int, context: int) -> tuple[float, int]:
-        """(milliseconds, width) of verifying so many nodes of one lane, round after round: padded where a wider pass is
-        quicker. A width that was seldom seen in a row is hoped to gain by it what others do, and a little more, so that
-        it is tried. Infinitely many where there is no such pass."""
+        """(milliseconds, width) of verifying so many nodes of one lane, round after round, in the narrowest pass that
+        has room. A width that was seldom seen in a row is hoped to gain by it what others do, and a little more, so
+        that it is tried. Infinitely many where there is no such pass."""
         if nodes >= self.max_width:
             return math.inf, nodes + 1
         least = max(nodes + 1, self.min_width)
-        widths = sorted(step for step in self._alone if step >= least)[:_PADDED] or [least]
-        return min((self._hoped_ms(width, context), width) for width in widths)
-
-    def _hoped_ms(self, width: int, context: int) -> float:
+        width = min((step for step in self._alone if step >= least), default=least)
         learned = self._of(1)
         first, again = self._expected(width, context, 1)
         seldom = learned.in_a_row.get(width, 0) < _OFTEN
-        return min(again, _HOPE * first * learned.steady) if seldom else again
+        return min(again, _HOPE * first * learned.steady) if seldom else again, width
 
     def by_nodes(self, context: int, lanes: int = 1) -> tuple[list[float], list[int]]:
         """(milliseconds, width) of verifying 0, 1, 2, ... nodes of each lane: padded where a wider pass is quicker."""

@@ -308,7 +308,8 @@ class Scheduled:
         used = [one for one in decision.asked if one.used]
         alone = len(used) == 1 and not used[0].on_trial and used[0].tree is not None and is_chain(outcome.tree.parent)
         part = next((one for one in self._dear if alone and one.name == used[0].name), None)
-        drafted_ms = sum(one.ms for one in used)
+        # what was guessed in vain, by lookup mostly, is no part of deciding: at other times it brings what it takes
+        drafted_ms = sum(one.ms for one in decision.asked)
         deciding_ms = max(self._look_ms - drafted_ms - sum(one.real_ms for one in decision.tried), 0.0)
         round_ms = drafted_ms + outcome.verify_ms
         self._steady.decided(part, len(outcome.tree), outcome.width, deciding_ms, round_ms)

@@ -73,7 +73,7 @@ class Steady:
         )
 
     def decided(self, part: Drafter | None, num: int, width: int, deciding_ms: float, round_ms: float) -> None:
-        """A look came out so; None: otherwise than for one drafter's chain. deciding_ms: what it took besides its
+        """A look came out so; None: otherwise than for one drafter's chain. deciding_ms: what it took besides all
         guesses."""
         before, seen = self._decided
         if part is None or part is not self.part or width not in (seen, self.width):
