@@ -144,7 +144,7 @@ class Recording:
         return bool(self._companions)
 
     def space(self, count: int) -> Features:
-        """[count, W] for a pass to write to."""
+        """[count, W] for a pass to write to, before `keep` at the latest."""
         self._newest = np.empty((count, self._taps.width), np.float32)
         return self._newest
 

@@ -146,7 +146,7 @@ class LlamaModel:
                 f"llama.cpp could not run the pass: {native.quoted(native.complaints())}", got=f"code {code}"
             )
         if part.features is not None:
-            context.read_taps(part.features)
+            context.fill_later(part.features)
         if wanted is not None:
             prefix = not len(wanted) or int(wanted[-1]) + 1 == len(wanted)  # padding stands behind: no need to copy
             chosen = slice(len(wanted)) if prefix else wanted

@@ -290,10 +290,12 @@ class Context:
             raise BackendError("llama.cpp could not create a context")
         self._memory = self._lib.llama_get_memory(self._pointer)
         self.taps: Taps | None = None
+        self._unread: NDArray[np.float32] | None = None  # where the last decode's hidden states go
         self._allocate()
 
     def tap(self, taps: Taps | None) -> None:
         """Have the hidden states of every token kept from the next pass on; None: of none."""
+        self.read_taps()
         if self.taps is not None:
             self.taps.enable(self._pointer, False)
         self.taps = taps
@@ -304,10 +306,17 @@ class Context:
         """Return once a device has run what it was given."""
         self._lib.llama_synchronize(self._pointer)
 
-    def read_taps(self, into: NDArray[np.float32]) -> None:
-        """Copy the hidden states of the last decode's tokens, in their order, to [T, W]."""
-        assert self.taps is not None
-        self.taps.read(self._pointer, into)
+    def fill_later(self, into: NDArray[np.float32]) -> None:
+        """[T, W] for the hidden states of the last decode's tokens, in their order. They are copied when its rows are
+        read, at the latest before the next decode: reading them at once would wait for the device."""
+        self._unread = into
+
+    def read_taps(self) -> None:
+        """Copy what was to be copied later; waits for the device."""
+        into, self._unread = self._unread, None
+        if into is not None:
+            assert self.taps is not None
+            self.taps.read(self._pointer, into)
 
     def _allocate(self) -> None:
         """numpy arrays that llama_batch points into: filling them needs no loop."""
@@ -341,6 +350,7 @@ class Context:
 
         ids: the sequence ids of each token, or the one id that all tokens have.
         """
+        self.read_taps()
         size = len(tokens)
         self._tokens[:size], self._positions[:size], self._outputs[:size] = tokens, positions, outputs
         self._fill_ids(ids, size)
@@ -360,6 +370,7 @@ class Context:
 
     def logits(self, num_rows: int) -> Logits:
         """[num_rows, V] view of llama.cpp's own buffer, which the next decode overwrites."""
+        self.read_taps()
         if num_rows == 0:
             return np.zeros((0, self._vocab_size), np.float32)
         first = self._lib.llama_get_logits(self._pointer)
@@ -409,6 +420,7 @@ class Context:
 
     def close(self) -> None:
         """Free the context. Twice does nothing."""
+        self._unread = None
         if self._pointer:
             self._lib.llama_free(self._pointer)
             self._pointer = None

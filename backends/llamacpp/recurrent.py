@@ -149,6 +149,8 @@ class RecurrentState(State):
         """A pass that began with committed tokens has run: hand over what is new of them, leave the nodes' features
         for `commit`."""
         if self.recording is not None and done.features is not None:
+            if len(waiting):
+                self.cache.context.read_taps()
             self.recording.catch_up(waiting, done.features, self.length)
             self.recording.fill(done.features[len(waiting) :])
 
@@ -197,6 +199,7 @@ class RecurrentState(State):
             self._history.extend(tokens)
         self._tokens, self._parents, self._was_run, self._tip = [], [], [], None
         if self.recording is not None:
+            self.cache.context.read_taps()
             self.recording.keep(nodes)
 
     def truncate(self, length: int) -> None:

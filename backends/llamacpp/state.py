@@ -186,6 +186,7 @@ class LlamaState(State):
         self._length += len(path)
         self._parents, self._depths, self._lines, self._borrowed = [], [], [], []
         if self.recording is not None:
+            self.cache.context.read_taps()
             self.recording.keep(nodes)
 
     def _choose(self, winner: int, count: int) -> None:

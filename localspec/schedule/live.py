@@ -25,6 +25,7 @@ _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
 _OFTEN = 8  # passes of a width in a row before it is hoped for nothing
+_ALIKE = 1.05  # that the second pass of a width may take over the later ones and count as one of them
 _FIRST = 12  # passes that correct the table, before any news may be the machine's
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
@@ -76,29 +77,33 @@ class _Trend:
 
 @dataclass(slots=True)
 class _Learned:
-    """With about so many lanes: passes by width, behind one of another width and behind one of the same; all of them;
-    how often any was seen; what a pass in a row takes over a first one; how many of each width were in a row; how
-    passes, by their rows, grow with the context where the table does not know; and how fast all are just now."""
+    """With about so many lanes: passes by width, behind one of another width and behind some of the same; all of them;
+    how often any was seen; what a pass in a row takes over a first one, and the second one over later ones; how many of
+    each width were in a row, and second ones of all; how passes, by their rows, grow with the context where the table
+    does not know; and how fast all are just now."""
 
     first: dict[int, _Seen] = field(default_factory=dict)
     again: dict[int, _Seen] = field(default_factory=dict)
     general: float = 1.0  # of what the table and the growth say together
     count: int = 0
     steady: float = 1.0
+    second: float = 1.0
     in_a_row: dict[int, int] = field(default_factory=dict)
-    trends: dict[int, _Trend] = field(default_factory=dict)
+    seconds: int = 0
+    trends: dict[tuple[int, bool], _Trend] = field(default_factory=dict)
     slope: float = 0.0  # milliseconds a row and cell of context
     haste: Haste = field(default_factory=Haste)
 
-    def follow(self, curve: Curve, rows: int, context: int, ms: float) -> None:
+    def follow(self, curve: Curve, rows: int, context: int, ms: float, in_a_row: bool) -> None:
         """A pass of so many rows took so long. Attention is what grows with the context, for each row alike; that much
         is assumed, and that the table is not far off: little evidence changes little. One of several contexts knows.
+        First passes take longer, and stand where contexts are short: next to others they would look like growth.
         """
         if len(curve.contexts) > 1:
             return
-        self.trends.setdefault(rows, _Trend()).add(context, ms - curve.at(rows, context))
+        self.trends.setdefault((rows, in_a_row), _Trend()).add(context, ms - curve.at(rows, context))
         evidence, weight = 0.0, (_SCATTER * _STEEP / curve.at(1, context)) ** 2
-        for size, trend in self.trends.items():
+        for (size, _), trend in self.trends.items():
             usual = curve.at(size, context)  # errors are in proportion to what a pass takes
             evidence += size * trend.products / usual**2
             weight += size**2 * trend.squares / usual**2
@@ -112,7 +117,9 @@ class LiveCosts:
     is kept apart from what was learned with others, and starts from the same table; with several lanes nothing is
     flattered, for all of them would pay.
     A pass may be quicker if the one before had its width (graphs and kernels are reused; the table, measured in mixed
-    order, does not show that). So passes in a row are told apart from first ones.
+    order, does not show that). So passes in a row are told apart from first ones; and the second of a row from later
+    ones, where it takes longer (it may be the one that is recorded). Who decodes in passes of one width mostly says so
+    (`keep`), and then another width is charged what it takes to come to pass quickly there.
     optimism: share of its table time that a width is taken to cost until it was tried, so that it is tried: what is
     never used would never be corrected. What was seen of a width is forgotten while others are used, for the same
     reason: a few rounds in which the machine was busy would shut it out. Plain decoding's own width is not flattered,
@@ -141,6 +148,8 @@ class LiveCosts:
         self._learned: dict[int, _Learned] = {}
         self._last = (0, 0)  # lanes, width of the last pass that was learned of
         self._ran = (0, 0)  # of the last one
+        self._place = 0  # of the last pass that was learned of, in a row of its width
+        self._kept = 0  # width
         self._is_told = False  # by `ran`
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
         self._unpriced = 0  # passes that the cached prices do not know
@@ -149,7 +158,33 @@ class LiveCosts:
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
         """A pass of the target of exactly that width, behind what ran last."""
         first, again = self._expected(width, context, lanes)
-        return again if (lanes, width) == self._ran else first
+        if (lanes, width) == self._ran:
+            return again
+        return first + (again * self._later_ms() if self._ran == (1, self._kept) else 0.0)
+
+    def change_ms(self, width: int, context: int) -> float:
+        """What passes of one lane of that width take more behind another width, until they are as quick as in a row."""
+        first, again = self._expected(width, context, 1)
+        return max(first - again, 0.0) + again * self._later_ms()
+
+    def _later_ms(self) -> float:
+        """Of a pass in a row, what the second one takes besides."""
+        second = self._of(1).second
+        return second - 1.0 if second > _ALIKE else 0.0
+
+    def keep(self, width: int) -> None:
+        """Decoding goes on in passes of that width. At the start of an answer none is cheaper to come to than another,
+        so there that one is taken to have run."""
+        if self._ran == (0, 0):
+            self.ran(width)
+        if width != self._kept:
+            self._kept = width
+            self._cache.clear()
+
+    def begin(self) -> None:
+        """Another answer: its first pass is behind one that read the prompt."""
+        self._last = self._ran = (0, 0)
+        self._cache.clear()
 
     def plain_ms(self, context: int, lanes: int = 1) -> float:
         """A pass of plain decoding among others of its kind, padded where a wider one is quicker."""
@@ -215,11 +250,13 @@ class LiveCosts:
         if width < 1 or ms <= 0.0:
             return
         learned, in_a_row = self._of(about(lanes)), (lanes, width) == self._last
-        self._last = lanes, width
+        self._last, self._place = (lanes, width), self._place + 1 if in_a_row else 0
         if not self._is_told:
             self._ran = self._last
         curve, rows = self.costs.target, lanes * width
         usual = self._expected(width, context, lanes)[in_a_row]
+        if self._place == 1 and self._is_apart(learned, usual, min(ms, _STALL_AT_FIRST * usual)):
+            return
         before = (learned.again if in_a_row else learned.first).get(width)
         most = _STALL_AT_FIRST if before is None or before.weight < _KNOWN else _STALL
         ms = learned.haste.observe(usual, min(ms, most * usual), 0.0 if before is None else before.weight)
@@ -239,12 +276,27 @@ class LiveCosts:
         if not early:
             grown = self._grown(rows, context, learned)
             learned.general += step * trust * (ms / grown / (learned.steady if in_a_row else 1.0) - learned.general)
-        learned.follow(curve, rows, context, ms)
+        learned.follow(curve, rows, context, ms, in_a_row)
         self._plain.clear()
         self._unpriced += 1
         if not in_a_row or learned.again[width].weight < _NEWS or self._unpriced >= _NEWS:
             self._cache.clear()
             self._unpriced = 0
+
+    def _is_apart(self, learned: _Learned, usual: float, ms: float) -> bool:
+        """The second pass of a row took so long, where later ones are expected to take `usual`. Does it tell nothing of
+        them, but of the machine?"""
+        was_apart = learned.seconds >= _KNOWN and learned.second > _ALIKE
+        if was_apart:
+            usual /= learned.haste.factor
+            ms = learned.haste.observe(learned.second * usual * learned.haste.factor, ms)
+        trust = learned.haste.trust if learned.count >= _FIRST else 1.0
+        learned.seconds += 1
+        learned.second += max(0.05, 1.0 / (learned.seconds + 1)) * trust * (ms / usual - learned.second)
+        is_apart = learned.seconds >= _KNOWN and learned.second > _ALIKE
+        if was_apart and is_apart:
+            self._cache.clear()
+        return was_apart and is_apart
 
     def as_dict(self) -> dict[str, Any]:
         """For `recall`, as the machine is now."""
@@ -256,6 +308,7 @@ class LiveCosts:
             str(load): {
                 "general": learned.haste.factor * learned.general,
                 "steady": learned.steady,
+                "second": [learned.second, learned.seconds],
                 "first": seen(learned.first, learned.haste.factor),
                 "again": seen(learned.again, learned.haste.factor),
             }
@@ -266,6 +319,8 @@ class LiveCosts:
         """Go on from what `as_dict` gave, which counts as little. Raises KeyError, TypeError and ValueError."""
         for load, found in data.items():
             learned = _Learned(general=float(found["general"]), steady=float(found["steady"]))
+            second, seconds = found.get("second", (1.0, 0))  # unknown before
+            learned.second, learned.seconds = float(second), int(seconds)
             for by_width, stored in ((learned.first, found["first"]), (learned.again, found["again"])):
                 for width, (ratio, context) in stored.items():
                     by_width[int(width)] = _Seen(float(ratio), float(context), _KEPT)

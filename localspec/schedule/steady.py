@@ -9,6 +9,7 @@ they bring and take is learned at the next look.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,7 +23,9 @@ _MOST = 4  # rounds without it
 _SMOOTHING = 0.1
 _NEWS = 0.02  # that a round is of how often guesses come true
 _ENOUGH = 20  # rounds that say so
-_STAYING = 1.01  # what passes of the same width are worth more: another one costs some passes
+_GUESSED = 4  # rounds that what nobody tried yet is taken to have shown
+_AHEAD, _FAR = 16, 64  # rounds for which another width is paid: at first, and at most; else as many as there were
+_ANEW, _SELDOM = 1, 32  # answers until one guess more than was best is tried again: at first, and at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +51,20 @@ class Steady:
         self._decided = 0, 0  # (guesses, width) of the last decisions
         self._alike = self._left = 0
         self._deciding_ms = 0.0
+        self._usual: Drafter | None = None  # whose guesses were last repeated
+        self._rounds = 0  # of this answer
+        self._is_new = False  # nothing was decided in it yet: any width may be the first one
         self._stopped = False
         self._came: dict[tuple[str, bool], _Came] = {}
         self._too_many: set[tuple[str, int]] = set()  # guesses that a drafter did not make when asked for one more
 
     def begin(self) -> None:
-        """Another answer: decide first, and see again what one guess more would bring."""
-        self._alike = self._left = 0
+        """Another answer: decide first, and now and then see again what one guess more would bring."""
+        self._alike = _PATIENCE - 1 if self._alike >= _PATIENCE else 0  # as before, if one look says so
+        self._left = self._rounds = 0
+        self._is_new = True
         for came in self._came.values():
-            came.forget(self.num)
+            came.begin()
 
     def stop(self) -> None:
         """Decide in every round from now on."""
@@ -76,9 +84,9 @@ class Steady:
         """A look came out so; None: otherwise than for one drafter's chain. deciding_ms: what it took besides all
         guesses."""
         before, seen = self._decided
-        if part is None or part is not self.part or width not in (seen, self.width):
+        if part is None or part is not self.part or (not self._is_new and width not in (seen, self.width)):
             self._alike, before = 0, 0
-        self.part, self._decided = part, (max(num, before), width)
+        self.part, self._decided, self._is_new = part, (max(num, before), width), False
         if part is None:
             self._left = 0
             return
@@ -92,25 +100,51 @@ class Steady:
         """Will the next rounds go on with what was decided?"""
         return self._left > 0
 
-    def settle(self, greedy: bool, prices: Callable[[int], tuple[float, int]]) -> None:
+    def settle(
+        self, greedy: bool, prices: Callable[[int], tuple[float, int]], change_ms: Callable[[int], float]
+    ) -> None:
         """Take as many guesses as were decided; once it is known how often they come true, as many as brought most in
         the time that they take, up to one more than that. prices: (milliseconds of a round, width) by guesses, if those
-        before it were alike."""
+        before it were alike.  change_ms: that it takes to come to passes of another width."""
         assert self.part is not None
-        most, best, chosen = self._decided[0], 0.0, self._decided
+        most, width = self._decided
         came = self._came_of(self.part, greedy)
+        ahead = min(max(self._rounds, _AHEAD), _FAR)
+
+        def charged(num: int) -> tuple[float, int]:
+            ms, other = prices(num)
+            return (ms + change_ms(other) / ahead if other != width and ms < math.inf else ms), other
+
+        self.num, self.width = self._best(self.part, came, most, charged) or self._decided
+        self._usual, came.best = self.part, self.num
+
+    def width_for(self, greedy: bool, prices_of: Callable[[Drafter], Callable[[int], tuple[float, int]]]) -> int:
+        """Of passes in which such an answer is best begun: none is cheaper to come to than another there. 0 where
+        nothing is known. prices_of: as `settle`, of a drafter."""
+        part = self._usual
+        if part is None or not (came := self._came_of(part, greedy)).best:
+            return 0
+        best = self._best(part, came, came.best, prices_of(part))
+        return 0 if best is None else best[1]
+
+    def _best(
+        self, part: Drafter, came: _Came, most: int, prices: Callable[[int], tuple[float, int]]
+    ) -> tuple[int, int] | None:
+        """(guesses, width) that brought most in their time, of up to one more than so many; None: nobody knows."""
+        best, chosen = 0.0, None
         for num in range(1, most + 2) if came.rounds >= _ENOUGH else ():
-            if (self.part.name, num) in self._too_many:
+            if (part.name, num) in self._too_many:
                 continue
             ms, width = prices(num)
-            value = (1.0 + came.expected(num)) / ms * (_STAYING if width == self.width else 1.0)
+            value = (1.0 + came.expected(num)) / ms
             if value >= best:
                 best, chosen = value, (num, width)
-        self.num, self.width = chosen
+        return chosen
 
     def observe(self, context: int, greedy: bool, outcome: Outcome, draft_ms: float) -> None:
         """What became of a round that went on. One without guesses is the last."""
         num = len(outcome.tree)
+        self._rounds += 1
         self._left = max(self._left - 1, 0) if num else 0
         if self._stopped:
             return
@@ -127,15 +161,19 @@ class Steady:
 
 class _Came:
     """How often each guess of a chain came true behind those that had, of chains that were made whatever the text
-    was."""
+    was. One that nobody tried yet is taken to come true as often as the one before it.
+
+    best: guesses that brought most.
+    """
 
     def __init__(self) -> None:
-        self.rounds = 0
+        self.rounds = self.best = 0
         self._shares: list[float] = []
         self._counts: list[int] = []
+        self._answers, self._anew, self._before = 0, _ANEW, 0
 
     def expected(self, num: int) -> float:
-        """Of so many guesses; one beyond those that were made is taken to come true as often as the last one."""
+        """Of so many guesses."""
         shares = self._shares[:num]
         shares += shares[-1:] * (num - len(shares))
         total: float = sum(accumulate(shares, mul))
@@ -146,12 +184,18 @@ class _Came:
         self.rounds += 1
         for depth in range(min(num, accepted + 1)):
             if depth == len(self._shares):
-                self._shares.append(0.0)
-                self._counts.append(0)
+                self._shares.append(self._shares[-1] if depth else 0.0)
+                self._counts.append(_GUESSED if depth else 0)
             self._counts[depth] += 1
             news = max(_NEWS, 1.0 / self._counts[depth])
             self._shares[depth] += news * ((accepted > depth) - self._shares[depth])
 
-    def forget(self, num: int) -> None:
-        """What came of guesses beyond so many."""
-        del self._shares[max(num, 1) :], self._counts[max(num, 1) :]
+    def begin(self) -> None:
+        """Another answer. What came of guesses beyond the best number is forgotten now and then: the more seldom, the
+        more often that showed nothing new."""
+        self._answers += 1
+        if self.best > self._before:
+            self._anew = _ANEW
+        if self._answers >= self._anew:
+            self._answers, self._anew, self._before = 0, min(2 * self._anew, _SELDOM), self.best
+            del self._shares[max(self.best, 1) :], self._counts[max(self.best, 1) :]

@@ -46,11 +46,16 @@ def prices(num: int) -> tuple[float, int]:
     return (5.3 if num < 3 else 5.8) + 0.5 * num, max(num + 1, 3)
 
 
+def change_ms(width: int) -> float:
+    """To come to passes of another width."""
+    return 0.0
+
+
 def decide(steady: Steady, times: int, part: Drafter | None = PART, num: int = 3, ms: float = 0.3) -> None:
     for _ in range(times):
         steady.decided(part, num, num + 1, ms, 8.0)
         if steady.begins:
-            steady.settle(True, prices)
+            steady.settle(True, prices, change_ms)
 
 
 def test_a_few_decisions_alike_are_repeated_as_often_as_brings_their_cost_down() -> None:
@@ -105,7 +110,7 @@ def test_as_many_are_guessed_as_brought_most_in_their_time_or_one_more(accepted:
     decide(steady, 2)
     assert steady.goes_on(request()), "decisions that are still for the wider passes are no others"
     decide(steady, 3)
-    steady.settle(False, prices)
+    steady.settle(False, prices, change_ms)
     assert steady.num == 3, "of sampled text nothing is known yet"
 
 
