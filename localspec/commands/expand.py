@@ -49,7 +49,7 @@ def expand(
     speed at realistic cost with true acceptance; it knows no more than SOURCE. Use SOURCE's draft model with it.
     --check compares greedy answers and logits with those of SOURCE; exits with 1 if an answer differs.
     """
-    from localspec.bench.expand import Size, expand_gguf_head, expand_head
+    from localspec.bench.expand import Size, expand_head
     from localspec.bench.expand import expand as write
     from localspec.bench.expand.check import check
     from localspec.bench.prompts import load_prompts
@@ -65,14 +65,9 @@ def expand(
     report, lines = done.as_dict(), done.lines()
     for name in heads:
         folder = resolve_model(name, "head")
-        widened = output.with_name(f"{output.stem}-{folder.name}")
-        if form == "gguf":
-            widened = widened.with_name(f"{widened.name}.gguf")
-            expand_gguf_head(folder, widened, path, Size.named(size), output)
-            lines.append(f"{widened}: the head for it, as wide")
-        else:
-            expand_head(folder, widened, path, Size.named(size))
-            lines.append(f"{widened}: the head for it, its weights as they were")
+        widened = output.with_name(f"{output.stem}-{folder.name}{'.gguf' if form == 'gguf' else ''}")
+        expand_head(folder, widened, path, Size.named(size), output)
+        lines.append(f"{widened}: the head for it, {'as wide' if form == 'gguf' else 'its weights as they were'}")
     equal = True
     if num_check is not None:
         prompts = load_prompts(per_domain=num_check)

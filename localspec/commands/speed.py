@@ -184,7 +184,7 @@ def _libraries(against: Sequence[str]) -> list[tuple[PeerLibrary, list[PeerMode]
 def _expanded(options: dict[str, Any], size: str, stack: ExitStack) -> dict[str, Any]:
     """The options with a target of that size's cost in the place of the one they name: in Q4_0 for a GGUF file, in
     bfloat16 for a folder. It goes when the stack does."""
-    from localspec.bench.expand import Size, expand, expand_gguf_head, expand_head
+    from localspec.bench.expand import Size, expand, expand_head
     from localspec.commands.models import named_models
     from localspec.commands.progress import progress_bar
     from localspec.copies import is_self, make_copy
@@ -216,10 +216,7 @@ def _expanded(options: dict[str, Any], size: str, stack: ExitStack) -> dict[str,
             heads.append(head)
             continue
         widened = output.parent / (f"head-{number}.gguf" if form == "gguf" else f"head-{number}")
-        if form == "gguf":
-            expand_gguf_head(Path(head), widened, source, wanted, output)
-        else:
-            expand_head(Path(head), widened, source, wanted)
+        expand_head(Path(head), widened, source, wanted, output)
         heads.append(str(widened))
     changed = {"target": str(output), "draft": draft, "heads": heads, "backend": named.backend}
     return {**options, **changed, "pair": None, "task": None, "catalog": None}

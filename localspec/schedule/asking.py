@@ -115,6 +115,17 @@ class Asker:
             return FREE
         return self._experience.times(part.name).prices(len(self.context), decision.drafting)
 
+    def settled(self, part: Drafter, decision: Decision) -> Callable[[int], tuple[float, int]]:
+        """(milliseconds, width) of a round by the number of its guesses in a chain, if those before it were alike."""
+        live, context = self._experience.live, len(self.context)
+        drafting = self.prices(part, decision)
+
+        def prices(num: int) -> tuple[float, int]:
+            ms, width = live.settled_ms(num, context)
+            return ms + live.costs.overhead_ms + drafting.chain(num), width
+
+        return prices
+
     def entry_ms(self, part: Drafter) -> float:
         """What it takes a drafter to read what it missed while others worked."""
         if self.is_free(part):

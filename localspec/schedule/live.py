@@ -25,7 +25,7 @@ _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
 _OFTEN = 8  # passes of a width in a row before it is hoped for nothing
-_ALIKE = 1.05  # that the second pass of a width may take over the later ones and count as one of them
+_ALIKE = 1.15  # that the second pass of a width may take over the later ones and count as one of them
 _FIRST = 12  # passes that correct the table, before any news may be the machine's
 _WORTH_PADDING = 0.97  # padding a pass is only worth its while if it saves this much
 _LEAST_ROOM, _WIDER = 4, 2  # nodes a lane may have in any case; a shared pass may be so many times as wide as a lane's
@@ -255,11 +255,12 @@ class LiveCosts:
             self._ran = self._last
         curve, rows = self.costs.target, lanes * width
         usual = self._expected(width, context, lanes)[in_a_row]
-        if self._place == 1 and self._is_apart(learned, usual, min(ms, _STALL_AT_FIRST * usual)):
-            return
         before = (learned.again if in_a_row else learned.first).get(width)
-        most = _STALL_AT_FIRST if before is None or before.weight < _KNOWN else _STALL
-        ms = learned.haste.observe(usual, min(ms, most * usual), 0.0 if before is None else before.weight)
+        known = 0.0 if before is None else before.weight
+        if self._place == 1 and self._is_apart(learned, usual, min(ms, _STALL_AT_FIRST * usual), known):
+            return
+        most = _STALL_AT_FIRST if known < _KNOWN else _STALL
+        ms = learned.haste.observe(usual, min(ms, most * usual), known)
         ratio, trust = ms / curve.at(rows, context), learned.haste.trust if learned.count >= _FIRST else 1.0
         for by_width in (learned.first, learned.again):
             for other, seen in by_width.items():
@@ -283,20 +284,19 @@ class LiveCosts:
             self._cache.clear()
             self._unpriced = 0
 
-    def _is_apart(self, learned: _Learned, usual: float, ms: float) -> bool:
-        """The second pass of a row took so long, where later ones are expected to take `usual`. Does it tell nothing of
-        them, but of the machine?"""
-        was_apart = learned.seconds >= _KNOWN and learned.second > _ALIKE
-        if was_apart:
-            usual /= learned.haste.factor
-            ms = learned.haste.observe(learned.second * usual * learned.haste.factor, ms)
-        trust = learned.haste.trust if learned.count >= _FIRST else 1.0
+    def _is_apart(self, learned: _Learned, usual: float, ms: float, known: float) -> bool:
+        """The second pass of a row took so long, where later ones, of which so many are known, are expected to take
+        `usual`. Does it tell nothing of them, but of the machine? So it is until it is known that they are alike."""
+        haste = learned.haste
+        now = ms / usual
+        if learned.seconds < _KNOWN or learned.second > _ALIKE:
+            before = haste.factor
+            now = haste.observe(learned.second * usual, ms, known) * before / usual
         learned.seconds += 1
-        learned.second += max(0.05, 1.0 / (learned.seconds + 1)) * trust * (ms / usual - learned.second)
-        is_apart = learned.seconds >= _KNOWN and learned.second > _ALIKE
-        if was_apart and is_apart:
-            self._cache.clear()
-        return was_apart and is_apart
+        trust = haste.trust if learned.count >= _FIRST else 1.0
+        learned.second += max(0.05, 1.0 / (learned.seconds + 1)) * trust * (now - learned.second)
+        self._cache.clear()
+        return learned.seconds <= _KNOWN or learned.second > _ALIKE
 
     def as_dict(self) -> dict[str, Any]:
         """For `recall`, as the machine is now."""

@@ -7,7 +7,7 @@ rejection it must not look at what was drawn, so there it only says beforehand h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -148,7 +148,7 @@ class Scheduled:
         decision = self._decision = Decision(context, request.sampler.is_greedy, load, request.begins_early)
         if load is None and self._is_new:
             experience.begin(decision.greedy)
-            if width := self._steady.width_for(decision.greedy, self._round_prices):
+            if width := self._steady.width_for(decision.greedy, lambda part: self._asker.settled(part, decision)):
                 experience.live.keep(width)
         rate = experience.rate(context, decision.lanes, decision.greedy if load is None else None)
         if self._in_a_row and request.begins_early:
@@ -319,19 +319,9 @@ class Scheduled:
         if part is None or not self._steady.begins:
             return
         context = len(self._asker.context)
-        self._steady.settle(decision.greedy, self._round_prices(part), lambda width: live.change_ms(width, context))
+        prices = self._asker.settled(part, decision)
+        self._steady.settle(decision.greedy, prices, lambda width: live.change_ms(width, context))
         live.keep(self._steady.width)
-
-    def _round_prices(self, part: Drafter) -> Callable[[int], tuple[float, int]]:
-        """(milliseconds, width) of a round by the number of that drafter's guesses, if those before it were alike."""
-        live, context = self.experience.live, len(self._asker.context)
-        drafting = self._asker.prices(part, self._decision)
-
-        def prices(num: int) -> tuple[float, int]:
-            ms, width = live.settled_ms(num, context)
-            return ms + live.costs.overhead_ms + drafting.chain(num), width
-
-        return prices
 
     def _learn(self, decision: Decision, outcome: Outcome) -> None:
         self._learning.learn_from_rest(self._rest, decision)

@@ -24,6 +24,7 @@ _SMOOTHING = 0.1
 _NEWS = 0.02  # that a round is of how often guesses come true
 _ENOUGH = 20  # rounds that say so
 _GUESSED = 4  # rounds that what nobody tried yet is taken to have shown
+_MORE = 1.2  # times as many that come true are another text
 _AHEAD, _FAR = 16, 64  # rounds for which another width is paid: at first, and at most; else as many as there were
 _ANEW, _SELDOM = 1, 32  # answers until one guess more than was best is tried again: at first, and at most
 
@@ -56,7 +57,7 @@ class Steady:
         self._is_new = False  # nothing was decided in it yet: any width may be the first one
         self._stopped = False
         self._came: dict[tuple[str, bool], _Came] = {}
-        self._too_many: set[tuple[str, int]] = set()  # guesses that a drafter did not make when asked for one more
+        self._fell_short: dict[tuple[str, int], int] = {}  # how often in a row a drafter made fewer guesses than that
 
     def begin(self) -> None:
         """Another answer: decide first, and now and then see again what one guess more would bring."""
@@ -64,7 +65,8 @@ class Steady:
         self._left = self._rounds = 0
         self._is_new = True
         for came in self._came.values():
-            came.begin()
+            if came.begin():
+                self._fell_short.clear()
 
     def stop(self) -> None:
         """Decide in every round from now on."""
@@ -109,6 +111,7 @@ class Steady:
         assert self.part is not None
         most, width = self._decided
         came = self._came_of(self.part, greedy)
+        came.see_change()
         ahead = min(max(self._rounds, _AHEAD), _FAR)
 
         def charged(num: int) -> tuple[float, int]:
@@ -133,7 +136,7 @@ class Steady:
         """(guesses, width) that brought most in their time, of up to one more than so many; None: nobody knows."""
         best, chosen = 0.0, None
         for num in range(1, most + 2) if came.rounds >= _ENOUGH else ():
-            if (part.name, num) in self._too_many:
+            if self._fell_short.get((part.name, num), 0) >= _PATIENCE:  # a text's end is no reason, a limit is
                 continue
             ms, width = prices(num)
             value = (1.0 + came.expected(num)) / ms
@@ -150,10 +153,12 @@ class Steady:
             return
         assert self.part is not None
         self.rounds.append(Repeated(self.part, context, outcome, draft_ms))
+        asked_for = self.part.name, self.num
         if num == self.num:
+            self._fell_short.pop(asked_for, None)
             self._came_of(self.part, greedy).add(num, len(outcome.path))
-        elif self.num > self._decided[0]:
-            self._too_many.add((self.part.name, self.num))
+        else:
+            self._fell_short[asked_for] = self._fell_short.get(asked_for, 0) + 1
 
     def _came_of(self, part: Drafter, greedy: bool) -> _Came:
         return self._came.setdefault((part.name, greedy), _Came())
@@ -171,6 +176,7 @@ class _Came:
         self._shares: list[float] = []
         self._counts: list[int] = []
         self._answers, self._anew, self._before = 0, _ANEW, 0
+        self._value = math.inf  # of the best number, when what came of more was forgotten
 
     def expected(self, num: int) -> float:
         """Of so many guesses."""
@@ -190,12 +196,24 @@ class _Came:
             news = max(_NEWS, 1.0 / self._counts[depth])
             self._shares[depth] += news * ((accepted > depth) - self._shares[depth])
 
-    def begin(self) -> None:
-        """Another answer. What came of guesses beyond the best number is forgotten now and then: the more seldom, the
-        more often that showed nothing new."""
+    def begin(self) -> bool:
+        """Another answer. Is it one of those, ever more seldom, before which it is forgotten what came of guesses
+        beyond the best number?"""
         self._answers += 1
-        if self.best > self._before:
+        if self.best > self._before:  # the last time showed something new
             self._anew = _ANEW
-        if self._answers >= self._anew:
-            self._answers, self._anew, self._before = 0, min(2 * self._anew, _SELDOM), self.best
-            del self._shares[max(self.best, 1) :], self._counts[max(self.best, 1) :]
+        if self._answers < self._anew:
+            return False
+        self._anew = min(2 * self._anew, _SELDOM)
+        self._forget()
+        return True
+
+    def see_change(self) -> None:
+        """Where many more come true than did then, more may, too."""
+        if self.expected(self._before) > _MORE * self._value:
+            self._anew = _ANEW
+            self._forget()
+
+    def _forget(self) -> None:
+        self._answers, self._before, self._value = 0, self.best, self.expected(self.best)
+        del self._shares[max(self.best, 1) :], self._counts[max(self.best, 1) :]

@@ -82,6 +82,42 @@ def test_lanes_of_one_pass_each_hear_their_own(target_path: Path, tmp_path: Path
             assert np.allclose([row for _, row in heard[index]], want, atol=1e-4)
 
 
+def test_hidden_states_are_read_when_rows_are(
+    target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once it would wait for the device. Whose rows nobody reads are heard all the same, in time."""
+    path = write_block_head(tmp_path / "head.gguf", target_path)
+    with loaded(target_path, path) as (model, head):
+        text = ids(12)
+        want = features_of(model, head, text)
+        taps = type(model.memory.taps)  # type: ignore[attr-defined]
+        read, count = taps.read, [0]
+
+        def counted(self: Any, *args: Any) -> None:
+            count[0] += 1
+            read(self, *args)
+
+        monkeypatch.setattr(taps, "read", counted)
+        state = model.open()
+        heard = listen(model, state, head)
+        for start in range(0, 12, 4):
+            parents = chain_parents(state, 4)
+            [scores] = model.forward([Step(state, (HostTokens(np.array(text[start : start + 4], np.int32)),), parents)])
+            assert count[0] == start // 4, "nobody needs them yet"
+            if start:
+                scores.rows((0,))
+                assert count[0] == start // 4 + 1
+            state.keep(range(4))
+        assert count[0] == 3, "each once"
+        assert [token for token, _ in heard] == text
+        assert np.abs(np.array([row for _, row in heard]) - want).max() < 1e-3 * want.std()
+        model.forward([Step(state, (HostTokens(np.array([7], np.int32)),), chain_parents(state, 1))])
+        state.close()
+        again = model.open()
+        commit(model, again, text)
+        again.close()
+
+
 def test_replayed_tokens_are_heard_once(tmp_path: Path) -> None:
     """Recurrent layers: what was kept behind a rejected guess is run again, and its features are known already."""
     target = write_architecture(tmp_path / "target.gguf", "qwen3next")

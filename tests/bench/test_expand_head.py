@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from localspec.bench.expand import SIZES, Size, expand, expand_gguf_head, expand_head
+from localspec.bench.expand import SIZES, Size, expand, expand_head
 from localspec.errors import SettingError, UnsupportedModelError
 from localspec.formats import summarize
 from localspec.testing.block_heads import BlockSpec, write_block_head
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_it_reads_of_copies_is_what_it_read(folder: Path) -> None:
-    expand_head(folder / "head", folder / "wide", folder / "target", SIZE)
+    expand_head(folder / "head", folder / "wide", folder / "target", SIZE, folder)
     old, new = (load_file(folder / name / "model.safetensors") for name in ("head", "wide"))
     assert new["fc.weight"].shape == (8, TAPS * 3 * HIDDEN)
     features = np.random.default_rng(1).normal(size=(TAPS, HIDDEN))
@@ -63,7 +63,7 @@ def test_a_head_that_becomes_as_wide_as_its_target_guesses_the_same(
         output.touch()
 
     monkeypatch.setattr("localspec.bench.expand.head.write_head_gguf", keep)
-    expand_gguf_head(tmp_path / "head", tmp_path / "wide.gguf", tmp_path / "target", SIZE, tmp_path / "any.gguf")
+    expand_head(tmp_path / "head", tmp_path / "wide.gguf", tmp_path / "target", SIZE, tmp_path / "any.gguf")
     config = json.loads((tmp_path / "wide" / "config.json").read_text())
     assert config["hidden_size"] == config["target_hidden_size"] == 3 * HIDDEN and config["head_dim"] == spec.head_size
     rng = np.random.default_rng(2)
@@ -84,24 +84,24 @@ def test_a_gguf_head_fits_the_gguf_target(tmp_path: Path) -> None:
     write_block_head(tmp_path / "head", spec)
     large_size = Size(3_000_000, 6, 2 * HIDDEN + 1)
     expand(target, tmp_path / "large.gguf", large_size, "gguf", "F32")
-    expand_gguf_head(tmp_path / "head", tmp_path / "wide.gguf", target, SIZE, tmp_path / "large.gguf")
+    expand_head(tmp_path / "head", tmp_path / "wide.gguf", target, SIZE, tmp_path / "large.gguf")
     head, large = summarize(tmp_path / "wide.gguf"), summarize(tmp_path / "large.gguf")
     assert head.drafter_kind == "dflash" and head.hidden_size == large.hidden_size == 3 * HIDDEN
     with pytest.raises(SettingError, match="exists"):
-        expand_gguf_head(tmp_path / "head", tmp_path / "wide.gguf", target, SIZE, tmp_path / "large.gguf")
+        expand_head(tmp_path / "head", tmp_path / "wide.gguf", target, SIZE, tmp_path / "large.gguf")
     other = write_block_head(tmp_path / "other", BlockSpec(target=(48, 2, 320)))
     with pytest.raises(UnsupportedModelError, match="another hidden size"):
-        expand_gguf_head(other, tmp_path / "no.gguf", target, SIZE, tmp_path / "large.gguf")
+        expand_head(other, tmp_path / "no.gguf", target, SIZE, tmp_path / "large.gguf")
     strange = load_file(tmp_path / "head" / "model.safetensors") | {"strange.weight": np.ones((2, 2), np.float32)}
     save_file(strange, tmp_path / "head" / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match="strange"):
-        expand_gguf_head(tmp_path / "head", tmp_path / "no.gguf", target, SIZE, tmp_path / "large.gguf")
+        expand_head(tmp_path / "head", tmp_path / "no.gguf", target, SIZE, tmp_path / "large.gguf")
     assert not (tmp_path / "no.gguf").exists() and not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("no*"))
 
 
 def test_what_cannot_be_expanded_is_refused(folder: Path) -> None:
     with pytest.raises(SettingError, match="exists"):
-        expand_head(folder / "head", folder / "target", folder / "target", SIZE)
+        expand_head(folder / "head", folder / "target", folder / "target", SIZE, folder)
     with pytest.raises(UnsupportedModelError, match="one matrix"):
-        expand_head(folder / "target", folder / "wide", folder / "target", SIZES["8b"])
+        expand_head(folder / "target", folder / "wide", folder / "target", SIZES["8b"], folder)
     assert not (folder / "wide").exists() and not (folder / "wide.partial").exists()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -113,6 +114,58 @@ def test_a_pass_is_priced_behind_the_last_one_though_what_that_took_is_learned_l
     costs.observe_verify(3, 0, 9.0)  # the first of the two; the second is yet to be told
     costs.observe_verify(3, 0, 6.0)
     assert costs.verify_ms(3, 0) < costs.verify_ms(4, 0)
+
+
+def record_graphs(costs: LiveCosts, widths: Sequence[int], contexts: Sequence[int]) -> None:
+    """Passes on a device that takes 1.4 ms more for the first one of a width, and 3.4 for the second, which it
+    records."""
+    place, last = 0, 0
+    for width, context in zip(widths, contexts, strict=True):
+        place, last = (place + 1 if width == last else 0), width
+        costs.observe_verify(width, context, GRAPHS.at(width, 0) + (1.4, 3.4, 0.0)[min(place, 2)])
+        costs.ran(width)
+
+
+GRAPHS = Curve((3, 4), (0,), ((5.3, 5.8),))
+
+
+def test_what_the_second_pass_of_a_row_takes_longer_is_part_of_a_change() -> None:
+    """Old bug: it counted as one in a row, so a width that was seldom seen seemed dear for ever."""
+    costs = LiveCosts(Costs(GRAPHS, None, 0.0), WidthClass(3), 4, optimism=1.0)
+    widths = [4] * 30 + [3] * 4 + [4] * 30 + [3] * 4 + [4] * 30
+    record_graphs(costs, widths, [0] * len(widths))
+    for width in (3, 4):
+        assert costs.in_a_row_ms(width, 0) == pytest.approx(GRAPHS.at(width, 0), rel=0.03)
+        assert 3.2 < costs.change_ms(width, 0) < 5.0
+    ms, width = costs.settled_ms(2, 0)
+    assert ms == pytest.approx(5.3, rel=0.04) and width == 3
+    assert costs.verify_ms(3, 0) == pytest.approx(6.7, rel=0.05), "who keeps to no width may change for one pass"
+    costs.keep(4)
+    assert costs.verify_ms(3, 0) > 8.5, "who leaves one pays all of it"
+    assert costs.verify_ms(4, 0) == pytest.approx(5.8, rel=0.03)
+    other = LiveCosts(Costs(GRAPHS, None, 0.0), WidthClass(3), 4, optimism=1.0)
+    other.recall(json.loads(json.dumps(costs.as_dict())))
+    assert other.change_ms(3, 0) == pytest.approx(costs.change_ms(3, 0), rel=0.2)
+    before = {load: {**one, "second": None} for load, one in costs.as_dict().items()}
+    for one in before.values():
+        del one["second"]
+    other.recall(before)
+    assert other.change_ms(3, 0) < 2.0, "what earlier versions kept says nothing of it"
+
+
+def test_the_first_passes_of_answers_stand_behind_a_prompt() -> None:
+    """Old bugs: they counted as passes in a row, and as contexts are short there the slow ones looked like passes that
+    become quicker as a text grows."""
+    costs = LiveCosts(Costs(GRAPHS, None, 0.0), WidthClass(3), 4, optimism=1.0)
+    for _ in range(15):
+        costs.begin()
+        record_graphs(costs, [4] * 12, range(20, 260, 20))
+    for context in (20, 250, 400):
+        assert costs.in_a_row_ms(4, context) == pytest.approx(5.8, rel=0.04)
+    costs.begin()
+    assert costs.verify_ms(4, 20) == pytest.approx(7.2, rel=0.05)
+    costs.keep(3)
+    assert costs.verify_ms(3, 20) < 5.8 < costs.verify_ms(4, 20), "the first pass may have any width"
 
 
 FLAT = Curve(STAIRS.widths, (0,), STAIRS.ms[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -112,6 +113,70 @@ def test_as_many_are_guessed_as_brought_most_in_their_time_or_one_more(accepted:
     decide(steady, 3)
     steady.settle(False, prices, change_ms)
     assert steady.num == 3, "of sampled text nothing is known yet"
+
+
+def answer(steady: Steady, looks: int, accepted: Sequence[int], dear: float = 0.0) -> list[int]:
+    """One answer, from its first look on: how many were guessed in each round that went on. accepted: of three guesses,
+    round after round.  dear: milliseconds that another width takes."""
+    steady.begin()
+    guessed: list[int] = []
+    for _ in range(looks):
+        steady.decided(PART, 3, 4, 0.4, 8.0)
+        if steady.begins:
+            steady.settle(True, prices, lambda width: dear)
+        while steady.goes_on(request()):
+            guessed.append(steady.num)
+            steady.observe(10, True, outcome(steady.num, min(accepted[len(guessed) % len(accepted)], steady.num)), 1.5)
+    return guessed
+
+
+def test_another_width_is_paid_over_rounds_but_not_where_an_answer_begins() -> None:
+    steady = Steady()
+    assert steady.width_for(True, lambda part: prices) == 0, "nothing is known"
+    few = (0, 1, 2, 0)
+    guessed = answer(steady, 30, few, dear=400.0)
+    assert set(guessed) == {3}, "what it brings does not pay for it in this answer"
+    assert steady.width_for(True, lambda part: prices) == 3
+    assert steady.width_for(False, lambda part: prices) == 0
+    assert answer(Steady(), 30, few, dear=1.0)[-1] == 2
+
+
+def test_behind_an_answer_of_repeated_rounds_one_look_is_enough() -> None:
+    steady = Steady()
+    assert len(answer(steady, 3, (3, 1))) == 4
+    assert len(answer(steady, 1, (3, 1))) == 4
+    steady.decided(None, 0, 1, 0.4, 8.0)
+    assert not answer(steady, 2, (3, 1)) and len(answer(steady, 1, (3, 1))) == 0, "the last one ended otherwise"
+
+
+def test_what_one_guess_more_would_bring_is_tried_again_ever_more_seldom() -> None:
+    steady, two = Steady(), (2, 2, 0, 2)
+    assert answer(steady, 30, two)[-1] == 2
+    tried = []
+    for number in range(64):
+        tried += [number] * any(num > 2 for num in answer(steady, 6, two))
+    assert 3 <= len(tried) <= 9 and tried[-1] > 20, "the text may be another one"
+    assert min(answer(steady, 60, (9,))[-20:]) >= 3, "where they come true more are made"
+
+
+def test_a_text_that_ends_is_no_limit_and_a_limit_is_one() -> None:
+    steady = Steady()
+    answer(steady, 12, (9,))
+    assert steady.num == 4
+
+    def short() -> None:
+        decide(steady, 3)
+        assert steady.num == 4
+        steady.observe(10, True, outcome(1, 1), 1.5)
+
+    short()
+    short()
+    answer(steady, 3, (9,))
+    assert steady.num == 4, "it makes four elsewhere"
+    for _ in range(3):
+        short()
+    decide(steady, 3)
+    assert steady.num == 3, "it makes three at most"
 
 
 COSTS = Costs(Curve((1, 2, 3, 4, 8), (0,), ((5.0, 5.1, 5.2, 5.3, 9.0),)), Curve((1, 2), (0,), ((0.2, 0.2),)), 0.1)

@@ -4,7 +4,7 @@ without a download. What exactly is preserved: `docs/benchmarks.md`, "Expanded t
 from __future__ import annotations
 
 from localspec.bench.expand.files import FORMATS, Expansion, expand, read_source
-from localspec.bench.expand.head import expand_gguf_head, expand_head
+from localspec.bench.expand.head import expand_head
 from localspec.bench.expand.shape import SIZES, Size
 
-__all__ = ["FORMATS", "SIZES", "Expansion", "Size", "expand", "expand_gguf_head", "expand_head", "read_source"]
+__all__ = ["FORMATS", "SIZES", "Expansion", "Size", "expand", "expand_head", "read_source"]

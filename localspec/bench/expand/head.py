@@ -44,12 +44,22 @@ Stored = NDArray[Any]
 """A tensor as it lies in the file: of whatever type, a number whose bytes are zeros is zero."""
 
 
-def expand_head(head: Path, output: Path, target: Path, size: Size) -> None:
-    """Write a head that was trained for `target` to the folder `output`, for that target expanded to `size`.
+def expand_head(head: Path, output: Path, target: Path, size: Size, expanded: Path) -> None:
+    """Write a head that was trained for `target` to `output`, for that target expanded to `size`, which lies in
+    `expanded`: a folder where that is one, else a GGUF file for llama.cpp.
 
     head: a safetensors folder with one input matrix for all taps (DSpark, DFlash, EAGLE-3, JetSpec). Raises
-    UnsupportedModelError for any other, SettingError where `output` exists, ModelFileError.
+    UnsupportedModelError for any other, for a GGUF file also for what llama.cpp's graphs leave out, SettingError where
+    `output` exists, ModelFileError.
     """
+    if expanded.is_dir():
+        _to_folder(head, output, target, size)
+    else:
+        _to_gguf(head, output, target, size, expanded)
+
+
+def _to_folder(head: Path, output: Path, target: Path, size: Size) -> None:
+    """It stays as small as it was."""
     small, copies = _copies(target, size)
 
     def changed(name: str, values: Stored) -> Stored:
@@ -59,12 +69,8 @@ def expand_head(head: Path, output: Path, target: Path, size: Size) -> None:
     _expand(head, output, target, size, changed, settings)
 
 
-def expand_gguf_head(head: Path, output: Path, target: Path, size: Size, expanded: Path) -> None:
-    """The same as a GGUF file for llama.cpp, as wide as the expanded target, whose tokenizer it takes. expanded: that
-    target's file. Matrices are stored as F16.
-
-    Raises UnsupportedModelError also for what llama.cpp's graphs leave out.
-    """
+def _to_gguf(head: Path, output: Path, target: Path, size: Size, expanded: Path) -> None:
+    """As wide as the expanded target, whose tokenizer it takes. Matrices are stored as F16."""
     if output.exists():
         raise SettingError(f"{output} exists", fix="Name another output.")
     small, copies = _copies(target, size)
