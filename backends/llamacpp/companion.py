@@ -149,12 +149,12 @@ class Recording:
         return self._newest
 
     def fill(self, features: Features) -> None:
-        """What a pass shared with others wrote for this state."""
+        """What a pass wrote, or writes later, for this state: its part of a larger one."""
         self._newest = features
 
     @property
     def newest(self) -> Features:
-        """[T, W] of the last pass."""
+        """[T, W] of the last pass, written before `keep` at the latest."""
         return self._newest
 
     def add(self, tokens: TokenIds, features: Features) -> None:

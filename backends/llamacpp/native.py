@@ -308,13 +308,13 @@ class Context:
 
     def fill_later(self, into: NDArray[np.float32]) -> None:
         """[T, W] for the hidden states of the last decode's tokens, in their order. They are copied when its rows are
-        read, at the latest before the next decode: reading them at once would wait for the device."""
+        read, or somebody needs them, at the latest before the next decode: at once it would wait for the device."""
         self._unread = into
 
-    def read_taps(self) -> None:
-        """Copy what was to be copied later; waits for the device."""
+    def read_taps(self, *, needed: bool = True) -> None:
+        """Copy what was to be copied later, if it is needed; waits for the device then."""
         into, self._unread = self._unread, None
-        if into is not None:
+        if into is not None and needed:
             assert self.taps is not None
             self.taps.read(self._pointer, into)
 

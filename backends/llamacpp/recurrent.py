@@ -184,6 +184,7 @@ class RecurrentState(State):
         """Commit one path of pending nodes, drop the others. Raises ValueError for a non-path."""
         self.check_open()
         nodes = list(path)
+        self.cache.context.read_taps(needed=bool(nodes))  # may fail: nothing has changed yet
         check_path(np.array(self._parents, np.int32), nodes)
         tokens = [self._tokens[node] for node in nodes]
         held = self._path(self._tip) if self._tip is not None else []
@@ -199,7 +200,6 @@ class RecurrentState(State):
             self._history.extend(tokens)
         self._tokens, self._parents, self._was_run, self._tip = [], [], [], None
         if self.recording is not None:
-            self.cache.context.read_taps()
             self.recording.keep(nodes)
 
     def truncate(self, length: int) -> None:

@@ -174,6 +174,7 @@ class LlamaState(State):
         """Commit one path of pending nodes, drop the others. Raises ValueError for a non-path."""
         self.check_open()
         nodes = list(path)
+        self.cache.context.read_taps(needed=bool(nodes))  # may fail: nothing has changed yet
         is_first_chain = nodes == list(range(len(nodes))) and self._parents[: len(nodes)] == list(
             range(-1, len(nodes) - 1)
         )
@@ -186,7 +187,6 @@ class LlamaState(State):
         self._length += len(path)
         self._parents, self._depths, self._lines, self._borrowed = [], [], [], []
         if self.recording is not None:
-            self.cache.context.read_taps()
             self.recording.keep(nodes)
 
     def _choose(self, winner: int, count: int) -> None:

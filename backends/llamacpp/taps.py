@@ -1,5 +1,5 @@
-"""Hidden states of a target, read from llama.cpp after each pass: the inputs of some layers, and the state behind
-the last one.
+"""Hidden states of a target, read from llama.cpp behind each pass, with its rows: the inputs of some layers, and the
+state behind the last one.
 
 llama.cpp exports these functions for its own programs, with C++ names and without a promise to keep them, so they
 are looked up when a head is loaded; without them heads are refused and nothing else changes. It ends the process

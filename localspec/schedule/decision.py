@@ -54,7 +54,8 @@ class Tried:
 class Decision:
     """context: tokens.  restart_ms: what dropping the plain pass that had begun would cost.  begins_early: could it?
     lookup: what its guesses are worth, in tokens.  expected: accepted tokens, where that was known.  open: reach and
-    owner of the nodes that others choose from.  opinions: where several guessed."""
+    owner of the nodes that others choose from.  opinions: where several guessed.  place: of its pass among those of its
+    width in a row."""
 
     context: int = 0
     greedy: bool = True
@@ -67,6 +68,7 @@ class Decision:
     expected: float | None = None
     open: tuple[list[float], list[Asked]] | None = None
     opinions: Opinions | None = None
+    place: int = 0
 
     @property
     def lanes(self) -> int:

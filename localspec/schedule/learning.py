@@ -58,7 +58,8 @@ class Learning:
             verify_ms = experience.live.verify_ms(width, context, lanes)
         elif verify_ms > 0.0 and usual:
             verify_ms = max(verify_ms - sum(one.hidden_ms for one in asked), _LEAST_OWN * verify_ms)
-            experience.live.observe_verify(width, context, verify_ms, early=outcome.begun_early)
+            early = outcome.begun_early
+            experience.live.observe_verify(width, context, verify_ms, early=early, place=decision.place)
         draft_ms = sum(one.ms for one in asked) + sum(one.ms for one in tried)
         round_ms = verify_ms + draft_ms + experience.live.costs.overhead_ms
         if not shared:
@@ -98,12 +99,18 @@ class Learning:
             # while one lane drafts, all wait
             record.guard.observe(brought / num_used if one.used else 0.0, decision.lanes * one.ms + share, plain_ms)
 
+    def learn_late(self, rest: Rest, steady: Steady, decision: Decision) -> None:
+        """What the rounds without a look taught, behind that decision."""
+        self.learn_from_rest(rest, decision)
+        self.learn_from_steady(steady, decision)
+
     def learn_from_rest(self, rest: Rest, decision: Decision) -> None:
         """What the rounds without a look took behind that one, and that all drafters were idle."""
         if not rest.rounds:
             return
         experience, context = self._experience, decision.context
-        experience.live.observe_verify(rest.width, context, rest.ms / rest.rounds, early=decision.begins_early)
+        early, place = decision.begins_early, rest.rounds + 1  # of the last one at least
+        experience.live.observe_verify(rest.width, context, rest.ms / rest.rounds, early=early, place=place)
         round_ms = rest.ms + rest.rounds * experience.live.costs.overhead_ms
         experience.observe(rest.tokens, round_ms, plain=True, greedy=decision.greedy)
         self._idle(self._asker.parts, decision, round_ms, experience.plain_ms(context))
@@ -115,7 +122,7 @@ class Learning:
         experience = self._experience
         for one in steady.rounds:
             plain_ms = experience.plain_ms(one.context)
-            experience.live.observe_verify(one.outcome.width, one.context, one.outcome.verify_ms)
+            experience.live.observe_verify(one.outcome.width, one.context, one.outcome.verify_ms, place=one.place)
             expected_ms = self._asker.prices(one.part, decision).chain(len(one.outcome.tree))
             other_ms = min(one.draft_ms, _STALL * expected_ms) + experience.live.costs.overhead_ms
             round_ms = one.outcome.verify_ms + other_ms

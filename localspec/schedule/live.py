@@ -18,7 +18,7 @@ _MEMORY = 200.0  # observations after which older ones count half
 _KEPT = 1.0  # rounds at a width that outlive the process
 _TRUST = 1.0  # rounds at a width before its own times outweigh the general correction
 _TRUST_PLAIN = 0.25  # the same for plain decoding, by which all gains are judged and which is seldom seen
-_OPTIMISM, _HOPE = 0.9, 0.97
+_OPTIMISM, _HOPE = 0.9, 0.94
 _SCATTER, _STEEP = 0.06, 3000.0  # of a pass's time; cells of context for which a row may take what the first one does
 _LEAST = 0.3  # of what the table says and a width's passes took, however far the context is from theirs
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
@@ -119,7 +119,7 @@ class LiveCosts:
     A pass may be quicker if the one before had its width (graphs and kernels are reused; the table, measured in mixed
     order, does not show that). So passes in a row are told apart from first ones; and the second of a row from later
     ones, where it takes longer (it may be the one that is recorded). Who decodes in passes of one width mostly says so
-    (`keep`), and then another width is charged what it takes to come to pass quickly there.
+    (`keep`, until the next answer), and then another width is charged all that it takes to come to quick ones there.
     optimism: share of its table time that a width is taken to cost until it was tried, so that it is tried: what is
     never used would never be corrected. What was seen of a width is forgotten while others are used, for the same
     reason: a few rounds in which the machine was busy would shut it out. Plain decoding's own width is not flattered,
@@ -146,21 +146,21 @@ class LiveCosts:
         self._alone = self._steps or (measured if len(measured) > 1 else frozenset())
         self.max_width = max(self._steps, default=most)
         self._learned: dict[int, _Learned] = {}
-        self._last = (0, 0)  # lanes, width of the last pass that was learned of
-        self._ran = (0, 0)  # of the last one
-        self._place = 0  # of the last pass that was learned of, in a row of its width
+        self._last, self._place = (0, 0), 0  # lanes and width of the last pass; passes before it in its row
+        self._behind = (0, 0)  # what the next one is priced behind
         self._kept = 0  # width
-        self._is_told = False  # by `ran`
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
         self._unpriced = 0  # passes that the cached prices do not know
         self._plain: dict[int, tuple[int, float]] = {}  # by lanes, at a context: asked for several times a round
 
     def verify_ms(self, width: int, context: int, lanes: int = 1) -> float:
-        """A pass of the target of exactly that width, behind what ran last."""
+        """A pass of the target of exactly that width, behind what ran last; with what the next one takes longer, where
+        it leaves a width that is kept to."""
         first, again = self._expected(width, context, lanes)
-        if (lanes, width) == self._ran:
+        if (lanes, width) == self._behind:
             return again
-        return first + (again * self._later_ms() if self._ran == (1, self._kept) else 0.0)
+        leaves = lanes == 1 and self._behind == (1, self._kept)
+        return first + (again * self._later_ms() if leaves else 0.0)
 
     def change_ms(self, width: int, context: int) -> float:
         """What passes of one lane of that width take more behind another width, until they are as quick as in a row."""
@@ -169,21 +169,22 @@ class LiveCosts:
 
     def _later_ms(self) -> float:
         """Of a pass in a row, what the second one takes besides."""
-        second = self._of(1).second
-        return second - 1.0 if second > _ALIKE else 0.0
+        learned = self._of(1)
+        return learned.second - 1.0 if learned.seconds > _KNOWN and learned.second > _ALIKE else 0.0
 
     def keep(self, width: int) -> None:
-        """Decoding goes on in passes of that width. At the start of an answer none is cheaper to come to than another,
-        so there that one is taken to have run."""
-        if self._ran == (0, 0):
-            self.ran(width)
+        """Decoding goes on in passes of that width; 0: of no one width. At the start of an answer none is
+        cheaper to come to than another, so there that one is taken to have run."""
+        if width and self._behind == (0, 0):
+            self._behind = (1, width)
+            self._cache.clear()
         if width != self._kept:
             self._kept = width
             self._cache.clear()
 
     def begin(self) -> None:
         """Another answer: its first pass is behind one that read the prompt."""
-        self._last = self._ran = (0, 0)
+        self._last, self._place, self._behind, self._kept = (0, 0), 0, (0, 0), 0
         self._cache.clear()
 
     def plain_ms(self, context: int, lanes: int = 1) -> float:
@@ -235,29 +236,32 @@ class LiveCosts:
         self._cache[lanes] = (bucket, ms, widths)
         return ms, widths
 
-    def ran(self, width: int, lanes: int = 1) -> None:
-        """A pass of that width was the last one. To be told at once, where what it took is told later."""
-        self._is_told = True
-        if (lanes, width) != self._ran:
-            self._ran = lanes, width
+    def ran(self, width: int, lanes: int = 1) -> int:
+        """A pass of that width was the last one: how many of its width were before it in a row. To be told at once,
+        where what it took is told later."""
+        self._place = self._place + 1 if (lanes, width) == self._last else 0
+        self._last = lanes, width
+        if self._behind != self._last:
+            self._behind = self._last
             self._cache.clear()
+        return self._place
 
-    def observe_verify(self, width: int, context: int, ms: float, lanes: int = 1, *, early: bool = False) -> None:
+    def observe_verify(
+        self, width: int, context: int, ms: float, lanes: int = 1, *, early: bool = False, place: int | None = None
+    ) -> None:
         """What a pass took. early: it had begun before its round did, so it seems to take less than the table says,
-        which is true of no other width. A stall (another program, a page fault) counts as a little more than what was
-        usual, once that is known: what is really slower now is found out within some rounds all the same. What is
-        slower for all widths is told apart (`haste.py`)."""
+        which is true of no other width.  place: what `ran` said of it; None: it is told now. A stall (another program,
+        a page fault) counts as a little more than what was usual, once that is known: what is really slower now is
+        found out within some rounds all the same. What is slower for all widths is told apart (`haste.py`)."""
         if width < 1 or ms <= 0.0:
             return
-        learned, in_a_row = self._of(about(lanes)), (lanes, width) == self._last
-        self._last, self._place = (lanes, width), self._place + 1 if in_a_row else 0
-        if not self._is_told:
-            self._ran = self._last
+        place = self.ran(width, lanes) if place is None else place
+        learned, in_a_row = self._of(about(lanes)), place > 0
         curve, rows = self.costs.target, lanes * width
         usual = self._expected(width, context, lanes)[in_a_row]
         before = (learned.again if in_a_row else learned.first).get(width)
         known = 0.0 if before is None else before.weight
-        if self._place == 1 and self._is_apart(learned, usual, min(ms, _STALL_AT_FIRST * usual), known):
+        if place == 1 and self._is_apart(learned, usual, ms, known):
             return
         most = _STALL_AT_FIRST if known < _KNOWN else _STALL
         ms = learned.haste.observe(usual, min(ms, most * usual), known)
@@ -287,16 +291,18 @@ class LiveCosts:
     def _is_apart(self, learned: _Learned, usual: float, ms: float, known: float) -> bool:
         """The second pass of a row took so long, where later ones, of which so many are known, are expected to take
         `usual`. Does it tell nothing of them, but of the machine? So it is until it is known that they are alike."""
-        haste = learned.haste
+        haste, is_new = learned.haste, learned.seconds < _KNOWN
+        is_apart = is_new or learned.second > _ALIKE
+        ms = min(ms, _STALL_AT_FIRST * usual if is_new else _STALL * learned.second * usual)
         now = ms / usual
-        if learned.seconds < _KNOWN or learned.second > _ALIKE:
+        if is_apart:
             before = haste.factor
             now = haste.observe(learned.second * usual, ms, known) * before / usual
-        learned.seconds += 1
         trust = haste.trust if learned.count >= _FIRST else 1.0
+        learned.seconds += 1
         learned.second += max(0.05, 1.0 / (learned.seconds + 1)) * trust * (now - learned.second)
         self._cache.clear()
-        return learned.seconds <= _KNOWN or learned.second > _ALIKE
+        return is_apart
 
     def as_dict(self) -> dict[str, Any]:
         """For `recall`, as the machine is now."""

@@ -89,7 +89,7 @@ class Scheduled:
         """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again,
         and with several lanes each when it is first asked, so that reading counts as what it costs."""
         self._catch_up()
-        self._learning.learn_from_steady(self._steady, self._decision)
+        self._learning.learn_late(self._rest, self._steady, self._decision)
         self.experience.live.begin()
         self._asker.turn(context)
         self._rest.begin()
@@ -148,7 +148,8 @@ class Scheduled:
         decision = self._decision = Decision(context, request.sampler.is_greedy, load, request.begins_early)
         if load is None and self._is_new:
             experience.begin(decision.greedy)
-            if width := self._steady.width_for(decision.greedy, lambda part: self._asker.settled(part, decision)):
+            if (usual := self._steady.usual) is not None and not self._record(usual.name).guard.parked:
+                width = self._steady.width_for(usual, decision.greedy, self._asker.settled(usual, decision))
                 experience.live.keep(width)
         rate = experience.rate(context, decision.lanes, decision.greedy if load is None else None)
         if self._in_a_row and request.begins_early:
@@ -280,8 +281,7 @@ class Scheduled:
             part.observe(outcome)
         started = perf_counter()
         plain, decision = not len(outcome.tree), self._decision
-        if decision.load is None:
-            self.experience.live.ran(outcome.width)
+        place = self.experience.live.ran(outcome.width) if decision.load is None else 0
         self._trying.follow(outcome, decision)
         self._in_a_row = outcome.begun_early and plain
         if self._resting:
@@ -289,8 +289,9 @@ class Scheduled:
             return
         if self._repeated_ms is not None:
             context = len(self._asker.context) - len(outcome.tokens)
-            self._steady.observe(context, self._decision.greedy, outcome, self._repeated_ms)
+            self._steady.observe(context, decision.greedy, outcome, self._repeated_ms, place)
             return
+        decision.place = place
         if plain or decision.load is not None:  # the next round may ask when the last plain one was
             self._learn(decision, outcome)
         else:
@@ -316,6 +317,8 @@ class Scheduled:
         deciding_ms = max(self._look_ms - drafted_ms - sum(one.real_ms for one in decision.tried), 0.0)
         round_ms = drafted_ms + outcome.verify_ms
         self._steady.decided(part, len(outcome.tree), outcome.width, deciding_ms, round_ms)
+        if self._steady.has_ended:
+            live.keep(0)
         if part is None or not self._steady.begins:
             return
         context = len(self._asker.context)
@@ -324,8 +327,7 @@ class Scheduled:
         live.keep(self._steady.width)
 
     def _learn(self, decision: Decision, outcome: Outcome) -> None:
-        self._learning.learn_from_rest(self._rest, decision)
-        self._learning.learn_from_steady(self._steady, decision)
+        self._learning.learn_late(self._rest, self._steady, decision)
         self._learning.learn(decision, outcome)
 
     def _catch_up(self) -> None:
@@ -346,7 +348,7 @@ class Scheduled:
     def close(self) -> None:
         """Close all."""
         self._catch_up()
-        self._learning.learn_from_steady(self._steady, self._decision)
+        self._learning.learn_late(self._rest, self._steady, self._decision)
         for part in self.parts:
             part.close()
 

@@ -67,7 +67,6 @@ class SharedBudget:
         experience, lanes = self._experience, self.load.lanes
         width = outcomes[0].width // len(outcomes)
         if self._together or len(outcomes) == 1:
-            experience.live.ran(width, lanes)
             experience.live.observe_verify(width, self._context, outcomes[0].verify_ms, lanes)
         tokens = sum(len(outcome.tokens) for outcome in outcomes)
         plain = not any(len(outcome.tree) for outcome in outcomes)

@@ -3,8 +3,8 @@
 Looking things up, and asking again and again whether to go on guessing, takes the host some tenths of a millisecond a
 round. Beside a pass of 20 ms that is nothing; beside one of 5 ms on a GPU it was what `auto` lacked to the best chain,
 though it chose well (docs/log.md). So behind some decisions in a row for the same drafter, alone, in a chain, in passes
-of the same width, the next rounds guess as much without a look, as many as bring its cost down to a small share. What
-they bring and take is learned at the next look.
+of the same width, the next rounds guess as much without a look, as many as bring its cost down to a small share; in an
+answer behind one that ended so the first decision is enough. What they bring and take is learned at the next look.
 """
 
 from __future__ import annotations
@@ -31,29 +31,33 @@ _ANEW, _SELDOM = 1, 32  # answers until one guess more than was best is tried ag
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """A round that guessed as the last ones did. part: who guessed.  context: tokens.  draft_ms: what that took."""
+    """A round that guessed as the last ones did. part: who guessed.  context: tokens.  draft_ms: what that took.
+    place: of its pass among those of its width in a row."""
 
     part: Drafter
     context: int
     outcome: Outcome
     draft_ms: float
+    place: int
 
 
 class Steady:
     """What one session decided last, and the rounds since then that went on with it.
 
-    part, num, width: who guesses, how many in a chain, in passes of what width.  rounds: of which nobody has learned.
+    part, num, width: who guesses, how many in a chain, in passes of what width.  usual: whose guesses were last
+    repeated.  rounds: of which nobody has learned.
     """
 
     def __init__(self) -> None:
         self.part: Drafter | None = None
+        self.usual: Drafter | None = None
         self.num = self.width = 0
         self.rounds: list[Repeated] = []
         self._decided = 0, 0  # (guesses, width) of the last decisions
         self._alike = self._left = 0
         self._deciding_ms = 0.0
-        self._usual: Drafter | None = None  # whose guesses were last repeated
         self._rounds = 0  # of this answer
+        self._others = 0  # looks in a row that came out otherwise
         self._is_new = False  # nothing was decided in it yet: any width may be the first one
         self._stopped = False
         self._came: dict[tuple[str, bool], _Came] = {}
@@ -86,9 +90,12 @@ class Steady:
         """A look came out so; None: otherwise than for one drafter's chain. deciding_ms: what it took besides all
         guesses."""
         before, seen = self._decided
-        if part is None or part is not self.part or (not self._is_new and width not in (seen, self.width)):
-            self._alike, before = 0, 0
-        self.part, self._decided, self._is_new = part, (max(num, before), width), False
+        is_other = width not in (seen, self.width)
+        if part is None or part is not self.part or (is_other and not self._is_new):
+            self._alike = before = 0
+        self.part, self._decided, self._is_new = part, (num if is_other else max(num, before), width), False
+        self._rounds += 1
+        self._others = 0 if part is not None else self._others + 1
         if part is None:
             self._left = 0
             return
@@ -96,6 +103,11 @@ class Steady:
         self._deciding_ms += _SMOOTHING * (deciding_ms - self._deciding_ms) if self._deciding_ms else deciding_ms
         pays = int(self._deciding_ms / (_SHARE * round_ms)) if round_ms > 0.0 else 0
         self._left = min(pays, _MOST) if self._alike >= _PATIENCE and not self._stopped else 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Did the last looks come out otherwise, and not only one of them?"""
+        return self._stopped or self._others > 1
 
     @property
     def begins(self) -> bool:
@@ -119,15 +131,13 @@ class Steady:
             return (ms + change_ms(other) / ahead if other != width and ms < math.inf else ms), other
 
         self.num, self.width = self._best(self.part, came, most, charged) or self._decided
-        self._usual, came.best = self.part, self.num
+        self.usual, came.best = self.part, self.num
 
-    def width_for(self, greedy: bool, prices_of: Callable[[Drafter], Callable[[int], tuple[float, int]]]) -> int:
-        """Of passes in which such an answer is best begun: none is cheaper to come to than another there. 0 where
-        nothing is known. prices_of: as `settle`, of a drafter."""
-        part = self._usual
-        if part is None or not (came := self._came_of(part, greedy)).best:
-            return 0
-        best = self._best(part, came, came.best, prices_of(part))
+    def width_for(self, part: Drafter, greedy: bool, prices: Callable[[int], tuple[float, int]]) -> int:
+        """Of passes in which such an answer is best begun with that drafter: none is cheaper to come to than another
+        there. 0 where nothing is known. prices: as `settle`."""
+        came = self._came_of(part, greedy)
+        best = self._best(part, came, came.best, prices) if came.best and not self._stopped else None
         return 0 if best is None else best[1]
 
     def _best(
@@ -144,7 +154,7 @@ class Steady:
                 best, chosen = value, (num, width)
         return chosen
 
-    def observe(self, context: int, greedy: bool, outcome: Outcome, draft_ms: float) -> None:
+    def observe(self, context: int, greedy: bool, outcome: Outcome, draft_ms: float, place: int = 2) -> None:
         """What became of a round that went on. One without guesses is the last."""
         num = len(outcome.tree)
         self._rounds += 1
@@ -152,7 +162,7 @@ class Steady:
         if self._stopped:
             return
         assert self.part is not None
-        self.rounds.append(Repeated(self.part, context, outcome, draft_ms))
+        self.rounds.append(Repeated(self.part, context, outcome, draft_ms, place))
         asked_for = self.part.name, self.num
         if num == self.num:
             self._fell_short.pop(asked_for, None)

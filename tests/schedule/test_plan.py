@@ -119,11 +119,10 @@ def test_a_pass_is_priced_behind_the_last_one_though_what_that_took_is_learned_l
 def record_graphs(costs: LiveCosts, widths: Sequence[int], contexts: Sequence[int]) -> None:
     """Passes on a device that takes 1.4 ms more for the first one of a width, and 3.4 for the second, which it
     records."""
-    place, last = 0, 0
     for width, context in zip(widths, contexts, strict=True):
-        place, last = (place + 1 if width == last else 0), width
-        costs.observe_verify(width, context, GRAPHS.at(width, 0) + (1.4, 3.4, 0.0)[min(place, 2)])
-        costs.ran(width)
+        place = costs.ran(width)
+        ms = GRAPHS.at(width, 0) + (1.4, 3.4, 0.0)[min(place, 2)]
+        costs.observe_verify(width, context, ms, place=place)
 
 
 GRAPHS = Curve((3, 4), (0,), ((5.3, 5.8),))
@@ -138,7 +137,7 @@ def test_what_the_second_pass_of_a_row_takes_longer_is_part_of_a_change() -> Non
         assert costs.in_a_row_ms(width, 0) == pytest.approx(GRAPHS.at(width, 0), rel=0.03)
         assert 3.2 < costs.change_ms(width, 0) < 5.0
     ms, width = costs.settled_ms(2, 0)
-    assert ms == pytest.approx(5.3, rel=0.04) and width == 3
+    assert 4.9 < ms < 5.5 and width == 3, "hoped to be quick until it was seen more often"
     assert costs.verify_ms(3, 0) == pytest.approx(6.7, rel=0.05), "who keeps to no width may change for one pass"
     costs.keep(4)
     assert costs.verify_ms(3, 0) > 8.5, "who leaves one pays all of it"
@@ -166,6 +165,22 @@ def test_the_first_passes_of_answers_stand_behind_a_prompt() -> None:
     assert costs.verify_ms(4, 20) == pytest.approx(7.2, rel=0.05)
     costs.keep(3)
     assert costs.verify_ms(3, 20) < 5.8 < costs.verify_ms(4, 20), "the first pass may have any width"
+
+
+def test_who_leaves_a_width_for_good_is_not_held_back() -> None:
+    """Old bug, found on reading: plain decoding went on in the wide passes that guesses had been kept to."""
+    costs = LiveCosts(Costs(Curve((1, 6), (0,), ((5.0, 7.2),)), None, 0.0), WidthClass(1), 6, optimism=1.0)
+    for width in [1] * 20 + [6] * 20 + [1] * 20 + [6] * 20 + [1] * 20 + [6] * 20:
+        place = costs.ran(width)
+        costs.observe_verify(width, 0, {1: 5.0, 6: 7.2}[width] + (1.4, 3.4, 0.0)[min(place, 2)], place=place)
+    costs.keep(6)
+    assert costs.by_nodes(0)[1][0] == 6, "one round is not worth it"
+    costs.keep(0)
+    assert costs.by_nodes(0)[1][0] == 1
+    costs.keep(6)
+    costs.begin()
+    assert costs.by_nodes(0)[1][0] == 1
+    assert costs.verify_ms(1, 0, lanes=4) < 4 * 7.2, "nor is a pass that is shared"
 
 
 FLAT = Curve(STAIRS.widths, (0,), STAIRS.ms[:1])

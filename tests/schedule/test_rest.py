@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +108,33 @@ def test_rounds_without_a_look_are_learned_from() -> None:
         context.append(9)
         one.observe(Outcome(tree, (), (9,), 1 + len(tree), 10.0))
     assert parked.asked > before
+
+
+@pytest.mark.parametrize("ends", ["begin", "close"])
+def test_the_last_rounds_without_a_look_are_learned_of_before_the_next_answer(ends: str) -> None:
+    """Old bug: they were taken for that one's first pass."""
+    drafter = Seldom()
+    curve = Curve((1, 2, 64), (0,), ((10.0, 12.0, 30.0),))
+    experience = Experience(Costs(curve, None, 0.0), ReferenceModel(48, seed=5).capabilities)
+    experience.look = Known(50.0)
+    scheduled, context = Scheduled([drafter], [], experience), Context(PROMPT)
+    scheduled.begin(context)
+    request = DraftRequest(context=context, max_nodes=8, max_depth=8, sampler=GREEDY, stop_tokens=frozenset())
+    places: list[int | None] = []
+    observe = experience.live.observe_verify
+
+    def told(*args: Any, **more: Any) -> None:
+        places.append(more["place"])
+        observe(*args, **more)
+
+    experience.live.observe_verify = told  # type: ignore[method-assign]
+    for _ in range(12):
+        tree = scheduled.propose(request).tree()
+        context.append(9)
+        scheduled.observe(Outcome(tree, (), (9,), 1, 10.0))
+    assert places == [0, 1, 2, 3, 4, 5], "three that see plain decoding, and three looks"
+    scheduled.begin(context) if ends == "begin" else scheduled.close()
+    assert len(places) == 7 and places[-1] is not None and places[-1] > 1
 
 
 def test_a_look_that_runs_a_model_is_not_counted() -> None:

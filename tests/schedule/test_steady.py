@@ -132,12 +132,12 @@ def answer(steady: Steady, looks: int, accepted: Sequence[int], dear: float = 0.
 
 def test_another_width_is_paid_over_rounds_but_not_where_an_answer_begins() -> None:
     steady = Steady()
-    assert steady.width_for(True, lambda part: prices) == 0, "nothing is known"
+    assert steady.width_for(PART, True, prices) == 0, "nothing is known"
     few = (0, 1, 2, 0)
     guessed = answer(steady, 30, few, dear=400.0)
     assert set(guessed) == {3}, "what it brings does not pay for it in this answer"
-    assert steady.width_for(True, lambda part: prices) == 3
-    assert steady.width_for(False, lambda part: prices) == 0
+    assert steady.width_for(PART, True, prices) == 3
+    assert steady.width_for(PART, False, prices) == 0
     assert answer(Steady(), 30, few, dear=1.0)[-1] == 2
 
 
@@ -147,6 +147,28 @@ def test_behind_an_answer_of_repeated_rounds_one_look_is_enough() -> None:
     assert len(answer(steady, 1, (3, 1))) == 4
     steady.decided(None, 0, 1, 0.4, 8.0)
     assert not answer(steady, 2, (3, 1)) and len(answer(steady, 1, (3, 1))) == 0, "the last one ended otherwise"
+
+
+def test_looks_that_come_out_otherwise_end_it_and_one_alone_does_not() -> None:
+    steady = Steady()
+    decide(steady, 5)
+    assert not steady.has_ended
+    steady.decided(None, 0, 1, 0.4, 8.0)
+    assert not steady.has_ended
+    steady.decided(None, 0, 1, 0.4, 8.0)
+    assert steady.has_ended
+    decide(steady, 1)
+    assert not steady.has_ended
+    steady.stop()
+    assert steady.has_ended and steady.width_for(PART, True, prices) == 0
+
+
+def test_guesses_of_the_last_answer_are_not_made_in_passes_of_this_ones_width() -> None:
+    steady = Steady()
+    decide(steady, 3, num=5)
+    steady.begin()
+    decide(steady, 1, num=3)
+    assert steady.begins and (steady.num, steady.width) == (3, 4)
 
 
 def test_what_one_guess_more_would_bring_is_tried_again_ever_more_seldom() -> None:
@@ -189,9 +211,9 @@ def test_a_session_repeats_what_it_decided_and_says_the_same(
     params = SamplingParams(temperature=temperature, seed=3, max_tokens=150, ignore_eos=True)
     repeated, observe = [0], Steady.observe
 
-    def count(self: Steady, context: int, greedy: bool, outcome: Outcome, draft_ms: float) -> None:
+    def count(self: Steady, *told: Any) -> None:
         repeated[0] += 1
-        observe(self, context, greedy, outcome, draft_ms)
+        observe(self, *told)
 
     monkeypatch.setattr(Steady, "observe", count)
     target, draft = (ReferenceModel(48, seed=5, sharpness=3.0) for _ in range(2))
