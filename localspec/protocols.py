@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -775,9 +775,9 @@ class Drafter(Protocol):
         ...
 
     def attach(self, state: SequenceState) -> None:
-        """The target's sequence that it will guess for, before the target reads anything more into it: perhaps
-        again before a turn, and whenever another sequence takes its place. For drafters that read the target's hidden
-        states; others need nothing. One that has not seen all of it may empty it, and it is read again for it."""
+        """The target's sequence that it will guess for, before the target reads anything more into it: before each
+        turn, and whenever another sequence takes its place. For drafters that read the target's hidden states; others
+        need nothing. One that has not seen all of it may empty it, and it is read again for it."""
         ...
 
     def begin(self, context: Context) -> None:
@@ -804,4 +804,19 @@ class Drafter(Protocol):
 
     def close(self) -> None:
         """Give memory back."""
+        ...
+
+
+@runtime_checkable
+class Listener(Drafter, Protocol):
+    """A drafter that reads the target's hidden states. Handing them over takes time in every pass, whether it is asked
+    or not."""
+
+    def attach(self, state: SequenceState, *, whole: bool = True) -> None:
+        """As of any drafter. whole: False leaves the sequence as it is: what was read before is not heard, and guesses
+        are poorer for a while."""
+        ...
+
+    def detach(self) -> None:
+        """Hear nothing more until it is attached again. Between turns only; twice does nothing."""
         ...

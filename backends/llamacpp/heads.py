@@ -35,11 +35,21 @@ def load_head(path: Path, target: LanguageModel) -> DraftHead:
     file = _read(path)
     if target.memory.num_open:
         raise BackendError("a head is loaded before its target has open sequences", got=target.memory.num_open)
+    head = _load(file, target)
+    try:
+        target.settle_taps()
+    except BaseException:
+        head.close()
+        raise
+    return head
+
+
+def _load(file: HeadFile, target: LlamaModel) -> DraftHead:
     if file.architecture == "dflash":
         return load_block(file, target)
     if file.architecture == "eagle3":
         return load_eagle3(file, target)
-    if path.resolve() == target.info.path.resolve():
+    if file.path.resolve() == target.info.path.resolve():
         return load_mtp(file, target)
     raise UnsupportedModelError(
         "the llamacpp backend does not run such a head",

@@ -245,6 +245,7 @@ class Memory:
         self._num_sequences = num_sequences
         self._num_open = 0
         self._wanted: list[Taps] = []
+        self._always_listens = False
         self.taps: Taps | None = None
         self._caches = [Cache(self, make_context())]  # the first at once: memory may be too small
         self._idle = list(self._caches)
@@ -256,6 +257,7 @@ class Memory:
         if not self._idle:
             context = self._make_context()
             context.tap(self.taps)
+            context.always_listens = self._always_listens
             self._caches.append(Cache(self, context))
             self._idle.append(self._caches[-1])
         self._num_open += 1
@@ -267,7 +269,8 @@ class Memory:
         return self._num_open
 
     def want(self, taps: Taps) -> None:
-        """Have these hidden states kept, too, in every context; for a memory without open sequences."""
+        """Have these hidden states kept, too, in every context where somebody listens; for a memory without open
+        sequences."""
         self._wanted.append(taps)
         self._tap(reduce(Taps.joined, self._wanted))
 
@@ -278,8 +281,14 @@ class Memory:
         if not self._wanted:
             self._tap(None)
 
+    def always_listen(self, always: bool = True) -> None:
+        """Have hidden states kept in every pass, whoever wants them, as long as a head is there."""
+        self._always_listens = always
+        for cache in self._caches:
+            cache.context.always_listens = always
+
     def _tap(self, taps: Taps | None) -> None:
-        self.taps = taps
+        self.taps, self._always_listens = taps, False
         for cache in self._caches:
             if not cache.context.is_closed:
                 cache.context.tap(taps)

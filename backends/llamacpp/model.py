@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from localspec.errors import BackendError, ContextFullError
 from localspec.host_scores import HostScores
-from localspec.protocols import Capabilities, ModelInfo, Scores, Step
+from localspec.protocols import Capabilities, HostTokens, ModelInfo, Scores, Step, chain_parents
 from localspec.types import Logits, TokenIds
 
 from . import native
@@ -45,6 +45,23 @@ class LlamaModel:
         if self._closed:
             raise ValueError("this model is closed")
         return self.memory.open()
+
+    def settle_taps(self) -> None:
+        """Keep hidden states in every pass where that changes rows: what is marked for the host cannot be computed
+        together with what follows it. Elsewhere only while a head listens. For a model without open sequences."""
+        state = self.open()
+        try:
+            count = min(max(self.capabilities.width_class.min_width, 2), self.info.context_length)
+            step = Step(state, (HostTokens(np.arange(count, dtype=np.int32)),), chain_parents(state, count))
+            rows = []
+            for always in (False, True):
+                self.memory.always_listen(always)
+                [scores] = self.forward([step])
+                rows.append(scores.rows(range(count)).copy())
+                state.truncate(0)
+            self.memory.always_listen(not np.array_equal(rows[0], rows[1]))
+        finally:
+            state.close()
 
     def forward(self, steps: Sequence[Step]) -> list[Scores]:
         """Run the steps: as one pass where sequences are streams of one context, else each in its own.
@@ -138,6 +155,7 @@ class LlamaModel:
             wanted, outputs, count = outputs.nonzero()[0], np.ones_like(outputs), len(outputs)
         extra = self._widen(outputs) if count == 1 else None
         native.forget_errors()
+        context.listen(part.features is not None)
         code = context.decode(part.tokens, part.positions, part.ids, outputs)
         if code:
             if not np.all((part.tokens >= 0) & (part.tokens < self.vocab_size)):  # looked at only once it failed

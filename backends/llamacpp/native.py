@@ -276,7 +276,8 @@ class Context:
 
     max_batch: tokens per decode.  max_outputs: of them scored.  longest: tokens of one sequence per decode.
     max_ids: sequence ids 0 to max_ids - 1 exist.  window: of sliding-window attention, else 0.  taps: what is kept of
-    each token's hidden states.
+    each token's hidden states while somebody listens.  always_listens: whoever does.
+    is_tapped: are they, since the last decode?
     """
 
     def __init__(self, model: Any, params: Any, vocab_size: int, window: int, longest: int) -> None:
@@ -290,17 +291,24 @@ class Context:
             raise BackendError("llama.cpp could not create a context")
         self._memory = self._lib.llama_get_memory(self._pointer)
         self.taps: Taps | None = None
+        self.always_listens = False
+        self.is_tapped = False
         self._unread: NDArray[np.float32] | None = None  # where the last decode's hidden states go
         self._allocate()
 
     def tap(self, taps: Taps | None) -> None:
-        """Have the hidden states of every token kept from the next pass on; None: of none."""
-        self.read_taps()
-        if self.taps is not None:
-            self.taps.enable(self._pointer, False)
+        """What hidden states are kept from now on of passes in which somebody wants them; None: no pass has any."""
+        self.always_listens = False
+        self.listen(False)
         self.taps = taps
-        if taps is not None:
-            taps.enable(self._pointer)
+
+    def listen(self, wanted: bool) -> None:
+        """Are hidden states kept from the next decode on? Handing them over takes a device 0.1 to 0.25 ms."""
+        wanted |= self.always_listens
+        if self.taps is not None and wanted is not self.is_tapped:
+            self.read_taps()
+            self.taps.enable(self._pointer, wanted)
+            self.is_tapped = wanted
 
     def wait(self) -> None:
         """Return once a device has run what it was given."""

@@ -45,10 +45,14 @@ class HeadDrafter(Guesser):
         told = info.one_pass and info.confident
         super().__init__(info.kind, self._beside, manner, host_scores=info.host_scores, worth_reading=told)
 
-    def attach(self, state: SequenceState) -> None:
-        """Open the head's part of the sequence. What was read before the head was there is read again: it would guess
-        poorly for a long while, and a prompt is read once."""
-        self._beside.attach(state)
+    def attach(self, state: SequenceState, *, whole: bool = True) -> None:
+        """Open the head's part of the sequence. What was read before the head was there is read again, unless it shall
+        not: it would guess poorly for a long while, and a prompt is read once."""
+        self._beside.attach(state, whole)
+
+    def detach(self) -> None:
+        """Close that part: the target's passes keep no hidden states for it."""
+        self._beside.close()
 
 
 class _Beside:
@@ -60,12 +64,12 @@ class _Beside:
         self._state: HeadState | None = None
         self._context = Context()
 
-    def attach(self, sequence: SequenceState) -> None:
+    def attach(self, sequence: SequenceState, whole: bool) -> None:
         """Guess for this sequence from now on."""
         if self._sequence is not sequence:
             self.close()
             self._state, self._sequence = self._head.open(sequence), sequence
-        if self.state.num_missing:
+        if whole and self.state.num_missing:
             sequence.truncate(0)
 
     @property

@@ -44,10 +44,13 @@ class Slot:
     used_at: int = 0
 
     def draft_with(self, key: str, make: Callable[[], Drafter]) -> None:
-        """Use the drafter of that key, a new one unless it is here already, with what was put back for it."""
+        """Use the drafter of that key for the next turn, a new one unless it is here already, with what was put back
+        for it."""
         if self.drafter is None or self.drafter_key != key:
             self.use(None)  # first: there may be no sequence for a second one
             self.use(make(), key)
+        else:
+            self.drafter.attach(self.state)
         assert self.drafter is not None
         drafts, self.drafts = self.drafts, ()
         self.drafter.restore(drafts)

@@ -13,6 +13,7 @@ from localspec.schedule.acceptance import Reliability
 from localspec.schedule.cost import Costs
 from localspec.schedule.drafting import DraftTimes, times_of
 from localspec.schedule.guard import Guard
+from localspec.schedule.listening import Listening
 from localspec.schedule.live import LiveCosts, about
 from localspec.schedule.opinions import Dissent, Hindsight
 from localspec.schedule.plan import Rate
@@ -26,6 +27,8 @@ _EARLY_ROUNDS = 3  # until passes begin before the last token is read
 _LONGEST_RUN = 16
 _LEAST_KEPT = 30  # rounds; less is not worth remembering
 _MOST_RESTART = 3.0  # plain rounds; a stall is not taken for it
+MUCH = 0.5  # tokens that lookup promises
+_FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 
 
 @dataclass(slots=True)
@@ -40,6 +43,35 @@ class Record:
     trials: Trials = field(default_factory=Trials)
     dissent: Dissent = field(default_factory=Dissent)
     hindsight: Hindsight = field(default_factory=Hindsight)
+
+    def forget_value(self) -> None:
+        """It was not asked for so long that it is hoped for as a new one is."""
+        self.usual_value, self.beside = max(self.usual_value, 1.0), [max(one, 1.0) for one in self.beside]
+
+    def asked(self, value: float, lookup: float) -> None:
+        """What asking it was worth, its time paid, where lookup promised so much."""
+        self.usual_value += _SMOOTHING * (value - self.usual_value)
+        if lookup > 0.0:
+            much = lookup > MUCH
+            self.beside[much] += _SMOOTHING * (value - self.beside[much])
+
+    def may_beat(self, best: float, at_hand: float | None, trees: bool) -> bool:
+        """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters
+        have guessed? In a tree all would count, in a chain only the best; of two that take time the second seldom
+        guesses what the first did not, and where that found nothing the text is hard for both. Where nobody was asked
+        and nothing was guessed the guard alone decides. Where lookup guesses well the text is easy, and so it is for
+        the others: what counts is what they bring there, not what they bring elsewhere.
+        """
+        if self.guard.parked:
+            return True
+        much = best > MUCH
+        if best > 0.0 and self.beside[much] <= (0.5 * best if trees else best):
+            self.beside[much] += _FORGETTING * (1.0 - self.beside[much])
+            return False
+        if at_hand is not None and self.usual_value <= at_hand:
+            self.usual_value += _FORGETTING * (1.0 - self.usual_value)
+            return False
+        return True
 
     def as_dict(self) -> dict[str, Any]:
         """For `recall`, without the reliability, which records share."""
@@ -82,6 +114,8 @@ class Experience:
         self._reliability: dict[tuple[str, bool], Reliability] = {}
         self._records: dict[tuple[str, bool, int], Record] = {}
         self._times: dict[str, DraftTimes] = {}
+        self.listening: dict[str, Listening] = {}
+        """Of drafters that read the target's hidden states."""
         self._restart = 1.0  # plain rounds
         self._run = 1.0  # rounds with guesses behind each other
         self.look = LookTime()
@@ -105,6 +139,7 @@ class Experience:
             "times": {name: times.as_dict() for name, times in self._times.items()},
             "reliability": [[*key, one.as_dict()] for key, one in self._reliability.items()],
             "records": [[*key, one.as_dict()] for key, one in self._records.items()],
+            "listening": [[name, one.in_vain, one.left] for name, one in self.listening.items()],
             "restart": [self._restart, self._run],
             "look_ms": self.look.ms,
         }
@@ -121,6 +156,8 @@ class Experience:
             self._reliability.setdefault((str(name), bool(greedy)), Reliability()).recall(found)
         for name, greedy, lanes, found in data["records"]:
             self.record(str(name), bool(greedy), int(lanes)).recall(found)
+        for name, in_vain, left in data.get("listening", ()):  # files of before have none
+            self.listening[str(name)] = Listening(int(in_vain), int(left))
         self._restart, self._run = map(float, data["restart"])
         if data["look_ms"] > 0.0:
             self.look.observe(float(data["look_ms"]))

@@ -25,17 +25,15 @@ from localspec.protocols import (
 from localspec.schedule.asking import Asker, Beside, paying_length
 from localspec.schedule.choosing import Choosing, plain_width
 from localspec.schedule.decision import Asked, Decision
-from localspec.schedule.experience import Experience, Record
+from localspec.schedule.experience import MUCH, Experience, Record
 from localspec.schedule.learning import Learning
+from localspec.schedule.listening import Hearing
 from localspec.schedule.plan import Valuation
 from localspec.schedule.rest import Rest
 from localspec.schedule.shadow import Trying
 from localspec.schedule.steady import Steady
 from localspec.tree.mask import is_chain
 
-_SMOOTHING = 0.1
-_MUCH = 0.5  # tokens that lookup promises
-_FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 _LEAST_BACK = 0.5  # of what asking takes
 LOOKING = "a plain round now and then shows what plain decoding takes"
 _NOTHING_WORTH = "no guess was worth its time"
@@ -68,6 +66,7 @@ class Scheduled:
         self._decision = Decision()  # of this round
         self._unlearned: tuple[Decision, Outcome] | None = None  # until the next pass is under way
         self._asker = Asker(experience, self._free, self._dear)
+        self._hearing = Hearing(experience.listening, self._dear)
         self._trying = Trying(experience, self._asker)
         self._choosing = Choosing(self.name, self._asker)
         self._learning = Learning(experience, self._asker)
@@ -75,15 +74,17 @@ class Scheduled:
         self._steady = Steady()
         self._repeated_ms: float | None = None  # what guessing took in this round, if it goes on as the last ones did
         self._plain: Proposal | None = None  # of the last round in which nothing was found
+        self._offered = Proposal(self.name)  # in this round
         self._resting = False  # this round is one without a look
         self._look_ms = 0.0  # what deciding took in this round
         self._is_new = True  # no round of this answer yet
         self._in_a_row = False  # the next pass of plain decoding has begun
 
     def attach(self, state: SequenceState) -> None:
-        """The sequence, for all."""
-        for part in self.parts:
+        """The sequence, for all but those heads that are not worth listening to in the next answer."""
+        for part in self._free:
             part.attach(state)
+        self._hearing.attach(state)
 
     def begin(self, context: Context) -> None:
         """A new turn, for all that may work in it: a parked drafter that runs a model reads when it is tried again,
@@ -99,12 +100,16 @@ class Scheduled:
         self._in_a_row = False
         self._learning.begin()
         self._decision = Decision(greedy=self._decision.greedy, load=self.experience.lately)
-        for part in self.parts:
+        for part in (*self._free, *self._hearing.able):
             if self._asker.is_free(part) or (self._decision.lanes == 1 and not self._record(part.name).guard.parked):
                 self._asker.begin(part)
 
     def propose(self, request: DraftRequest) -> Proposal:
         """The guesses that are worth verifying; where the round is shared, those that might be."""
+        self._offered = self._propose(request)
+        return self._offered
+
+    def _propose(self, request: DraftRequest) -> Proposal:
         plain = self._plain
         self._resting = (
             plain is not None and self._rest.is_on and request.load is None and plain.width <= request.max_nodes + 1
@@ -164,6 +169,8 @@ class Scheduled:
                 # this text may be another one: a few rounds show it, and cost less than going without
                 start_ms = self._asker.prices(part, decision).start
                 record.usual_value = max(record.usual_value, -0.5 * _LEAST_BACK * rate * start_ms)
+            for part in self._hearing.back():
+                self._record(part.name).forget_value()
         if load is not None and load.plain:
             return Proposal(self.name, because=load.because)
         if not request.max_nodes or not request.max_depth:
@@ -187,7 +194,7 @@ class Scheduled:
         for part, on_trial in self._in_order(decision.lookup, rate):
             record = self._record(part.name)
             if part is not sure and (
-                on_trial or record.guard.parked or self._may_beat(record, decision.lookup, at_hand, request.trees)
+                on_trial or record.guard.parked or record.may_beat(decision.lookup, at_hand, request.trees)
             ):
                 heard = self._hear(part, request, prices, parked, on_trial=on_trial)
                 if heard is not None:
@@ -203,10 +210,10 @@ class Scheduled:
     def _sure(self, last: Decision, rate: float) -> Drafter | None:
         """The dear drafter that will be asked whatever lookup says, as in the last round, and that runs on a device:
         there looking up takes no time while its first pass runs."""
-        if last.lookup > _MUCH:
+        if last.lookup > MUCH:
             return None
         asked = {one.name for one in last.asked if one.name in self._ahead_names and not one.on_trial}
-        for part in self._dear:
+        for part in self._hearing.able:
             record = self._record(part.name)
             if part.name in asked and not record.guard.parked and self._is_worth_asking(part, record, rate):
                 return part
@@ -230,11 +237,7 @@ class Scheduled:
             return None
         asked = decision.asked[-1]
         asked.on_trial = on_trial
-        own = value - prices.rate * asked.ms
-        record.usual_value += _SMOOTHING * (own - record.usual_value)
-        if decision.lookup > 0.0:
-            much = decision.lookup > _MUCH
-            record.beside[much] += _SMOOTHING * (own - record.beside[much])
+        record.asked(value - prices.rate * asked.ms, decision.lookup)
         record.trials.observe(asked.ms)
         tells = not on_trial and not record.guard.parked and asked.proposal.num_nodes > 0
         return value if value > 0.0 or tells else None
@@ -267,8 +270,8 @@ class Scheduled:
     def _in_order(self, best: float, rate: float) -> list[tuple[Drafter, bool]]:
         """The dear drafters, the likeliest to pay first, and whether one of them is only on trial: which it is before
         the others, in a round in which they would be asked."""
-        usual = {part.name: self._record(part.name).usual_value for part in self._dear}
-        order = sorted(self._dear, key=lambda part: -usual[part.name])
+        usual = {part.name: self._record(part.name).usual_value for part in self._hearing.able}
+        order = sorted(self._hearing.able, key=lambda part: -usual[part.name])
         if len(order) < 2 or usual[order[0].name] <= best:
             return [(part, False) for part in order]
         due = [part for part in order[1:] if self._record(part.name).trials.is_due(rate)][:1]
@@ -279,6 +282,7 @@ class Scheduled:
         self._catch_up()
         for part in self.parts:
             part.observe(outcome)
+        self._hearing.observe(self._offered, outcome)
         started = perf_counter()
         plain, decision = not len(outcome.tree), self._decision
         place = self.experience.live.ran(outcome.width) if decision.load is None else 0
@@ -362,24 +366,6 @@ class Scheduled:
         if self._asker.is_free(part):
             return True
         return record.usual_value >= -_LEAST_BACK * rate * self._asker.prices(part, self._decision).start
-
-    def _may_beat(self, record: Record, best: float, at_hand: float | None, trees: bool) -> bool:
-        """Is a drafter that takes time worth asking, beside what was guessed for nothing and what other such drafters
-        have guessed? In a tree all would count, in a chain only the best; of two that take time the second seldom
-        guesses what the first did not, and where that found nothing the text is hard for both. Where nobody was asked
-        and nothing was guessed the guard alone decides. Where lookup guesses well the text is easy, and so it is for
-        the others: what counts is what they bring there, not what they bring elsewhere.
-        """
-        if record.guard.parked:
-            return True
-        much = best > _MUCH
-        if best > 0.0 and record.beside[much] <= (0.5 * best if trees else best):
-            record.beside[much] += _FORGETTING * (1.0 - record.beside[much])
-            return False
-        if at_hand is not None and record.usual_value <= at_hand:
-            record.usual_value += _FORGETTING * (1.0 - record.usual_value)
-            return False
-        return True
 
     def _drawn(self, request: DraftRequest, prices: Valuation) -> Proposal:
         """Rejection: the first drafter that may work draws as much as the past says pays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,15 +19,17 @@ from localspec.testing.gguf_architectures import write_architecture
 from localspec.testing.gguf_heads import write_block_head, write_eagle3_head
 from localspec.testing.heads import HeadConformance
 from localspec.types import Logits
-from tests.backends.llamacpp_backend import BACKEND
+from tests.backends.llamacpp_backend import BACKEND, module
 from tests.backends.llamacpp_heads import (
     LOOSE,
     SETTINGS,
     assert_close,
     chain_behind,
     commit,
+    features_of,
     forward,
     ids,
+    listen,
     loaded,
     write_head,
 )
@@ -123,6 +126,57 @@ def test_text_is_the_same_to_the_last_bit_with_taps(tiny_pair: Any, tmp_path: Pa
         model.close()
     for want, got, last in zip(plain, tapped, after, strict=True):
         assert np.array_equal(want, got) and np.array_equal(want, last)
+
+
+def test_hidden_states_are_kept_while_somebody_listens(target_path: Path, tmp_path: Path) -> None:
+    """The same passes before, then listened to, and no more: what is heard does not depend on it, nor do rows."""
+    path = write_block_head(tmp_path / "head.gguf", target_path)
+    with loaded(target_path, path) as (model, head):
+        memory: Any = vars(model)["memory"]
+        context, want, rows = memory.context, features_of(model, head, ids(12)), []
+        state: Any = model.open()
+        heard: Any = None
+        for start in (0, 4, 8, 12):
+            if start == 4:
+                heard = listen(model, state, head)
+            elif start == 12:
+                state.recording = None
+            rows.append(forward(model, state, ids(4, start)))
+            assert context.is_tapped is (start in (4, 8))
+            state.keep(range(4))
+        assert_close(np.array([row for _, row in heard]), want[4:])
+        state.truncate(4)
+        assert np.array_equal(forward(model, state, ids(4, 4)), rows[1])
+        state.close()
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_where_keeping_them_changes_rows_they_always_are(
+    changes: bool, target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed at once where nobody looks in between may round otherwise. It is tried when a head is loaded."""
+    real = module("model").LlamaModel._decode
+
+    def decode(model: Any, context: Any, part: Any) -> Any:
+        rows = real(model, context, part)
+        off = 1.0 if changes and context.is_tapped else 0.0
+        return replace(rows, fetch=lambda: rows.fetch() + np.float32(off))
+
+    monkeypatch.setattr(module("model").LlamaModel, "_decode", decode)
+    path = write_block_head(tmp_path / "head.gguf", target_path)
+    with loaded(target_path, path) as (model, head):
+        one: Any = model.open()
+        other: Any = model.open()  # in a context that is made now
+        for state in (one, other):
+            forward(model, state, ids(4))
+            assert state.cache.context.is_tapped is changes
+        one.close()
+        other.close()
+        head.close()
+        last: Any = model.open()
+        forward(model, last, ids(4))
+        assert not last.cache.context.is_tapped
+        last.close()
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dflash2", "eagle3", "mtp"])

@@ -181,6 +181,32 @@ def test_a_head_that_is_swapped_in_has_the_conversation_read_again() -> None:
     drafter.close()
 
 
+def test_a_head_that_hears_nothing_for_a_while_comes_back_with_or_without_what_it_missed() -> None:
+    """What it guesses then is poorer, the text is not; attached as usual it has all of it read again."""
+    target = ReferenceModel(48, seed=5, context_length=300)
+    state, drafter = target.open(), HeadDrafter(ReferenceHead(target), num=3)
+    prompt = np.arange(40, dtype=np.int32)
+    drafter.attach(state)
+    while state.length < 20:
+        read_chunk(target, state, prompt, 10)
+    drafter.detach()
+    drafter.detach()
+    read_chunk(target, state, prompt, 10)
+    drafter.attach(state, whole=False)
+    assert state.length == 30
+    context = Context(prompt[:31])
+    drafter.begin(context)
+    sampler = Sampler(SamplingParams(temperature=0.0), 0)
+    request = DraftRequest(context=context, max_nodes=3, max_depth=3, sampler=sampler, stop_tokens=frozenset())
+    assert drafter.propose(request).num_nodes == 3
+    drafter.attach(state, whole=False)
+    assert state.length == 30
+    drafter.attach(state)
+    assert state.length == 0
+    drafter.close()
+    state.close()
+
+
 def test_a_slot_whose_head_missed_something_reads_it_again() -> None:
     """Copies bring the head along; what was read without it is not trusted."""
     target = ReferenceModel(48, seed=5, context_length=300)

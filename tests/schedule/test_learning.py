@@ -108,20 +108,18 @@ def test_a_round_that_fails_loses_nothing_that_was_put_off() -> None:
 
 def test_a_dear_drafter_is_judged_by_what_it_brings_where_lookup_guesses_too() -> None:
     """Elsewhere it brings next to nothing: what counts is what it brings beside a promise of that size."""
-    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)
-    experience = Experience(COSTS, target.capabilities, by_clock=False)
-    scheduled = Scheduled([], [make_drafter("draft_model:num=8", draft)], experience)
+    experience = Experience(COSTS, ReferenceModel(48, seed=5).capabilities, by_clock=False)
     record = experience.record("draft_model", True)
     record.usual_value, record.beside = 0.1, [2.0, 0.2]
-    assert scheduled._may_beat(record, 0.3, None, trees=False), "2.0 beside a little from lookup"
-    assert not scheduled._may_beat(record, 1.0, None, trees=False), "0.2 beside much"
-    assert not scheduled._may_beat(record, 0.3, 0.5, trees=False), "another dear one has 0.5 at hand"
-    assert scheduled._may_beat(record, 0.0, 0.0, trees=False), "another found nothing, this one mostly something"
+    assert record.may_beat(0.3, None, trees=False), "2.0 beside a little from lookup"
+    assert not record.may_beat(1.0, None, trees=False), "0.2 beside much"
+    assert not record.may_beat(0.3, 0.5, trees=False), "another dear one has 0.5 at hand"
+    assert record.may_beat(0.0, 0.0, trees=False), "another found nothing, this one mostly something"
     record.usual_value = -0.1
-    assert scheduled._may_beat(record, 0.0, None, trees=False), "nobody was asked: the guard decides"
-    assert not scheduled._may_beat(record, 0.0, 0.0, trees=False), "where another found nothing it loses"
+    assert record.may_beat(0.0, None, trees=False), "nobody was asked: the guard decides"
+    assert not record.may_beat(0.0, 0.0, trees=False), "where another found nothing it loses"
     for _ in range(400):
-        scheduled._may_beat(record, 1.0, None, trees=False)
+        record.may_beat(1.0, None, trees=False)
     assert record.beside[1] > 0.8, "what is left out is hoped for again"
 
 
