@@ -54,22 +54,30 @@ class Clock:
         return (perf_counter() - self._inside) * self._host + self._priced
 
     def charge(self, model: LanguageModel, curve: Curve, change_ms: Sequence[float] = ()) -> None:
-        """Have that model's passes take what the curve says, and the first ones of another width more."""
+        """Have that model's passes take what the curve says, and the first ones of another width in a sequence more;
+        the later ones of them only where the last row of passes had another one, whatever prompt came between."""
         forward: Callable[[Sequence[Step]], list[Scores]] = model.forward
-        last, alike = 0, 0
+        rows: dict[
+            int, tuple[int, int, int]
+        ] = {}  # by sequence: last width, passes in a row before, width of the last row
+
+        def changed_ms(state: Any, width: int) -> float:
+            last, alike, row = rows.get(id(state.cache), (0, 0, 0))
+            alike = alike + 1 if width == last else 0
+            again = alike > 0 and width == row
+            ms = change_ms[alike] if alike < len(change_ms) and not again else 0.0
+            rows[id(state.cache)] = width, alike, width if alike == len(change_ms) - 1 else row
+            return ms
 
         def priced(steps: Sequence[Step]) -> list[Scores]:
-            nonlocal last, alike
             started = perf_counter()
             scores = forward(steps)
             for one in scores:
                 if one.num_rows:
                     one.rows((0,))  # a pass that runs on would be waited for later
             self._inside += perf_counter() - started
-            width = sum(step.num_tokens for step in steps)
-            last, alike = width, alike + 1 if width == last else 0
             ms = sum(curve.at(step.num_tokens, step.state.length) for step in steps)
-            seconds = (ms + (change_ms[alike] if alike < len(change_ms) else 0.0)) * 1e-3
+            seconds = (ms + sum(changed_ms(step.state, step.num_tokens) for step in steps)) * 1e-3
             end = self._busy = max(self(), self._busy) + seconds
             if self._launch is None or not any(one.num_rows for one in scores):  # who reads a prompt waits for it
                 self._priced += end - self()

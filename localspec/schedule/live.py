@@ -149,6 +149,7 @@ class LiveCosts:
         self._last, self._place = (0, 0), 0  # lanes and width of the last pass; passes before it in its row
         self._behind = (0, 0)  # what the next one is priced behind
         self._kept = 0  # width
+        self._recorded = 0  # width of the last row of passes, whatever came between
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
         self._unpriced = 0  # passes that the cached prices do not know
         self._plain: dict[int, tuple[int, float]] = {}  # by lanes, at a context: asked for several times a round
@@ -160,17 +161,20 @@ class LiveCosts:
         if (lanes, width) == self._behind:
             return again
         leaves = lanes == 1 and self._behind == (1, self._kept)
-        return first + (again * self._later_ms() if leaves else 0.0)
+        return first + (self.second_ms(width, context) if leaves else 0.0)
 
     def change_ms(self, width: int, context: int) -> float:
         """What passes of one lane of that width take more behind another width, until they are as quick as in a row."""
         first, again = self._expected(width, context, 1)
-        return max(first - again, 0.0) + again * self._later_ms()
+        return max(first - again, 0.0) + self.second_ms(width, context)
 
-    def _later_ms(self) -> float:
-        """Of a pass in a row, what the second one takes besides."""
+    def second_ms(self, width: int, context: int) -> float:
+        """What the second of them takes more than later ones: nothing where the last row of passes had that width, be
+        it before a prompt."""
         learned = self._of(1)
-        return learned.second - 1.0 if learned.seconds > _KNOWN and learned.second > _ALIKE else 0.0
+        if width == self._recorded or learned.seconds <= _KNOWN or learned.second <= _ALIKE:
+            return 0.0
+        return self._expected(width, context, 1)[1] * (learned.second - 1.0)
 
     def keep(self, width: int) -> None:
         """Decoding goes on in passes of that width; 0: of no one width. At the start of an answer none is
@@ -237,10 +241,14 @@ class LiveCosts:
         return ms, widths
 
     def ran(self, width: int, lanes: int = 1) -> int:
-        """A pass of that width was the last one: how many of its width were before it in a row. To be told at once,
-        where what it took is told later."""
+        """A pass of that width was the last one: how many of its width were before it in a row, where 1 stands for one
+        that may be recorded: not where the last row had its width, too. To be told at once, where what it took is told
+        later."""
         self._place = self._place + 1 if (lanes, width) == self._last else 0
         self._last = lanes, width
+        if self._place == 1 and lanes == 1:
+            self._place += width == self._recorded
+            self._recorded = width
         if self._behind != self._last:
             self._behind = self._last
             self._cache.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
 from localspec.context import Context
@@ -154,8 +155,9 @@ class Scheduled:
         if load is None and self._is_new:
             experience.begin(decision.greedy)
             if (usual := self._steady.usual) is not None and not self._record(usual.name).guard.parked:
-                width = self._steady.width_for(usual, decision.greedy, self._asker.settled(usual, decision))
-                experience.live.keep(width)
+                settled, live = self._asker.settled(usual, decision), experience.live
+                second_ms = partial(live.second_ms, context=context)
+                live.keep(self._steady.width_for(usual, decision.greedy, settled, second_ms))
         rate = experience.rate(context, decision.lanes, decision.greedy if load is None else None)
         if self._in_a_row and request.begins_early:
             decision.restart_ms = experience.restart_ms(context)
@@ -327,7 +329,7 @@ class Scheduled:
             return
         context = len(self._asker.context)
         prices = self._asker.settled(part, decision)
-        self._steady.settle(decision.greedy, prices, lambda width: live.change_ms(width, context))
+        self._steady.settle(decision.greedy, prices, partial(live.change_ms, context=context))
         live.keep(self._steady.width)
 
     def _learn(self, decision: Decision, outcome: Outcome) -> None:

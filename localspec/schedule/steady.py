@@ -21,6 +21,7 @@ _PATIENCE = 3  # decisions in a row that come out alike
 _SHARE = 0.01  # of the time may go into deciding
 _MOST = 4  # rounds without it
 _SMOOTHING = 0.1
+_RECENT = 0.2  # that an answer is of how long they are
 _NEWS = 0.02  # that a round is of how often guesses come true
 _ENOUGH = 20  # rounds that say so
 _GUESSED = 4  # rounds that what nobody tried yet is taken to have shown
@@ -57,6 +58,7 @@ class Steady:
         self._alike = self._left = 0
         self._deciding_ms = 0.0
         self._rounds = 0  # of this answer
+        self._usual_rounds = float(_AHEAD)  # of an answer
         self._others = 0  # looks in a row that came out otherwise
         self._is_new = False  # nothing was decided in it yet: any width may be the first one
         self._stopped = False
@@ -65,6 +67,8 @@ class Steady:
 
     def begin(self) -> None:
         """Another answer: decide first, and now and then see again what one guess more would bring."""
+        if self._rounds:
+            self._usual_rounds += _RECENT * (self._rounds - self._usual_rounds)
         self._alike = _PATIENCE - 1 if self._alike >= _PATIENCE else 0  # as before, if one look says so
         self._left = self._rounds = 0
         self._is_new = True
@@ -133,11 +137,23 @@ class Steady:
         self.num, self.width = self._best(self.part, came, most, charged) or self._decided
         self.usual, came.best = self.part, self.num
 
-    def width_for(self, part: Drafter, greedy: bool, prices: Callable[[int], tuple[float, int]]) -> int:
-        """Of passes in which such an answer is best begun with that drafter: none is cheaper to come to than another
-        there. 0 where nothing is known. prices: as `settle`."""
+    def width_for(
+        self,
+        part: Drafter,
+        greedy: bool,
+        prices: Callable[[int], tuple[float, int]],
+        second_ms: Callable[[int], float],
+    ) -> int:
+        """Of passes in which such an answer is best begun with that drafter. 0 where nothing is known. prices: as
+        `settle`.  second_ms: that the second one of another width takes more, which an answer of the usual length has
+        to pay; the first one takes longer in any."""
         came = self._came_of(part, greedy)
-        best = self._best(part, came, came.best, prices) if came.best and not self._stopped else None
+
+        def charged(num: int) -> tuple[float, int]:
+            ms, width = prices(num)
+            return (ms + second_ms(width) / self._usual_rounds if ms < math.inf else ms), width
+
+        best = self._best(part, came, came.best, charged) if came.best and not self._stopped else None
         return 0 if best is None else best[1]
 
     def _best(

@@ -130,15 +130,24 @@ def answer(steady: Steady, looks: int, accepted: Sequence[int], dear: float = 0.
     return guessed
 
 
-def test_another_width_is_paid_over_rounds_but_not_where_an_answer_begins() -> None:
+def test_another_width_is_paid_over_rounds_and_where_an_answer_begins_over_all_of_it() -> None:
     steady = Steady()
-    assert steady.width_for(PART, True, prices) == 0, "nothing is known"
+    assert steady.width_for(PART, True, prices, nothing) == 0, "nothing is known"
     few = (0, 1, 2, 0)
     guessed = answer(steady, 30, few, dear=400.0)
     assert set(guessed) == {3}, "what it brings does not pay for it in this answer"
-    assert steady.width_for(PART, True, prices) == 3
-    assert steady.width_for(PART, False, prices) == 0
+    assert steady.width_for(PART, True, prices, nothing) == 3
+    assert steady.width_for(PART, False, prices, nothing) == 0
+    steady.begin()
+    assert steady.width_for(PART, True, prices, lambda width: 30.0 * (width == 3)) == 3, "paid in many rounds"
+    for _ in range(20):
+        answer(steady, 3, few, dear=400.0)
+    assert steady.width_for(PART, True, prices, lambda width: 30.0 * (width == 3)) == 4, "answers are short now"
     assert answer(Steady(), 30, few, dear=1.0)[-1] == 2
+
+
+def nothing(width: int) -> float:
+    return 0.0
 
 
 def test_behind_an_answer_of_repeated_rounds_one_look_is_enough() -> None:
@@ -160,7 +169,7 @@ def test_looks_that_come_out_otherwise_end_it_and_one_alone_does_not() -> None:
     decide(steady, 1)
     assert not steady.has_ended
     steady.stop()
-    assert steady.has_ended and steady.width_for(PART, True, prices) == 0
+    assert steady.has_ended and steady.width_for(PART, True, prices, nothing) == 0
 
 
 def test_guesses_of_the_last_answer_are_not_made_in_passes_of_this_ones_width() -> None:
