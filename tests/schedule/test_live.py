@@ -144,7 +144,7 @@ def test_what_the_second_pass_of_a_row_takes_longer_is_part_of_a_change() -> Non
 
 
 def test_an_answer_in_the_width_of_the_last_one_finds_it_recorded() -> None:
-    """Old error: any width was taken to be as cheap to begin an answer with as any other. On a GPU the second pass takes
+    """Old error: all widths were taken to be alike where an answer begins. On a GPU the second pass takes
     3 ms more where the last answer had another one, which is half a round of perhaps 15."""
     costs = LiveCosts(Costs(GRAPHS, None, 0.0), WidthClass(3), 4, optimism=1.0)
     for width in (4, 4, 3, 3, 4, 3, 4, 4):
