@@ -44,10 +44,6 @@ class Record:
     dissent: Dissent = field(default_factory=Dissent)
     hindsight: Hindsight = field(default_factory=Hindsight)
 
-    def forget_value(self) -> None:
-        """It was not asked for so long that it is hoped for as a new one is."""
-        self.usual_value, self.beside = max(self.usual_value, 1.0), [max(one, 1.0) for one in self.beside]
-
     def asked(self, value: float, lookup: float) -> None:
         """What asking it was worth, its time paid, where lookup promised so much."""
         self.usual_value += _SMOOTHING * (value - self.usual_value)

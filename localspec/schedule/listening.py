@@ -2,7 +2,7 @@
 
 A trained head reads the target's hidden states. Handing them over takes time in every pass, whether the head is asked
 or not (docs/log.md). So a head of no use in some answers in which another drafter guessed rests: the next answers are
-not listened to, ever more of them, and then one is, in which it is asked as a new one is. Where no other drafter is of
+not listened to, ever more of them, and then one is, in which it is tried a few times. Where no other drafter is of
 much use either, the text is another one, and it listens again at once. What it missed of a conversation is not read
 again for a try, only once it is of use.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from localspec.protocols import Drafter, Listener, Outcome, Proposal, SequenceState
+from localspec.schedule.decision import Asked
 
 _PATIENCE = 2  # answers in vain
 _MOST = 16  # answers that are not listened to
@@ -93,12 +94,13 @@ class Hearing:
             else:
                 part.attach(state, whole=not self._of(part).is_try)
 
-    def observe(self, proposal: Proposal, outcome: Outcome) -> None:
-        """A round of this answer."""
+    def observe(self, proposal: Proposal, outcome: Outcome, asked: Sequence[Asked]) -> None:
+        """A round of this answer. asked: for it; what came of those on trial says little."""
         self._rounds += 1
         sources, kept = proposal.sources, outcome.kept
         nodes = outcome.path if kept is None else [kept[node] for node in outcome.path]
-        for name in {proposal.source if sources is None else sources[node] for node in nodes}:
+        names = {proposal.source if sources is None else sources[node] for node in nodes}
+        for name in names.difference(one.name for one in asked if one.on_trial):
             self._used[name] = self._used.get(name, 0) + 1
 
     def _end(self) -> None:

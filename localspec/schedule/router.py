@@ -18,20 +18,27 @@ _SMOOTHING = 0.1
 
 @dataclass(slots=True)
 class Trials:
-    """Of one drafter. num: rounds in which it was asked.  ms: what that took lately."""
+    """Of one drafter. num: rounds in which it was asked.  ms: what that took lately.  owed: trials that need no
+    credit."""
 
     num: int = 0
     ms: float = 0.0
     credit: float = 0.0  # tokens
+    owed: int = 0
 
     def observe(self, ms: float) -> None:
         """It was asked."""
         self.num += 1
         self.ms += max(_SMOOTHING, 1.0 / self.num) * (ms - self.ms)
 
+    def again(self) -> None:
+        """Ask it as often as at the start: it may be better by now."""
+        self.owed = _FIRST
+
     def is_due(self, rate: float) -> bool:
         """Is it time for one? If not, some more is put aside. rate: tokens that a millisecond is worth."""
-        if self.num < _FIRST:
+        if self.num < _FIRST or self.owed:
+            self.owed = max(self.owed - 1, 0)
             return True
         price = rate * self.ms
         if self.credit >= price:

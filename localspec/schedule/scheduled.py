@@ -172,7 +172,7 @@ class Scheduled:
                 start_ms = self._asker.prices(part, decision).start
                 record.usual_value = max(record.usual_value, -0.5 * _LEAST_BACK * rate * start_ms)
             for part in self._hearing.back():
-                self._record(part.name).forget_value()
+                self._record(part.name).trials.again()
         if load is not None and load.plain:
             return Proposal(self.name, because=load.because)
         if not request.max_nodes or not request.max_depth:
@@ -284,9 +284,10 @@ class Scheduled:
         self._catch_up()
         for part in self.parts:
             part.observe(outcome)
-        self._hearing.observe(self._offered, outcome)
         started = perf_counter()
         plain, decision = not len(outcome.tree), self._decision
+        decided = not self._resting and self._repeated_ms is None
+        self._hearing.observe(self._offered, outcome, decision.asked if decided else ())
         place = self.experience.live.ran(outcome.width) if decision.load is None else 0
         self._trying.follow(outcome, decision)
         self._in_a_row = outcome.begun_early and plain

@@ -18,8 +18,8 @@ from operator import mul
 from localspec.protocols import Drafter, DraftRequest, Outcome
 
 _PATIENCE = 3  # decisions in a row that come out alike
-_SHARE = 0.01  # of the time may go into deciding
-_MOST = 4  # rounds without it
+_SHARE = 0.007  # of the time may go into deciding
+_MOST = 6  # rounds without it
 _SMOOTHING = 0.1
 _RECENT = 0.2  # that an answer is of how long they are
 _NEWS = 0.02  # that a round is of how often guesses come true

@@ -167,6 +167,15 @@ def test_a_trial_waits_for_what_it_costs() -> None:
     assert not any(waited[:19])
 
 
+def test_what_was_left_out_for_long_is_tried_a_few_times_for_nothing() -> None:
+    trials = Trials()
+    for _ in range(20):
+        trials.observe(5.0)
+    assert not trials.is_due(0.1)
+    trials.again()
+    assert [trials.is_due(0.1) for _ in range(6)] == [True] * 4 + [False] * 2
+
+
 def test_guesses_deep_in_the_tree_are_corrected_by_their_depth() -> None:
     """What is said is right for children of the anchor and three times too much one level below."""
     reliability, rng = Reliability(), np.random.default_rng(0)

@@ -68,7 +68,7 @@ def test_a_few_decisions_alike_are_repeated_as_often_as_brings_their_cost_down()
     while steady.goes_on(request()):
         steady.observe(10, True, outcome(3, 1), 1.5)
         rounds += 1
-    assert rounds == 3 and (steady.num, steady.width) == (3, 4), "0.3 of 8 ms, a hundredth of which may go into it"
+    assert rounds == 5 and (steady.num, steady.width) == (3, 4), "0.3 of 8 ms, of which 0.7% may go into it"
     decide(steady, 1)
     assert steady.goes_on(request()), "one more look was enough"
     assert not steady.goes_on(request(depth=2)) and not steady.goes_on(request(nodes=2))
@@ -152,8 +152,8 @@ def nothing(width: int) -> float:
 
 def test_behind_an_answer_of_repeated_rounds_one_look_is_enough() -> None:
     steady = Steady()
-    assert len(answer(steady, 3, (3, 1))) == 4
-    assert len(answer(steady, 1, (3, 1))) == 4
+    assert len(answer(steady, 3, (3, 1))) == 6
+    assert len(answer(steady, 1, (3, 1))) == 6
     steady.decided(None, 0, 1, 0.4, 8.0)
     assert not answer(steady, 2, (3, 1)) and len(answer(steady, 1, (3, 1))) == 0, "the last one ended otherwise"
 
