@@ -96,6 +96,8 @@ class Hearing:
 
     def observe(self, proposal: Proposal, outcome: Outcome, asked: Sequence[Asked]) -> None:
         """A round of this answer. asked: for it; what came of those on trial says little."""
+        if not self._listeners:
+            return
         self._rounds += 1
         sources, kept = proposal.sources, outcome.kept
         nodes = outcome.path if kept is None else [kept[node] for node in outcome.path]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from localspec.protocols import Outcome
 
 _PATIENCE = 3  # looks in a row that find nothing
-_SHARE = 0.01  # of the decoding time may go into looking
+_SHARE = 0.007  # of the decoding time may go into looking
 _MOST = 12  # rounds without a look
 _SMOOTHING = 0.1
 

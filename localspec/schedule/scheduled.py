@@ -163,7 +163,8 @@ class Scheduled:
             decision.restart_ms = experience.restart_ms(context)
         barrier_ms = experience.part_of_restart() * decision.restart_ms
         prices = Valuation(experience.live, rate, context, request.max_nodes, decision.lanes, barrier_ms)
-        if self._is_new:
+        is_first = self._is_new
+        if is_first:
             self._is_new = False
             for part in self.parts:
                 record = self._record(part.name)
@@ -189,7 +190,7 @@ class Scheduled:
             decision.lookup = max(values, default=0.0)
 
         looking, at_hand = Beside(look_up), None  # at_hand: of dear drafters; None until one was heard
-        sure = self._sure(last, rate) if load is None else None
+        sure = self._sure(last, rate, is_first=is_first) if load is None else None
         if sure is not None:
             at_hand = self._hear(sure, request, prices, parked, meanwhile=looking)
         looking()
@@ -209,12 +210,14 @@ class Scheduled:
             self._plain = replace(proposal, counts={})
         return proposal
 
-    def _sure(self, last: Decision, rate: float) -> Drafter | None:
-        """The dear drafter that will be asked whatever lookup says, as in the last round, and that runs on a device:
-        there looking up takes no time while its first pass runs."""
+    def _sure(self, last: Decision, rate: float, *, is_first: bool) -> Drafter | None:
+        """The dear drafter that will be asked whatever lookup says, as in the last round (in the first one of an
+        answer: as usual), and that runs on a device: there looking up takes no time while its first pass runs."""
         if last.lookup > MUCH:
             return None
         asked = {one.name for one in last.asked if one.name in self._ahead_names and not one.on_trial}
+        if is_first and self._steady.usual is not None:
+            asked = {self._steady.usual.name} & self._ahead_names
         for part in self._hearing.able:
             record = self._record(part.name)
             if part.name in asked and not record.guard.parked and self._is_worth_asking(part, record, rate):

@@ -221,6 +221,23 @@ def test_while_a_drafters_first_pass_runs_others_look_things_up(temperature: flo
     assert hidden not in orders[0] and orders[1].count(hidden) > 4
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_so_they_do_in_an_answers_first_round_where_it_is_known_who_guesses(known: bool) -> None:
+    target, draft = ReferenceModel(48, seed=5, sharpness=3.0), Waiting(48, seed=5, sharpness=3.0)
+    lookup, drafter = cast(Drafter, LooksUp(draft.log)), make_drafter("draft_model:num=8", draft)
+    experience = Experience(COSTS, target.capabilities, by_clock=False)
+    scheduled = Scheduled([lookup], [drafter], experience, ahead=("draft_model",))
+    if known:
+        scheduled._steady.usual = drafter
+    with Session(target, scheduled) as session:
+        session.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+        del draft.log[:]
+        session.reset()
+        session.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
+    first = draft.log.index("looked up")
+    assert (draft.log[first - 1 : first + 2] == ["launched", "looked up", "read"]) is known, draft.log
+
+
 @pytest.mark.parametrize(("name", "calls"), [("draft_model:num=2", True), ("ngram:min=1", False)])
 def test_what_was_done_meanwhile_is_not_a_drafters_own_time(name: str, calls: bool) -> None:
     target, draft = ReferenceModel(48, seed=5, sharpness=3.0), ReferenceModel(48, seed=5, sharpness=3.0)

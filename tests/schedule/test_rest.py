@@ -78,17 +78,17 @@ def test_fruitless_looks_become_rare_as_far_as_they_cost() -> None:
     played(drafter, 0.05, 60)  # half a hundredth of a pass
     assert drafter.rounds == list(range(3, 60))
     drafter = Seldom()
-    played(drafter, 0.45, 60)  # four hundredths: four rounds without one
-    assert drafter.rounds == [3, 4, 5, *range(10, 60, 5)]
+    played(drafter, 0.45, 60)  # four hundredths: six rounds without one
+    assert drafter.rounds == [3, 4, 5, *range(12, 60, 7)]
     drafter = Seldom()
     played(drafter, 50.0, 60)
     assert drafter.rounds == [3, 4, 5, 18, 31, 44, 57]
 
 
 def test_what_is_found_is_looked_for_in_every_round_again() -> None:
-    drafter = Seldom(found=range(20, 26))
+    drafter = Seldom(found=range(19, 25))
     played(drafter, 0.45, 40)
-    assert drafter.rounds == [3, 4, 5, 10, 15, *range(20, 29), 33, 38]
+    assert drafter.rounds == [3, 4, 5, 12, *range(19, 28), 34]
 
 
 def test_rounds_without_a_look_are_learned_from() -> None:
