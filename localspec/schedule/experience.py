@@ -28,6 +28,7 @@ _LONGEST_RUN = 16
 _LEAST_KEPT = 30  # rounds; less is not worth remembering
 _MOST_RESTART = 3.0  # plain rounds; a stall is not taken for it
 MUCH = 0.5  # tokens that lookup promises
+_MOST_LEFT = 3  # answers
 _FORGETTING = 0.005  # of a low opinion, each round that a drafter is left out
 
 
@@ -43,6 +44,21 @@ class Record:
     trials: Trials = field(default_factory=Trials)
     dissent: Dissent = field(default_factory=Dissent)
     hindsight: Hindsight = field(default_factory=Hindsight)
+    in_vain: int = 0  # answers in a row at whose start it was worth less than is asked for
+    left: int = 0  # answers until it is asked again at the start of one all the same
+
+    def begin(self, least: float) -> None:
+        """Another answer, whose text may be another one: a few rounds show it, and cost less than going without. Where
+        they never did they come less often: trials would show it, too. least: what it is asked from."""
+        self.guard.begin()
+        if self.usual_value >= least:
+            self.in_vain = self.left = 0
+        elif self.left:
+            self.left -= 1
+        else:
+            self.usual_value = 0.5 * least
+            self.in_vain += 1
+            self.left = min(self.in_vain - 1, _MOST_LEFT)
 
     def asked(self, value: float, lookup: float) -> None:
         """What asking it was worth, its time paid, where lookup promised so much."""

@@ -167,11 +167,8 @@ class Scheduled:
         if is_first:
             self._is_new = False
             for part in self.parts:
-                record = self._record(part.name)
-                record.guard.begin()
-                # this text may be another one: a few rounds show it, and cost less than going without
                 start_ms = self._asker.prices(part, decision).start
-                record.usual_value = max(record.usual_value, -0.5 * _LEAST_BACK * rate * start_ms)
+                self._record(part.name).begin(-_LEAST_BACK * rate * start_ms)
             for part in self._hearing.back():
                 self._record(part.name).trials.again()
         if load is not None and load.plain:

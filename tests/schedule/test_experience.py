@@ -199,3 +199,21 @@ def test_what_time_is_worth_follows_another_answer_within_some_rounds() -> None:
         for _ in range(12):
             experience.observe(2, 10.0, plain=False, greedy=True)
     assert slow.rate(0, greedy=True) < 0.27 < kept.rate(0, greedy=True)
+
+
+def test_at_the_start_of_answers_one_that_lost_is_asked_ever_more_seldom_and_one_that_pays_always() -> None:
+    """Old error: a few rounds of each answer, which is much of a short one."""
+    record = Experience(COSTS, ReferenceModel(48).capabilities).record("draft_model", True)
+    asked = []
+    for number in range(16):
+        record.usual_value = -1.0
+        record.begin(-0.4)
+        if record.usual_value > -0.4:
+            asked.append(number)
+    assert asked == [0, 1, 3, 6, 10, 14]
+    record.usual_value = 0.2
+    record.begin(-0.4)
+    assert record.usual_value == 0.2
+    record.usual_value = -1.0
+    record.begin(-0.4)
+    assert record.usual_value == -0.2, "it paid in the meantime"
