@@ -46,6 +46,7 @@ _REBUILD_SHARED = (
 _SPIN_COUNT = "1000"
 _GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 _MOMENT = 0.01  # s
+_QUIET = 3  # passes that nobody listens to, until hidden states are kept no more
 _LEVEL_WARNING, _LEVEL_ERROR, _LEVEL_CONTINUED = 3, 4, 5
 _LOG_LEVELS = {_LEVEL_WARNING: logging.INFO, _LEVEL_ERROR: logging.INFO}  # the rest is for debugging
 
@@ -292,19 +293,22 @@ class Context:
         self._memory = self._lib.llama_get_memory(self._pointer)
         self.taps: Taps | None = None
         self.always_listens = False
-        self.is_tapped = False
+        self.is_tapped, self._unheard = False, _QUIET
         self._unread: NDArray[np.float32] | None = None  # where the last decode's hidden states go
         self._allocate()
 
     def tap(self, taps: Taps | None) -> None:
         """What hidden states are kept from now on of passes in which somebody wants them; None: no pass has any."""
-        self.always_listens = False
+        self.always_listens, self._unheard = False, _QUIET
         self.listen(False)
         self.taps = taps
 
     def listen(self, wanted: bool) -> None:
-        """Are hidden states kept from the next decode on? Handing them over takes a device 0.1 to 0.25 ms."""
+        """Are hidden states kept from the next decode on? Handing them over takes a device 0.1 to 0.25 ms. No more only
+        behind some passes without: where sequences share a context each change would have graphs built anew."""
         wanted |= self.always_listens
+        self._unheard = 0 if wanted else self._unheard + 1
+        wanted |= self._unheard < _QUIET
         if self.taps is not None and wanted is not self.is_tapped:
             self.read_taps()
             self.taps.enable(self._pointer, wanted)

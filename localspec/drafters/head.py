@@ -65,10 +65,11 @@ class _Beside:
         self._context = Context()
 
     def attach(self, sequence: SequenceState, whole: bool) -> None:
-        """Guess for this sequence from now on."""
+        """Guess for this sequence from now on. The head's part of it is opened anew: another drafter of the same head
+        may have closed it."""
         if self._sequence is not sequence:
             self.close()
-            self._state, self._sequence = self._head.open(sequence), sequence
+        self._state, self._sequence = self._head.open(sequence), sequence
         if whole and self.state.num_missing:
             sequence.truncate(0)
 

@@ -60,6 +60,11 @@ class Record:
             self.in_vain += 1
             self.left = min(self.in_vain - 1, _MOST_LEFT)
 
+    def back(self, least: float) -> None:
+        """It could not be asked for some answers: it is tried a few times, in rounds that ask others, too."""
+        self.usual_value, self.left = max(self.usual_value, 0.5 * least), 0
+        self.trials.again()
+
     def asked(self, value: float, lookup: float) -> None:
         """What asking it was worth, its time paid, where lookup promised so much."""
         self.usual_value += _SMOOTHING * (value - self.usual_value)
@@ -169,7 +174,8 @@ class Experience:
         for name, greedy, lanes, found in data["records"]:
             self.record(str(name), bool(greedy), int(lanes)).recall(found)
         for name, in_vain, left in data.get("listening", ()):  # files of before have none
-            self.listening[str(name)] = Listening(int(in_vain), int(left))
+            one = self.listening[str(name)] = Listening(int(in_vain), int(left))
+            one.is_back = one.is_try and one.is_on
         self._restart, self._run = map(float, data["restart"])
         if data["look_ms"] > 0.0:
             self.look.observe(float(data["look_ms"]))

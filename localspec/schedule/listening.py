@@ -3,7 +3,7 @@
 A trained head reads the target's hidden states. Handing them over takes time in every pass, whether the head is asked
 or not (docs/log.md). So a head of no use in some answers in which another drafter guessed rests: the next answers are
 not listened to, ever more of them, and then one is, in which it is tried a few times. Where no other drafter is of
-much use either, the text is another one, and it listens again at once. What it missed of a conversation is not read
+use either, the text is another one, and the next answer is listened to. What it missed of a conversation is not read
 again for a try, only once it is of use.
 """
 
@@ -46,14 +46,15 @@ class Listening:
 
     def rested(self, others: float) -> None:
         """An answer was not listened to. others: share of its rounds in which a guess of another drafter came true."""
-        self.left = max(self.left - 1, 0) if others >= _USE else 0
-        self.is_back = not self.left
+        if self.left:  # else another session's answer has brought it back
+            self.left = self.left - 1 if others >= _USE else 0
+            self.is_back = not self.left
 
     def heard(self, own: float, others: float) -> None:
         """An answer was listened to. own: as `others`, for this drafter."""
         if own >= _USE:
-            self.in_vain = 0
-        elif others >= _MUCH:
+            self.in_vain = self.left = 0
+        elif others >= _MUCH and not self.left:  # one of several sessions that end alike is enough
             self.in_vain = min(self.in_vain + 1, _MOST)
             if self.is_try:
                 self.left = min(2 ** (self.in_vain - 1), _MOST)
@@ -83,16 +84,17 @@ class Hearing:
 
     def attach(self, state: SequenceState) -> None:
         """The sequence of the next answer, for all that hear it."""
-        self._end()
+        self.end()
         self._resting = frozenset(part.name for part in self._listeners if not self._of(part).is_on)
         self.able = tuple(part for part in self._dear if part.name not in self._resting)
         for part in self._dear:
             if not isinstance(part, Listener):
                 part.attach(state)
-            elif part.name in self._resting:
-                part.detach()
             else:
-                part.attach(state, whole=not self._of(part).is_try)
+                rests = part.name in self._resting
+                part.attach(state, whole=not (rests or self._of(part).is_try))
+                if rests:  # a copied sequence may have brought along what it heard
+                    part.detach()
 
     def observe(self, proposal: Proposal, outcome: Outcome, asked: Sequence[Asked]) -> None:
         """A round of this answer. asked: for it; what came of those on trial says little."""
@@ -105,7 +107,7 @@ class Hearing:
         for name in names.difference(one.name for one in asked if one.on_trial):
             self._used[name] = self._used.get(name, 0) + 1
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """The answer before is over, if there was one."""
         rounds, used = self._rounds, self._used
         self._rounds, self._used = 0, {}

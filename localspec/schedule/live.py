@@ -177,8 +177,8 @@ class LiveCosts:
         return self._expected(width, context, 1)[1] * (learned.second - 1.0)
 
     def keep(self, width: int) -> None:
-        """Decoding goes on in passes of that width; 0: of no one width. At the start of an answer none is
-        cheaper to come to than another, so there that one is taken to have run."""
+        """Decoding goes on in passes of that width; 0: of no one width. At the start of an answer the
+        first pass takes as long in any, so there that one is taken to have run."""
         if width and self._behind == (0, 0):
             self._behind = (1, width)
             self._cache.clear()
@@ -248,7 +248,9 @@ class LiveCosts:
         self._last = lanes, width
         if self._place == 1 and lanes == 1:
             self._place += width == self._recorded
-            self._recorded = width
+            if width != self._recorded:
+                self._recorded = width
+                self._cache.clear()
         if self._behind != self._last:
             self._behind = self._last
             self._cache.clear()

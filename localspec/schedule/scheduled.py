@@ -154,7 +154,8 @@ class Scheduled:
         decision = self._decision = Decision(context, request.sampler.is_greedy, load, request.begins_early)
         if load is None and self._is_new:
             experience.begin(decision.greedy)
-            if (usual := self._steady.usual) is not None and not self._record(usual.name).guard.parked:
+            usual = self._steady.usual
+            if usual in self._hearing.able and not self._record(usual.name).guard.parked:
                 settled, live = self._asker.settled(usual, decision), experience.live
                 second_ms = partial(live.second_ms, context=context)
                 live.keep(self._steady.width_for(usual, decision.greedy, settled, second_ms))
@@ -166,11 +167,12 @@ class Scheduled:
         is_first = self._is_new
         if is_first:
             self._is_new = False
-            for part in self.parts:
-                start_ms = self._asker.prices(part, decision).start
-                self._record(part.name).begin(-_LEAST_BACK * rate * start_ms)
-            for part in self._hearing.back():
-                self._record(part.name).trials.again()
+            back = self._hearing.back()
+            for part in (*self._free, *self._hearing.able):
+                record, least = self._record(part.name), -_LEAST_BACK * rate * self._asker.prices(part, decision).start
+                record.begin(least)
+                if part in back:
+                    record.back(least)
         if load is not None and load.plain:
             return Proposal(self.name, because=load.because)
         if not request.max_nodes or not request.max_depth:
@@ -276,8 +278,9 @@ class Scheduled:
         order = sorted(self._hearing.able, key=lambda part: -usual[part.name])
         if len(order) < 2 or usual[order[0].name] <= best:
             return [(part, False) for part in order]
-        due = [part for part in order[1:] if self._record(part.name).trials.is_due(rate)][:1]
-        return [(part, True) for part in due] + [(part, False) for part in order if part not in due]
+        due = next((part for part in order[1:] if self._record(part.name).trials.is_due(rate)), None)
+        first = [] if due is None else [(due, True)]
+        return first + [(part, False) for part in order if part is not due]
 
     def observe(self, outcome: Outcome) -> None:
         """The outcome, for all; and what it teaches, where guesses were verified only once the next pass runs."""
@@ -354,6 +357,7 @@ class Scheduled:
 
     def close(self) -> None:
         """Close all."""
+        self._hearing.end()
         self._catch_up()
         self._learning.learn_late(self._rest, self._steady, self._decision)
         for part in self.parts:

@@ -40,7 +40,7 @@ class Ear(HeadDrafter):
 
     def detach(self) -> None:
         super().detach()
-        self.answers.append(None)
+        self.answers[-1] = None
 
 
 def run(hearing: Hearing, state: SequenceState, rounds: Sequence[str], name: str = "eagle3") -> bool:
@@ -113,10 +113,30 @@ def test_being_attached_again_in_an_answer_changes_nothing(hearing: Hearing, sta
     assert heard == [True, True, False, False, True]
 
 
+def test_several_sessions_learn_together() -> None:
+    """Old bugs: one that was of use did not end the rest that another session's answer had begun; sessions that ended
+    alike made it as long as if they had been one behind the other."""
+    one = Listening()
+    for _ in range(8):
+        one.heard(0.0, 1.0)
+    assert (one.in_vain, one.left) == (2, 2)
+    one.rested(1.0)
+    one.rested(1.0)
+    assert one.is_on and one.is_back
+    one.is_back = False
+    one.rested(1.0)
+    assert not one.is_back, "it is back already"
+    one.heard(0.0, 1.0)
+    assert one.left == 4
+    one.heard(0.5, 1.0)
+    assert one == Listening(0, 0)
+
+
 def test_what_is_remembered_is_bounded() -> None:
     assert Listening(-3, 10**9) == Listening(0, 16)
     one = Listening()
     for _ in range(100):
+        one.left = 0
         one.heard(0.0, 1.0)
     assert (one.in_vain, one.left) == (16, 16)
 
@@ -148,7 +168,10 @@ def test_a_worse_head_is_left_out_and_the_text_stays_plain_decodings(temperature
     assert heard == [True] * 2 + [False] * 2 + [True] + [False] * 4 + [True]
     again = Experience(experience.live.costs, target.capabilities)
     again.recall(experience.as_dict())
-    assert again.listening == {"eagle3": Listening(3, 0, is_back=False)}, "of the last answer nothing was learned yet"
+    assert again.listening == {"eagle3": Listening(4, 8)}
+    experience.listening["eagle3"].left = 0
+    again.recall(experience.as_dict())
+    assert again.listening == {"eagle3": Listening(4, 0, is_back=True)}, "to be tried next"
 
 
 def test_a_better_head_is_listened_to() -> None:
@@ -189,3 +212,20 @@ def test_a_slot_attaches_its_drafter_before_every_turn() -> None:
         slots.give_back(slot, np.array(PROMPT, np.int32))
     finally:
         slots.close()
+
+
+def test_a_head_that_rests_takes_nothing_from_another_drafter_of_the_same_head() -> None:
+    """Old bug: swapped in behind such an answer it raised ValueError, its part of the sequence having been closed."""
+    scheduled, ear = fleet(DEAR, 3.0)
+    fixed = HeadDrafter(ear.head, num=4)
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    with Session(ear.target, fixed) as session, Session(ear.target, Nothing()) as plain:
+        texts = [plain.generate(PROMPT, params).tokens, session.generate(PROMPT, params).tokens]
+        scheduled.experience.listening["eagle3"].left = 3
+        for drafter in (scheduled, fixed, scheduled, fixed):
+            session.use(drafter)
+            result = session.generate(PROMPT, params)
+            texts.append(result.tokens)
+            assert result.stats.num_drafted > 0
+    assert len(set(texts)) == 1
+    scheduled.close()
