@@ -57,9 +57,8 @@ class Clock:
         """Have that model's passes take what the curve says, and the first ones of another width in a sequence more;
         the later ones of them only where the last row of passes had another one, whatever prompt came between."""
         forward: Callable[[Sequence[Step]], list[Scores]] = model.forward
-        rows: dict[
-            int, tuple[int, int, int]
-        ] = {}  # by sequence: last width, passes in a row before, width of the last row
+        # by sequence: last width, passes of it in a row before, width of the last row
+        rows: dict[int, tuple[int, int, int]] = {}
 
         def changed_ms(state: Any, width: int) -> float:
             last, alike, row = rows.get(id(state.cache), (0, 0, 0))
