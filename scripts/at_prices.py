@@ -39,6 +39,8 @@ from localspec.protocols import LanguageModel, LoadSettings, Scores, Step, Width
 from localspec.schedule.cost import Costs, Curve
 from localspec.types import Logits
 
+_PROMPT = 32  # tokens; llama.cpp starts such passes elsewhere, so what it recorded of narrow ones stays
+
 
 class Clock:
     """Seconds, of which those in passes are what the table says."""
@@ -55,9 +57,9 @@ class Clock:
 
     def charge(self, model: LanguageModel, curve: Curve, change_ms: Sequence[float] = ()) -> None:
         """Have that model's passes take what the curve says, and the first ones of another width in a sequence more;
-        the later ones of them only where the last row of passes had another one, whatever prompt came between."""
+        the later ones of them only where the last passes but for prompts had another one."""
         forward: Callable[[Sequence[Step]], list[Scores]] = model.forward
-        # by sequence: last width, passes of it in a row before, width of the last row
+        # by sequence: last width, passes of it in a row before, width of the last row, 0 behind one that was cut short
         rows: dict[int, tuple[int, int, int]] = {}
 
         def changed_ms(state: Any, width: int) -> float:
@@ -65,7 +67,9 @@ class Clock:
             alike = alike + 1 if width == last else 0
             again = alike > 0 and width == row
             ms = change_ms[alike] if alike < len(change_ms) and not again else 0.0
-            rows[id(state.cache)] = width, alike, width if alike == len(change_ms) - 1 else row
+            if width != row and width < _PROMPT:
+                row = width if alike >= len(change_ms) - 1 else 0
+            rows[id(state.cache)] = width, alike, row
             return ms
 
         def priced(steps: Sequence[Step]) -> list[Scores]:

@@ -70,6 +70,6 @@ def test_the_second_pass_of_a_row_costs_more_where_the_last_row_had_another_widt
 
     assert passes(60, 3, 3, 3) == [14.0, 14.0, 12.0, 10.0]
     assert passes(60, 3, 3, 3) == [14.0, 14.0, 10.0, 10.0]
-    assert passes(4, 3, 3) == [14.0, 14.0, 10.0], "one pass of it is no row"
+    assert passes(4, 3, 3) == [14.0, 14.0, 12.0], "one pass of it is enough"
     assert passes(4, 4, 4, 60, 3, 3) == [14.0, 12.0, 10.0, 14.0, 14.0, 12.0]
     assert passes(3, 3, sequence=1) == [14.0, 12.0]

@@ -24,6 +24,7 @@ _LEAST = 0.3  # of what the table says and a width's passes took, however far th
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
+_SLOW, _WELL = 1.12, 20.0  # that a pass takes over what is usual and may be one; passes of which so much is known
 _OFTEN = 8  # passes of a width in a row before it is hoped for nothing
 _ALIKE = 1.15  # that the second pass of a width may take over the later ones and count as one of them
 _FIRST = 12  # passes that correct the table, before any news may be the machine's
@@ -93,6 +94,7 @@ class _Learned:
     trends: dict[tuple[int, bool], _Trend] = field(default_factory=dict)
     slope: float = 0.0  # milliseconds a row and cell of context
     haste: Haste = field(default_factory=Haste)
+    is_slow: bool = False  # the last pass took long
 
     def follow(self, curve: Curve, rows: int, context: int, ms: float, in_a_row: bool) -> None:
         """A pass of so many rows took so long. Attention is what grows with the context, for each row alike; that much
@@ -149,7 +151,7 @@ class LiveCosts:
         self._last, self._place = (0, 0), 0  # lanes and width of the last pass; passes before it in its row
         self._behind = (0, 0)  # what the next one is priced behind
         self._kept = 0  # width
-        self._recorded = 0  # width of the last row of passes, whatever came between
+        self._recorded, self._is_new = 0, False  # width of the last row of passes; it has one pass yet, behind another
         self._cache: dict[int, tuple[int, list[float], list[int]]] = {}
         self._unpriced = 0  # passes that the cached prices do not know
         self._plain: dict[int, tuple[int, float]] = {}  # by lanes, at a context: asked for several times a round
@@ -171,8 +173,8 @@ class LiveCosts:
     def second_ms(self, width: int, context: int) -> float:
         """What the second of them takes more than later ones: nothing where the last row of passes had that width, be
         it before a prompt."""
-        learned = self._of(1)
-        if width == self._recorded or learned.seconds <= _KNOWN or learned.second <= _ALIKE:
+        learned, is_recorded = self._of(1), width == self._recorded and not self._is_new
+        if is_recorded or learned.seconds <= _KNOWN or learned.second <= _ALIKE:
             return 0.0
         return self._expected(width, context, 1)[1] * (learned.second - 1.0)
 
@@ -242,14 +244,17 @@ class LiveCosts:
 
     def ran(self, width: int, lanes: int = 1) -> int:
         """A pass of that width was the last one: how many of its width were before it in a row, where 1 stands for one
-        that may be recorded: not where the last row had its width, too. To be told at once, where what it took is told
-        later."""
+        that may be recorded: not where the last row had its width, too. A single pass of another width is enough for
+        what was recorded to be of no use. To be told at once, where what it took is told later."""
         self._place = self._place + 1 if (lanes, width) == self._last else 0
         self._last = lanes, width
-        if self._place == 1 and lanes == 1:
-            self._place += width == self._recorded
-            if width != self._recorded:
-                self._recorded = width
+        if lanes == 1 and self._place == 0 and width != self._recorded:
+            self._recorded, self._is_new = width, True
+            self._cache.clear()
+        elif lanes == 1 and self._place == 1:
+            self._place += not self._is_new
+            if self._is_new:
+                self._is_new = False
                 self._cache.clear()
         if self._behind != self._last:
             self._behind = self._last
@@ -262,7 +267,9 @@ class LiveCosts:
         """What a pass took. early: it had begun before its round did, so it seems to take less than the table says,
         which is true of no other width.  place: what `ran` said of it; None: it is told now. A stall (another program,
         a page fault) counts as a little more than what was usual, once that is known: what is really slower now is
-        found out within some rounds all the same. What is slower for all widths is told apart (`haste.py`)."""
+        found out within some rounds all the same. What is slower for all widths is told apart (`haste.py`).
+        A single slow pass in a row, of a width that is well known, says nothing of either: with each of them what its
+        passes take would wander from the width's account to the machine's, and other widths seem dear."""
         if width < 1 or ms <= 0.0:
             return
         place = self.ran(width, lanes) if place is None else place
@@ -272,6 +279,10 @@ class LiveCosts:
         before = (learned.again if in_a_row else learned.first).get(width)
         known = 0.0 if before is None else before.weight
         if place == 1 and self._is_apart(learned, usual, ms, known):
+            return
+        is_slow = ms > _SLOW * usual
+        is_single, learned.is_slow = is_slow and not learned.is_slow, is_slow
+        if is_single and place > 1 and known >= _WELL:
             return
         most = _STALL_AT_FIRST if known < _KNOWN else _STALL
         ms = learned.haste.observe(usual, min(ms, most * usual), known)

@@ -175,8 +175,8 @@ class Scheduled:
                     record.back(least)
         if load is not None and load.plain:
             return Proposal(self.name, because=load.because)
-        if not request.max_nodes or not request.max_depth:
-            return Proposal(self.name)
+        if not request.max_nodes or not request.max_depth:  # the last token: what the next answer needs stays recorded
+            return Proposal(self.name, width=plain_width(prices, request))
         if load is None and experience.wants_plain(begins_early=request.begins_early):
             return Proposal(self.name, width=plain_width(prices, request), because=LOOKING)
         if request.needs_law:
