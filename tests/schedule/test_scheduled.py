@@ -22,6 +22,7 @@ from localspec.protocols import (
     Proposal,
     SavedDraft,
     SequenceState,
+    WidthClass,
 )
 from localspec.sampling import Sampler, SamplingParams
 from localspec.schedule.cost import Costs, Curve, HeadCosts
@@ -287,3 +288,21 @@ def test_plain_decoding_is_judged_by_rounds_that_did_not_wait() -> None:
         ms = 18.0 + len(tree) if len(tree) else 6.0 if early else 10.0
         scheduled.observe(Outcome(tree, (), (7,), 1 + len(tree), ms, early))
     assert experience.plain_ms(256) == pytest.approx(6.0, rel=0.05)
+
+
+def test_the_last_token_of_an_answer_is_decoded_in_the_width_of_the_others() -> None:
+    """Old error: it leaves no room for guesses, so its pass was the narrowest one, and behind it nothing was recorded
+    that the next answer's passes need."""
+    target = ReferenceModel(48, seed=5)
+    target.capabilities = replace(target.capabilities, width_class=WidthClass(3, 4))
+    experience = Experience(Costs(Curve((3, 4), (0,), ((5.3, 5.8),)), None, 0.0), target.capabilities)
+    one, context = Scheduled([], [], experience), Context(PROMPT)
+    one.begin(context)
+    one.propose(request(context))
+    for number, width in enumerate([3] * 12 + [4] * 12 + [3] * 12 + [4] * 12):
+        place = experience.live.ran(width)
+        ms = {3: 5.3, 4: 5.8}[width] + (1.4, 3.4, 0.0)[min(place, 2)]
+        experience.live.observe_verify(width, number, ms, place=place)
+    proposal = one.propose(replace(request(context), max_depth=0))
+    assert (proposal.num_nodes, proposal.width) == (0, 4)
+    assert one.propose(replace(request(context), max_nodes=0, max_depth=0)).width <= 1, "no more than has room"
