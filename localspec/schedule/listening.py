@@ -16,7 +16,7 @@ from localspec.protocols import Drafter, Listener, Outcome, Proposal, SequenceSt
 from localspec.schedule.decision import Asked
 
 _PATIENCE = 2  # answers in vain
-_MOST = 64  # answers that are not listened to: a try takes a GPU 50 to 60 ms, graphs being built twice
+_MOST = 64  # answers that are not listened to: a try takes a GPU 50 to 60 ms (docs/log.md)
 _SHORT = 8  # rounds; such an answer says nothing
 _USE = 0.05  # of an answer's rounds
 _MUCH = 0.25  # the same, of another drafter that it is compared with

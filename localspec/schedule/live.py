@@ -24,7 +24,7 @@ _LEAST = 0.3  # of what the table says and a width's passes took, however far th
 _SLOWLY = 0.03  # how much of a round's news untried widths take over
 _FORGETTING = 0.985  # of what was seen of a width, per round at another one
 _STALL_AT_FIRST, _STALL, _KNOWN = 3.0, 1.4, 2.0  # most that a pass may count, over what was usual; passes until then
-_SLOW, _WELL = 1.12, 20.0  # that a pass takes over what is usual and may be one; passes of which so much is known
+_LONG = 16  # passes of one width, after which little is learned of it
 _OFTEN = 8  # passes of a width in a row before it is hoped for nothing
 _ALIKE = 1.15  # that the second pass of a width may take over the later ones and count as one of them
 _FIRST = 12  # passes that correct the table, before any news may be the machine's
@@ -94,7 +94,8 @@ class _Learned:
     trends: dict[tuple[int, bool], _Trend] = field(default_factory=dict)
     slope: float = 0.0  # milliseconds a row and cell of context
     haste: Haste = field(default_factory=Haste)
-    is_slow: bool = False  # the last pass took long
+    width: int = 0  # of the last passes, whatever prompts came between
+    row: int = 0  # how many
 
     def follow(self, curve: Curve, rows: int, context: int, ms: float, in_a_row: bool) -> None:
         """A pass of so many rows took so long. Attention is what grows with the context, for each row alike; that much
@@ -166,9 +167,9 @@ class LiveCosts:
         return first + (self.second_ms(width, context) if leaves else 0.0)
 
     def change_ms(self, width: int, context: int) -> float:
-        """What passes of one lane of that width take more behind another width, until they are as quick as in a row."""
+        """What passes of one lane of that width take more from here on, until they are as quick as in a row."""
         first, again = self._expected(width, context, 1)
-        return max(first - again, 0.0) + self.second_ms(width, context)
+        return (0.0 if self._behind == (1, width) else max(first - again, 0.0)) + self.second_ms(width, context)
 
     def second_ms(self, width: int, context: int) -> float:
         """What the second of them takes more than later ones: nothing where the last row of passes had that width, be
@@ -248,14 +249,12 @@ class LiveCosts:
         what was recorded to be of no use. To be told at once, where what it took is told later."""
         self._place = self._place + 1 if (lanes, width) == self._last else 0
         self._last = lanes, width
-        if lanes == 1 and self._place == 0 and width != self._recorded:
-            self._recorded, self._is_new = width, True
+        if self._place == 0 and (lanes, width) != (1, self._recorded):
+            self._recorded, self._is_new = width if lanes == 1 else 0, lanes == 1
             self._cache.clear()
         elif lanes == 1 and self._place == 1:
             self._place += not self._is_new
-            if self._is_new:
-                self._is_new = False
-                self._cache.clear()
+            self._is_new = False
         if self._behind != self._last:
             self._behind = self._last
             self._cache.clear()
@@ -268,8 +267,9 @@ class LiveCosts:
         which is true of no other width.  place: what `ran` said of it; None: it is told now. A stall (another program,
         a page fault) counts as a little more than what was usual, once that is known: what is really slower now is
         found out within some rounds all the same. What is slower for all widths is told apart (`haste.py`).
-        A single slow pass in a row, of a width that is well known, says nothing of either: with each of them what its
-        passes take would wander from the width's account to the machine's, and other widths seem dear."""
+        Of a width that ran for long less and less is learned: what its passes take and the machine's factor can only be
+        told apart by passes of another width. Else noise has them wander apart, as one follows the mean and the other
+        the mean of logarithms, and widths that do not run seem dear, or quick."""
         if width < 1 or ms <= 0.0:
             return
         place = self.ran(width, lanes) if place is None else place
@@ -280,20 +280,17 @@ class LiveCosts:
         known = 0.0 if before is None else before.weight
         if place == 1 and self._is_apart(learned, usual, ms, known):
             return
-        is_slow = ms > _SLOW * usual
-        is_single, learned.is_slow = is_slow and not learned.is_slow, is_slow
-        if is_single and place > 1 and known >= _WELL:
-            return
+        learned.row = learned.row + 1 if width == learned.width else 1
+        learned.width = width
         most = _STALL_AT_FIRST if known < _KNOWN else _STALL
         ms = learned.haste.observe(usual, min(ms, most * usual), known)
         ratio, trust = ms / curve.at(rows, context), learned.haste.trust if learned.count >= _FIRST else 1.0
+        own = trust * min(1.0, _LONG / learned.row)
         for by_width in (learned.first, learned.again):
             for other, seen in by_width.items():
                 if other != width and other > self.min_width:
                     seen.weight *= _FORGETTING
-        (learned.again if in_a_row else learned.first).setdefault(width, _Seen(ratio, context)).add(
-            ratio, context, trust
-        )
+        (learned.again if in_a_row else learned.first).setdefault(width, _Seen(ratio, context)).add(ratio, context, own)
         learned.in_a_row[width] = learned.in_a_row.get(width, 0) + in_a_row
         if in_a_row and width in learned.first:
             learned.steady += 0.05 * trust * (min(ratio / learned.first[width].ratio, 1.0) - learned.steady)

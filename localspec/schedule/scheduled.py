@@ -77,6 +77,7 @@ class Scheduled:
         self._plain: Proposal | None = None  # of the last round in which nothing was found
         self._offered = Proposal(self.name)  # in this round
         self._resting = False  # this round is one without a look
+        self._has_room = True  # for guesses
         self._look_ms = 0.0  # what deciding took in this round
         self._is_new = True  # no round of this answer yet
         self._in_a_row = False  # the next pass of plain decoding has begun
@@ -111,7 +112,7 @@ class Scheduled:
         return self._offered
 
     def _propose(self, request: DraftRequest) -> Proposal:
-        plain = self._plain
+        plain, self._has_room = self._plain, min(request.max_nodes, request.max_depth) > 0
         self._resting = (
             plain is not None and self._rest.is_on and request.load is None and plain.width <= request.max_nodes + 1
         )
@@ -175,7 +176,7 @@ class Scheduled:
                     record.back(least)
         if load is not None and load.plain:
             return Proposal(self.name, because=load.because)
-        if not request.max_nodes or not request.max_depth:  # the last token: what the next answer needs stays recorded
+        if not self._has_room:  # the last token: what the next answer needs stays recorded
             return Proposal(self.name, width=plain_width(prices, request))
         if load is None and experience.wants_plain(begins_early=request.begins_early):
             return Proposal(self.name, width=plain_width(prices, request), because=LOOKING)
@@ -307,7 +308,7 @@ class Scheduled:
         else:
             self._unlearned = decision, outcome
         self._look_ms += (perf_counter() - started) * 1e3
-        if decision.load is None and self.experience.by_clock:
+        if decision.load is None and self.experience.by_clock and self._has_room:
             # one that runs a model says of each place anew what it is worth
             ran = not all(one.name in self._asker.free_names for one in decision.asked)
             found = self._plain is None or ran

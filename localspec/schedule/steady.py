@@ -123,16 +123,16 @@ class Steady:
     ) -> None:
         """Take as many guesses as were decided; once it is known how often they come true, as many as brought most in
         the time that they take, up to one more than that. prices: (milliseconds of a round, width) by guesses, if those
-        before it were alike.  change_ms: that it takes to come to passes of another width."""
+        before it were alike.  change_ms: that passes of a width take more until they are as quick as in a row."""
         assert self.part is not None
-        most, width = self._decided
+        most, _ = self._decided
         came = self._came_of(self.part, greedy)
         came.see_change()
         ahead = min(max(self._rounds, _AHEAD), _FAR)
 
         def charged(num: int) -> tuple[float, int]:
             ms, other = prices(num)
-            return (ms + change_ms(other) / ahead if other != width and ms < math.inf else ms), other
+            return (ms + change_ms(other) / ahead if ms < math.inf else ms), other
 
         self.num, self.width = self._best(self.part, came, most, charged) or self._decided
         self.usual, came.best = self.part, self.num

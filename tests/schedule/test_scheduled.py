@@ -305,4 +305,7 @@ def test_the_last_token_of_an_answer_is_decoded_in_the_width_of_the_others() -> 
         experience.live.observe_verify(width, number, ms, place=place)
     proposal = one.propose(replace(request(context), max_depth=0))
     assert (proposal.num_nodes, proposal.width) == (0, 4)
+    one._steady._alike = 3
+    one.observe(Outcome(tree_of([]), (), (3,), 4, 5.8))
+    assert one._steady._alike == 3, "nothing was decided, so nothing came out otherwise"
     assert one.propose(replace(request(context), max_nodes=0, max_depth=0)).width <= 1, "no more than has room"

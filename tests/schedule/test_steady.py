@@ -123,7 +123,7 @@ def answer(steady: Steady, looks: int, accepted: Sequence[int], dear: float = 0.
     for _ in range(looks):
         steady.decided(PART, 3, 4, 0.4, 8.0)
         if steady.begins:
-            steady.settle(True, prices, lambda width: dear)
+            steady.settle(True, prices, lambda width: dear * (width != steady._decided[1]))
         while steady.goes_on(request()):
             guessed.append(steady.num)
             steady.observe(10, True, outcome(steady.num, min(accepted[len(guessed) % len(accepted)], steady.num)), 1.5)
