@@ -108,6 +108,11 @@ class Exactness:
         return cls(Mode.OFF, WidthClass(1, None, "given up for speed", measured=False))
 
     @property
+    def leaves_room(self) -> bool:
+        """May a pass be wide enough for a guess?"""
+        return self.widths.max_width != 1
+
+    @property
     def widest_padding(self) -> int:
         """Tokens that a pass over a single one may need room for."""
         return max(self.widths.min_width, 1 if self.bound is None else self.bound.block)

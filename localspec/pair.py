@@ -147,8 +147,11 @@ class Pair:
         parsed = DrafterSpec.parse(spec) if isinstance(spec, str) else spec
         if not parsed.decides:
             return make_drafter(parsed, self.drafting, self.heads, history=self.history)
+        exactness = self.exactness(exact, acceptance=acceptance)
+        if not exactness.leaves_room:  # deciding about guesses that no pass may verify would only cost time
+            return Nothing(AUTO)
         # first of all: measuring needs a free sequence
-        experience = self.experience_with(self.exactness(exact, acceptance=acceptance))
+        experience = self.experience_with(exactness)
         capabilities = self.target.capabilities
         # on a device a chain is guessed without waiting for it, a tree waits once per level
         branches = capabilities.trees and capabilities.exact_trees and capabilities.host_scores

@@ -268,7 +268,7 @@ class ChatProgram:
         self.trace = trace
         self.hint = hint
         trace.begin(pair, self.session, spec, params)
-        fallback = "auto" if isinstance(self.session.drafter, Nothing) else "nothing"
+        fallback = "auto" if self.session.drafter.name == Nothing.name else "nothing"
         self._other_drafter = pair.drafter(fallback, exact=exact, acceptance=acceptance)  # what /plain switches to
         self._results: list[Generation] = []
 

@@ -52,7 +52,7 @@ def open_models(
         pair.remembers_speed = not options.get("fresh")
         try:  # before a session takes the sequence that measuring needs
             exactness = pair.exactness(options.get("exact", AUTO), acceptance=options.get("acceptance", WALK))
-            if any(spec.decides for spec in specs):
+            if exactness.leaves_room and any(spec.decides for spec in specs):
                 _ = pair.experience_with(exactness)
             if options.get("remember") and any(spec.remembers for spec in specs):
                 pair.remember(options["remember_size"] << 20)

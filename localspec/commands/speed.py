@@ -114,7 +114,8 @@ def speed(
         for rival in _rivals(pair, options, libraries, notes):
             stack.callback(rival.close)
             contenders.append(rival)
-        decides = any(spec.decides for spec in specs)
+        exactness = pair.exactness(options["exact"])
+        decides = exactness.leaves_room and any(spec.decides for spec in specs)
         backend = pair.target.info.backend
         conditions = bench.describe(
             pair,
@@ -128,7 +129,7 @@ def speed(
             temperatures=list(dict.fromkeys(options["temperatures"])),
             grid=static,
             notes=notes,
-            experience=pair.experience_with(pair.exactness(options["exact"])).recalled if decides else 0,
+            experience=pair.experience_with(exactness).recalled if decides else 0,
             exact=options["exact"],
         )
         if output is not None:

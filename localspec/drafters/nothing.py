@@ -9,10 +9,16 @@ from localspec.protocols import DraftRequest, Outcome, Proposal, SavedDraft, Seq
 
 
 class Nothing:
-    """Guesses nothing, so every round emits the target's next token."""
+    """Guesses nothing, so every round emits the target's next token.
+
+    name: of the drafter in whose place it stands, where no pass may be wide enough for a guess.
+    """
 
     name = "nothing"
     needs_trees = False
+
+    def __init__(self, name: str = name) -> None:
+        self.name = name
 
     def attach(self, state: SequenceState) -> None:
         """The target's states are not read."""

@@ -287,7 +287,7 @@ class Answer:
         """Why nothing was speculated, if so."""
         if self.stats.num_drafted:
             return None
-        if self.exactness.widths.max_width == 1:
+        if not self.exactness.leaves_room:
             return f"passes are one token wide: {self.exactness.widths.evidence}"
         if self.stats.plain_rounds:
             return max(self.stats.plain_rounds, key=lambda reason: self.stats.plain_rounds[reason])

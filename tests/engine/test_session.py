@@ -18,6 +18,7 @@ from localspec.engine.round import Lane, Room, run_round
 from localspec.engine.session import Session
 from localspec.engine.width import pad
 from localspec.errors import PromptError, UnsupportedModelError
+from localspec.pair import Pair
 from localspec.protocols import Drafter, HostTokens, Rewind, Scores, Step, WidthClass, chain_parents
 from localspec.sampling import Sampler, SamplingParams
 from localspec.testing.reference import ReferenceModel, ReferenceState
@@ -438,3 +439,14 @@ def test_where_passes_are_one_token_wide_the_answer_says_why() -> None:
         result = session.generate([1, 2, 3], replace(FREE, max_tokens=5))
     assert result.plain_because == "passes are one token wide: wider ones do not pay here"
     assert result.stats.num_drafted == 0 and len(result.tokens) == 5
+
+
+def test_where_no_pass_may_hold_a_guess_nobody_is_asked_and_nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = ReferenceModel(64, width_class=WidthClass(1, 1, "wider ones do not pay here", plain_only=True))
+    draft = target.perturbed(0.2)
+    monkeypatch.setattr(draft, "open", lambda: pytest.fail("the draft model would read each prompt in vain"))
+    with Pair(target, draft) as pair, pair.session() as session:
+        result = session.generate([1, 2, 3], replace(FREE, max_tokens=5))
+        assert "costs" not in vars(pair)
+    assert (result.drafter, result.plain_because) == ("auto", "passes are one token wide: wider ones do not pay here")
+    assert len(result.tokens) == 5
