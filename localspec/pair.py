@@ -37,6 +37,7 @@ from localspec.schedule.store import (
     knows_bound,
     load_or_measure,
     load_or_measure_bound,
+    look_for_class,
 )
 from localspec.verify import make_acceptance
 
@@ -112,7 +113,8 @@ class Pair:
     def exactness(self, exact: str = AUTO_EXACT, *, acceptance: str = "walk") -> Exactness:
         """What a session promises, and the widths it may use (`localspec.exactness`). exact: "class" stays in the
         width class, "guarded" re-checks close choices, "off" promises nothing; "auto" is the class where a measured one
-        holds more than one width, else guarded where that is expected to pay, else passes of one token.
+        holds more than one width, else guarded where that is expected to pay, else a class that is looked for, else
+        passes of one token.
 
         The bound of guarded decoding is looked up or measured, which needs a free sequence and a few seconds once.
         Where measuring is switched off and under a rule that cannot be guarded, "auto" is the class that the
@@ -124,7 +126,10 @@ class Pair:
         if exact == AUTO_EXACT:
             guarded = wants_guarding(self.target) and not rule.needs_law and knows_bound(self.target)
             if guarded and (loss := loss_by_guarding(self.costs, self.target.capabilities, self.bound)):
-                return Exactness.one_token(loss)
+                if (found := look_for_class(self.target, self.costs)) is None:
+                    return Exactness.one_token(loss)
+                self.target.capabilities = replace(self.target.capabilities, width_class=found)
+                guarded = False
             exact = (Mode.GUARDED if guarded else Mode.CLASS).value
         mode = Mode(exact)
         if mode is Mode.CLASS:

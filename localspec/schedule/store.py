@@ -30,6 +30,7 @@ from localspec.schedule.experience import Experience
 from localspec.schedule.heads import assumed_heads, build_heads, measure_heads
 from localspec.schedule.machine import describe_files, describe_head, describe_machine, describe_model
 from localspec.schedule.measure import Overhead, Progress, assumed, build, quick
+from localspec.schedule.score import best
 
 FORMAT = 2
 _FIRST_FORMAT = 1  # options, classes, bounds and heads mean what they always did
@@ -37,6 +38,7 @@ _DEEP_FORMAT = 2  # costs and reports of before often know one context only
 T = TypeVar("T")
 
 _TUNED, _QUICK, _CLASS, _OPTIONS = "tuned", "quick", "class", "options"
+_NO_CLASS = "no-class"
 _BOUND, _QUICK_BOUND = "bound", "quick-bound"
 _HEADS = "heads"
 _EXPERIENCE = "experience"
@@ -148,9 +150,37 @@ def class_for(target: LanguageModel, folder: Path | None = None) -> WidthClass:
         """Many widths, and narrow ones: the narrowest is what plain decoding pays."""
         return (sum(is_inside(width, one) for width in looked.widths) - 0.5) / one.min_width
 
-    found, _ = class_to_use(claimed, looked, value)  # no contradiction: nothing was promised
+    found = _in_short(class_to_use(claimed, looked, value)[0])  # no contradiction: nothing was promised
     keep_class(target, found, folder)
     return found
+
+
+def look_for_class(target: LanguageModel, costs: Costs, folder: Path | None = None) -> WidthClass | None:
+    """Look in short for widths of equal rows where nobody has, and keep what is found, if a text of which half is as
+    easy as assumed is expected to be quicker in them than plain decoding at width 1. None: there are none, they are
+    not worth it, or looking is not allowed or would have much built. One sequence must be free. It is done once."""
+    key, known = _class_key(target), target.capabilities
+    file = _file(folder, _NO_CLASS, key)
+    if not _automatic or known.width_steps or known.rewind is not Rewind.FREE or _find(file, key, dict) is not None:
+        return None
+    looked = find_classes(target, _CLASS_WIDTHS, seconds=_CLASS_SECONDS)
+
+    def worth(one: WidthClass) -> float:
+        """Tokens per second of such a text."""
+        rounds = best(costs, replace(known, width_class=one))
+        return 2.0 / (1.0 / rounds.tokens_per_second + 1.0 / rounds.plain_tokens_per_second)
+
+    found = _in_short(class_to_use(known.width_class, looked, worth)[0])
+    if found.measured and worth(found) > worth(WidthClass(1, 1)):
+        keep_class(target, found, folder)
+        return found
+    _write(file, key, looked.as_dict())
+    return None
+
+
+def _in_short(found: WidthClass) -> WidthClass:
+    """Saying so."""
+    return replace(found, evidence=found.evidence.replace("by `localspec tune`", "by a short look at first load"))
 
 
 def keep_class(target: LanguageModel, width_class: WidthClass, folder: Path | None = None) -> None:

@@ -32,6 +32,7 @@ from localspec.verify import Walk, make_acceptance
 VOCABULARY = 60
 SHARPNESS = 4.0
 CHEAP = Costs(Curve((1, 64), (0,), ((10.0, 10.0),)))
+LIKE_A_GPU = Costs(Curve((1, 2, 3, 4, 5, 8, 64), (0,), ((6.4, 6.8, 7.4, 7.5, 9.5, 9.9, 15.0),)))
 """Of passes: whatever is re-checked, guesses pay."""
 PROMPTS = [[(7 * number + 3 * place) % 50 + 1 for place in range(6)] for number in range(5)]
 SETTINGS = {
@@ -47,6 +48,7 @@ class Rounding(ReferenceModel):
     """Rows, and what a pass leaves in the cache, are rounded by a grid that depends on the width of the pass."""
 
     grid = 0.05
+    trace = 1.5e-3  # of the width in what is written, for which a row's place in its pass counts
 
     def __init__(self, *, host_scores: bool = True) -> None:
         super().__init__(VOCABULARY, seed=2, sharpness=SHARPNESS, host_scores=host_scores, context_length=256)
@@ -57,15 +59,32 @@ class Rounding(ReferenceModel):
         before = [step.state.num_pending for step in steps]
         found: list[Scores] = []
         for step, start, scores in zip(steps, before, super().forward(steps), strict=True):
-            width = step.num_tokens
-            self.widths.append(width)
+            self.widths.append(step.num_tokens)
+            width = self.kernel(step.num_tokens)
             shift = np.random.default_rng(width).uniform(0.0, self.grid, self.vocab_size)
             rows = np.array(scores.rows(range(scores.num_rows)))
             rows = (np.round((rows + shift) / self.grid) * self.grid - shift).astype(np.float32)
             found.append(HostScores(rows, self.generation))
             for cell in step.state.pending[start:]:  # type: ignore[attr-defined]
-                cell.values[:] *= 1.0 + 1.5e-3 * np.sin(width)
+                cell.values[:] *= 1.0 + self.trace * np.sin(width)
         return found
+
+    def kernel(self, width: int) -> int:
+        """Which one passes of that width run."""
+        return width
+
+
+class Stepped(Rounding):
+    """As llama.cpp on CUDA: passes of 3 and 4 tokens run the same kernels, of 5 to 8 others."""
+
+    trace = 0.0
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.info = replace(self.info, name=name)
+
+    def kernel(self, width: int) -> int:
+        return width if width < 3 else 1 << (width - 1).bit_length()
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +300,7 @@ def test_auto_decodes_plainly_where_guarding_would_be_slower(bound: Bound) -> No
         with Pair(target, None) as pair:
             pair.bound, pair.costs = often, dear
             with pair.session(drafter) as session:
+                target.widths.clear()
                 result = session.generate(PROMPTS[0], SamplingParams(max_tokens=20, ignore_eos=True))
             assert set(target.widths[1:]) == {1} and result.exact == "class"
             assert "50% of choices would be re-checked" in str(result.plain_because)
@@ -289,6 +309,37 @@ def test_auto_decodes_plainly_where_guarding_would_be_slower(bound: Bound) -> No
             pair.bound = replace(bound, share_close=0.01)
             assert pair.exactness().mode is Mode.GUARDED
     assert texts[0] == texts[1]
+
+
+@pytest.mark.usefixtures("measuring_is_allowed")
+def test_where_guarding_would_be_slower_a_class_is_looked_for_once(bound: Bound) -> None:
+    texts = []
+    for drafter in ("nothing", "ngram:min=1,num=3"):
+        target = Stepped("like a GPU")
+        claimed = target.capabilities
+        with Pair(target, None) as pair:
+            pair.bound, pair.costs = replace(bound, share_close=0.5), LIKE_A_GPU
+            with pair.session(drafter) as session:
+                target.widths.clear()
+                result = session.generate(PROMPTS[0], SamplingParams(max_tokens=20, ignore_eos=True))
+        assert (result.width_class, result.exact) == ("3 to 4", "class") and set(target.widths[1:]) <= {3, 4}
+        assert "a short look" in target.capabilities.width_class.evidence
+        texts.append(result.tokens)
+        found, target.capabilities = target.capabilities.width_class, claimed
+        assert store.class_for(target) == found, "it is kept"
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.usefixtures("measuring_is_allowed")
+def test_a_class_whose_passes_are_dear_is_not_stayed_in(bound: Bound) -> None:
+    for _ in range(2):
+        target = Stepped("like a slow one")
+        with Pair(target, None) as pair:
+            pair.bound = replace(bound, share_close=0.5)
+            pair.costs = Costs(Curve((1, 3, 64), (0,), ((10.0, 25.0, 60.0),)))
+            assert pair.exactness().widths.max_width == 1
+            passes = len(target.widths)
+            assert pair.exactness().widths.max_width == 1 and len(target.widths) == passes, "it is looked for once"
 
 
 def test_where_nothing_may_be_measured_auto_says_that_its_class_was_not(tmp_path: Path) -> None:
