@@ -157,8 +157,9 @@ def class_for(target: LanguageModel, folder: Path | None = None) -> WidthClass:
 
 def look_for_class(target: LanguageModel, costs: Costs, folder: Path | None = None) -> WidthClass | None:
     """Look in short for widths of equal rows where nobody has, and keep what is found, if a text of which half is as
-    easy as assumed is expected to be quicker in them than plain decoding at width 1. None: there are none, they are
-    not worth it, or looking is not allowed or would have much built. One sequence must be free. It is done once."""
+    easy as assumed is expected to be quicker in them than plain decoding at width 1. None: there are none, none that
+    there was time to see behind several contexts, they are not worth it, or looking is not allowed or would have much
+    built. One sequence must be free. It is done once."""
     key, known = _class_key(target), target.capabilities
     file = _file(folder, _NO_CLASS, key)
     if not _automatic or known.width_steps or known.rewind is not Rewind.FREE or _find(file, key, dict) is not None:
@@ -171,7 +172,8 @@ def look_for_class(target: LanguageModel, costs: Costs, folder: Path | None = No
         return 2.0 / (1.0 / rounds.tokens_per_second + 1.0 / rounds.plain_tokens_per_second)
 
     found = _in_short(class_to_use(known.width_class, looked, worth)[0])
-    if found.measured and worth(found) > worth(WidthClass(1, 1)):
+    deep = len(set(looked.contexts)) > 1  # kernels change with the context, too
+    if deep and found.measured and worth(found) > worth(WidthClass(1, 1)):
         keep_class(target, found, folder)
         return found
     _write(file, key, looked.as_dict())

@@ -342,6 +342,14 @@ def test_a_class_whose_passes_are_dear_is_not_stayed_in(bound: Bound) -> None:
             assert pair.exactness().widths.max_width == 1 and len(target.widths) == passes, "it is looked for once"
 
 
+@pytest.mark.usefixtures("measuring_is_allowed")
+def test_one_context_is_not_enough_to_promise_anything_by(bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_CLASS_SECONDS", 0.0)
+    with Pair(Stepped("like a large one"), None) as pair:
+        pair.bound, pair.costs = replace(bound, share_close=0.5), LIKE_A_GPU
+        assert pair.exactness().widths.max_width == 1
+
+
 def test_where_nothing_may_be_measured_auto_says_that_its_class_was_not(tmp_path: Path) -> None:
     target = Rounding()
     (tmp_path / "model").write_bytes(b"model")
