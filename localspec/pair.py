@@ -25,19 +25,20 @@ from localspec.errors import UnknownNameError, UsageError
 from localspec.exactness import AUTO as AUTO_EXACT
 from localspec.exactness import EXACT_CHOICES, Bound, Exactness, Mode, wants_guarding
 from localspec.history import DEFAULT_BYTES, History
-from localspec.protocols import Drafter, DraftHead, LanguageModel, require_rewind
+from localspec.protocols import Drafter, DraftHead, LanguageModel, WidthClass, require_rewind
 from localspec.schedule.cost import Costs
 from localspec.schedule.experience import Experience
 from localspec.schedule.heads import pays_to_wait
 from localspec.schedule.scheduled import Scheduled
 from localspec.schedule.score import loss_by_guarding
 from localspec.schedule.store import (
+    class_that_pays,
     experience_for,
     keep_experience,
     knows_bound,
     load_or_measure,
     load_or_measure_bound,
-    look_for_class,
+    look_for_classes,
 )
 from localspec.verify import make_acceptance
 
@@ -126,10 +127,8 @@ class Pair:
         if exact == AUTO_EXACT:
             guarded = wants_guarding(self.target) and not rule.needs_law and knows_bound(self.target)
             if guarded and (loss := loss_by_guarding(self.costs, self.target.capabilities, self.bound)):
-                if (found := look_for_class(self.target, self.costs)) is None:
-                    return Exactness.one_token(loss)
-                self.target.capabilities = replace(self.target.capabilities, width_class=found)
-                guarded = False
+                found = self._looked_class
+                return Exactness.one_token(loss) if found is None else Exactness(Mode.CLASS, found)
             exact = (Mode.GUARDED if guarded else Mode.CLASS).value
         mode = Mode(exact)
         if mode is Mode.CLASS:
@@ -139,6 +138,12 @@ class Pair:
         require_rewind(self.target)
         require_guardable(rule)
         return Exactness.guarded(self.bound)
+
+    @cached_property
+    def _looked_class(self) -> WidthClass | None:
+        """Where guarding does not pay: one that does, of the widths that a short look finds equal."""
+        looked = look_for_classes(self.target)
+        return None if looked is None else class_that_pays(self.target, looked, self.costs)
 
     @cached_property
     def bound(self) -> Bound:
@@ -189,7 +194,9 @@ class Pair:
         other = Pair(self.target, draft, self._found, self.heads)
         other.history = self.history
         other._experiences, other.remembers_speed = self._experiences, self.remembers_speed
-        vars(other).update({name: vars(self)[name] for name in ("costs", "bound") if name in vars(self)})
+        vars(other).update(
+            {name: vars(self)[name] for name in ("costs", "bound", "_looked_class") if name in vars(self)}
+        )
         return other
 
     def check_drafter(self, spec: DrafterSpec) -> None:

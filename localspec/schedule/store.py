@@ -23,7 +23,7 @@ from localspec.errors import SettingError
 from localspec.exactness import Bound
 from localspec.protocols import DraftHead, LanguageModel, Rewind, WidthClass
 from localspec.schedule.bound import measure as measure_bound
-from localspec.schedule.classes import class_to_use, is_inside
+from localspec.schedule.classes import Classes, class_to_use, is_inside
 from localspec.schedule.classes import find as find_classes
 from localspec.schedule.cost import Costs, HeadCosts
 from localspec.schedule.experience import Experience
@@ -38,7 +38,7 @@ _DEEP_FORMAT = 2  # costs and reports of before often know one context only
 T = TypeVar("T")
 
 _TUNED, _QUICK, _CLASS, _OPTIONS = "tuned", "quick", "class", "options"
-_NO_CLASS = "no-class"
+_LOOKED = "looked"
 _BOUND, _QUICK_BOUND = "bound", "quick-bound"
 _HEADS = "heads"
 _EXPERIENCE = "experience"
@@ -155,29 +155,40 @@ def class_for(target: LanguageModel, folder: Path | None = None) -> WidthClass:
     return found
 
 
-def look_for_class(target: LanguageModel, costs: Costs, folder: Path | None = None) -> WidthClass | None:
-    """Look in short for widths of equal rows where nobody has, and keep what is found, if a text of which half is as
-    easy as assumed is expected to be quicker in them than plain decoding at width 1. None: there are none, none that
-    there was time to see behind several contexts, they are not worth it, or looking is not allowed or would have much
-    built. One sequence must be free. It is done once."""
+def look_for_classes(target: LanguageModel, folder: Path | None = None) -> Classes | None:
+    """Which widths give equal rows, looked at in short where nobody has; kept if rows behind several contexts could be
+    seen. None: `localspec tune` has looked, looking is not allowed, would have much built, or would say nothing of the
+    trees that the target verifies. One sequence must be free."""
     key, known = _class_key(target), target.capabilities
-    file = _file(folder, _NO_CLASS, key)
-    if not _automatic or known.width_steps or known.rewind is not Rewind.FREE or _find(file, key, dict) is not None:
+    file = _file(folder, _LOOKED, key)
+    if known.width_steps or known.exact_trees or known.rewind is not Rewind.FREE:
         return None
-    looked = find_classes(target, _CLASS_WIDTHS, seconds=_CLASS_SECONDS)
+    if _file(folder, _CLASS, key).exists():
+        return None
+    found = _find(file, key, Classes.from_dict)
+    if found is None and _automatic:
+        found = find_classes(target, _CLASS_WIDTHS, seconds=_CLASS_SECONDS)
+        if _is_deep(found):
+            _write(file, key, found.as_dict())
+    return found
+
+
+def class_that_pays(target: LanguageModel, looked: Classes, costs: Costs) -> WidthClass | None:
+    """The class in which a text of which half is as easy as assumed, and half has no guess, is expected to be quickest,
+    if it is quicker than plain decoding at width 1."""
+    known = target.capabilities
 
     def worth(one: WidthClass) -> float:
-        """Tokens per second of such a text."""
         rounds = best(costs, replace(known, width_class=one))
         return 2.0 / (1.0 / rounds.tokens_per_second + 1.0 / rounds.plain_tokens_per_second)
 
     found = _in_short(class_to_use(known.width_class, looked, worth)[0])
-    deep = len(set(looked.contexts)) > 1  # kernels change with the context, too
-    if deep and found.measured and worth(found) > worth(WidthClass(1, 1)):
-        keep_class(target, found, folder)
-        return found
-    _write(file, key, looked.as_dict())
-    return None
+    return found if _is_deep(looked) and found.measured and worth(found) > worth(WidthClass(1, 1)) else None
+
+
+def _is_deep(looked: Classes) -> bool:
+    """Kernels change with the context, too: one is not enough."""
+    return len(set(looked.contexts)) > 1
 
 
 def _in_short(found: WidthClass) -> WidthClass:

@@ -3,7 +3,8 @@ decoding where without guarding it does not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from localspec.protocols import Drafter, HostTokens, Outcome, Rewind, Scores, St
 from localspec.sampling import Sampler, SamplingParams, Tolerance
 from localspec.schedule import bound as measuring
 from localspec.schedule import store
+from localspec.schedule.classes import Classes, find
 from localspec.schedule.cost import Costs, Curve
 from localspec.terminal import summary
 from localspec.testing.reference import ReferenceModel
@@ -82,6 +84,7 @@ class Stepped(Rounding):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.info = replace(self.info, name=name)
+        self.capabilities = replace(self.capabilities, exact_trees=False)
 
     def kernel(self, width: int) -> int:
         return width if width < 3 else 1 << (width - 1).bit_length()
@@ -311,43 +314,67 @@ def test_auto_decodes_plainly_where_guarding_would_be_slower(bound: Bound) -> No
     assert texts[0] == texts[1]
 
 
-@pytest.mark.usefixtures("measuring_is_allowed")
+@pytest.fixture
+def looking_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_automatic", True)
+    monkeypatch.setattr(store, "_CLASS_SECONDS", 60.0)
+
+
+@contextmanager
+def pair_like_a_gpu(target: Rounding, bound: Bound, costs: Costs | None = None) -> Iterator[Pair]:
+    """Every second choice would be re-checked."""
+    with Pair(target, None) as pair:
+        pair.bound, pair.costs = replace(bound, share_close=0.5), costs or LIKE_A_GPU
+        yield pair
+
+
+@pytest.mark.usefixtures("looking_takes_its_time")
 def test_where_guarding_would_be_slower_a_class_is_looked_for_once(bound: Bound) -> None:
     texts = []
-    for drafter in ("nothing", "ngram:min=1,num=3"):
+    for number, drafter in enumerate(("nothing", "ngram:min=1,num=3")):
         target = Stepped("like a GPU")
-        claimed = target.capabilities
-        with Pair(target, None) as pair:
-            pair.bound, pair.costs = replace(bound, share_close=0.5), LIKE_A_GPU
-            with pair.session(drafter) as session:
-                target.widths.clear()
-                result = session.generate(PROMPTS[0], SamplingParams(max_tokens=20, ignore_eos=True))
-        assert (result.width_class, result.exact) == ("3 to 4", "class") and set(target.widths[1:]) <= {3, 4}
-        assert "a short look" in target.capabilities.width_class.evidence
-        texts.append(result.tokens)
-        found, target.capabilities = target.capabilities.width_class, claimed
-        assert store.class_for(target) == found, "it is kept"
+        with pair_like_a_gpu(target, bound) as pair, pair.session(drafter) as session:
+            assert (len(target.widths) > 0) == (number == 0), "what was seen is kept"
+            target.widths.clear()
+            result = session.generate(PROMPTS[0], SamplingParams(max_tokens=20, ignore_eos=True))
+            assert (result.width_class, result.exact) == ("3 to 4", "class") and set(target.widths[1:]) <= {3, 4}
+            assert "a short look" in pair.exactness().widths.evidence
+            texts.append(result.tokens)
     assert texts[0] == texts[1]
 
 
-@pytest.mark.usefixtures("measuring_is_allowed")
-def test_a_class_whose_passes_are_dear_is_not_stayed_in(bound: Bound) -> None:
+@pytest.mark.usefixtures("looking_takes_its_time")
+def test_whether_a_class_pays_is_decided_by_what_this_pair_costs(bound: Bound) -> None:
+    dear = Costs(Curve((1, 3, 64), (0,), ((10.0, 25.0, 60.0),)))
+    for costs, widest in ((dear, 1), (LIKE_A_GPU, 4), (dear, 1)):
+        with pair_like_a_gpu(Stepped("like two"), bound, costs) as pair:
+            assert pair.exactness().widths.max_width == widest
+
+
+@pytest.mark.usefixtures("looking_takes_its_time")
+def test_nothing_is_looked_for_where_tune_found_none_or_trees_are_verified(bound: Bound) -> None:
+    tuned, branching = Stepped("tuned"), Stepped("branching")
+    store.keep_class(tuned, tuned.capabilities.width_class)
+    branching.capabilities = replace(branching.capabilities, exact_trees=True)
+    for target in (tuned, branching):
+        with pair_like_a_gpu(target, bound) as pair:
+            assert pair.exactness().widths.max_width == 1 and not target.widths
+
+
+@pytest.mark.usefixtures("looking_takes_its_time")
+def test_one_context_is_not_enough_to_promise_anything_by(bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(target: ReferenceModel, widths: Sequence[int], seconds: float) -> Classes:
+        found = find(target, widths, contexts=(20,), seconds=seconds)
+        assert (3, 4) in found.groups
+        return found
+
+    monkeypatch.setattr(store, "find_classes", once)
     for _ in range(2):
-        target = Stepped("like a slow one")
-        with Pair(target, None) as pair:
-            pair.bound = replace(bound, share_close=0.5)
-            pair.costs = Costs(Curve((1, 3, 64), (0,), ((10.0, 25.0, 60.0),)))
+        target = Stepped("like a large one")
+        with pair_like_a_gpu(target, bound) as pair:
             assert pair.exactness().widths.max_width == 1
             passes = len(target.widths)
-            assert pair.exactness().widths.max_width == 1 and len(target.widths) == passes, "it is looked for once"
-
-
-@pytest.mark.usefixtures("measuring_is_allowed")
-def test_one_context_is_not_enough_to_promise_anything_by(bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_CLASS_SECONDS", 0.0)
-    with Pair(Stepped("like a large one"), None) as pair:
-        pair.bound, pair.costs = replace(bound, share_close=0.5), LIKE_A_GPU
-        assert pair.exactness().widths.max_width == 1
+            assert passes and pair.exactness().widths.max_width == 1 and len(target.widths) == passes
 
 
 def test_where_nothing_may_be_measured_auto_says_that_its_class_was_not(tmp_path: Path) -> None:
