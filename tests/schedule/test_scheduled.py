@@ -25,6 +25,7 @@ from localspec.protocols import (
     WidthClass,
 )
 from localspec.sampling import Sampler, SamplingParams
+from localspec.schedule import scheduled
 from localspec.schedule.cost import Costs, Curve, HeadCosts
 from localspec.schedule.experience import Experience
 from localspec.schedule.heads import pays_to_wait
@@ -162,8 +163,9 @@ def request(context: Context) -> DraftRequest:
     )
 
 
-def test_what_interrupting_plain_decoding_costs_is_learned() -> None:
+def test_what_interrupting_plain_decoding_costs_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two plain rounds behind a guess take longer where passes begin early: 1 and 17 of 10 ms."""
+    monkeypatch.setattr(scheduled, "perf_counter", lambda: 0.0)  # else a slow machine looks in fewer rounds
     experience = Experience(Costs(curve(10.0, 0.1), None, 0.0), ReferenceModel(48, seed=5).capabilities)
     assert experience.restart_ms(0) == experience.plain_ms(0)
     one, context = Scheduled([], [], experience), Context(PROMPT)
