@@ -156,9 +156,9 @@ def class_for(target: LanguageModel, folder: Path | None = None) -> WidthClass:
 
 
 def look_for_classes(target: LanguageModel, folder: Path | None = None) -> Classes | None:
-    """Which widths give equal rows, looked at in short where nobody has; kept if rows behind several contexts could be
-    seen. None: `localspec tune` has looked, looking is not allowed, would have much built, or would say nothing of the
-    trees that the target verifies. One sequence must be free."""
+    """Which widths give equal rows, looked at in short where nobody has, and kept. None: `localspec tune` has looked,
+    looking is not allowed, would have much built or would say nothing of the trees that the target verifies; or there
+    was no time for rows behind several contexts, with which kernels change, too. One sequence must be free."""
     key, known = _class_key(target), target.capabilities
     file = _file(folder, _LOOKED, key)
     if known.width_steps or known.exact_trees or known.rewind is not Rewind.FREE:
@@ -168,8 +168,9 @@ def look_for_classes(target: LanguageModel, folder: Path | None = None) -> Class
     found = _find(file, key, Classes.from_dict)
     if found is None and _automatic:
         found = find_classes(target, _CLASS_WIDTHS, seconds=_CLASS_SECONDS)
-        if _is_deep(found):
-            _write(file, key, found.as_dict())
+        if len(set(found.contexts)) < 2:
+            return None
+        _write(file, key, found.as_dict())
     return found
 
 
@@ -183,12 +184,7 @@ def class_that_pays(target: LanguageModel, looked: Classes, costs: Costs) -> Wid
         return 2.0 / (1.0 / rounds.tokens_per_second + 1.0 / rounds.plain_tokens_per_second)
 
     found = _in_short(class_to_use(known.width_class, looked, worth)[0])
-    return found if _is_deep(looked) and found.measured and worth(found) > worth(WidthClass(1, 1)) else None
-
-
-def _is_deep(looked: Classes) -> bool:
-    """Kernels change with the context, too: one is not enough."""
-    return len(set(looked.contexts)) > 1
+    return found if found.measured and worth(found) > worth(WidthClass(1, 1)) else None
 
 
 def _in_short(found: WidthClass) -> WidthClass:
